@@ -1,0 +1,96 @@
+"""Save and resume: torch.distributed.checkpoint, written aside and renamed, so that a killed run leaves a whole one.
+
+    runs/NAME/checkpoint-000400/state/        weights and optimizers, sharded as they were
+    runs/NAME/checkpoint-000400/unet/         the student, as diffusers loads it
+    runs/NAME/checkpoint-000400/progress.json counters
+
+Randomness and data follow from (seed, iteration), so nothing else needs saving.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+
+from models import UserError
+
+
+def newest(run):
+    """The newest checkpoint folder of a run, or None."""
+    found = sorted(Path(run).glob("checkpoint-[0-9]*[0-9]"))
+    return found[-1] if found else None
+
+
+def save(run, players, progress):
+    """Write a checkpoint of players {name: (module, optimizer)} and progress (a dict with "loops"); older ones are then removed.
+
+    All ranks call it. players["G"] is also written as a diffusers folder.
+    """
+    final = Path(run) / f"checkpoint-{progress['loops']:06d}"
+    aside = final.with_name(final.name + ".tmp")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    barrier()
+    dcp.save(_state(players), checkpoint_id=aside / "state", no_dist=not dist.is_initialized())
+    whole = get_model_state_dict(players["G"][0], options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if first:
+        save_diffusers(aside / "unet", players["G"][0], whole)
+        (aside / "progress.json").write_text(json.dumps(progress))
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        for old in Path(run).glob("checkpoint-*"):
+            if old != final:
+                shutil.rmtree(old)
+    barrier()
+
+
+def load(path, players):
+    """Fill players {name: (module, optimizer)} from a checkpoint folder and return its progress."""
+    state = _state(players)
+    dcp.load(state, checkpoint_id=Path(path) / "state", no_dist=not dist.is_initialized())
+    for name, (module, optimizer) in players.items():
+        set_state_dict(module, optimizer, model_state_dict=state[name]["model"], optim_state_dict=state[name]["optimizer"])
+    return json.loads((Path(path) / "progress.json").read_text())
+
+
+def save_diffusers(path, net, weights):
+    """A diffusers model folder: config.json and fp32 safetensors."""
+    path.mkdir(parents=True)
+    config = dict(net.config) | {"_class_name": "UNet2DConditionModel"}
+    (path / "config.json").write_text(json.dumps(config, indent=2, default=list))
+    save_file({k: v.contiguous() for k, v in weights.items()}, path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def _state(players):
+    out = {}
+    for name, (module, optimizer) in players.items():
+        model, optim = get_state_dict(module, optimizer)
+        out[name] = {"model": model, "optimizer": optim}
+    return out
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+    elif torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# ------------------------------------------------------------------------------------ finding a trained student
+
+
+def find_run(name=""):
+    """A run folder that holds a checkpoint: the named one, or else the newest under runs/. -> (folder, its config as a dict)."""
+    runs = [Path(name)] if name else sorted(Path("runs").glob("*"), key=lambda p: p.stat().st_mtime)
+    whole = [p for p in runs if (p / "config.json").is_file() and newest(p)]
+    if not whole:
+        what = f"{name} holds no checkpoint" if name else "no run with a checkpoint under runs/"
+        raise UserError(f"{what}: train one first (python train.py --stage 1)")
+    return whole[-1], json.loads((whole[-1] / "config.json").read_text())

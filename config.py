@@ -1,0 +1,77 @@
+"""Every setting of a run: one flat table. A field's comment is its --help."""
+
+import argparse
+import inspect
+import re
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class Config:
+    preset: str = "toy"  # a row of PRESETS; flags given beside it override it
+    stage: int = 1  # 1: distillation (Algorithm 1, lines 1-26)
+    model: str = "toy/sdxl"  # the teacher: a diffusers pipeline folder, or a hub name
+    data: str = "toy"  # "toy", or a folder of images with metadata.jsonl (file_name, text)
+    resolution: int = 64  # side of the square training images, pixels
+    out: str = ""  # run folder; default runs/DATE-TIME
+    iterations: int = 400  # loops of Algorithm 1; the generator moves in every TTUR-th
+    batch_size: int = 16  # global: over all ranks
+    student_steps: int = 4  # K, the student's sampling steps: 4 or 8
+    ttur: int = 1  # loops per generator update (Algorithm 1, line 12)
+    ema: float = 0.99  # lambda of Eq. 11; 1 = no pull
+    gan_weight: float = 0.01  # lambda of Algorithm 1, line 16; 0 = no Pixel-GAN
+    gan_loss: str = "hinge"  # hinge or logistic
+    adv_reading: str = "b"  # x_adv: a = re-noised finished rollout (Eq. 9), b = the rollout's last step (Algorithm 1)
+    gan_reals: str = "raw"  # what D sees as real: raw images, or their vae round trip
+    sam: str = "toy/sam"  # image encoder of D: a folder, or a segment_anything checkpoint sam_vit_*.pth
+    clip: str = "toy/clip"  # CLIP that evaluation measures with
+    guidance: float = 3.0  # the teacher's guidance scale w
+    renoise: tuple = (0.02, 0.98)  # LOW,HIGH: the share of the noise range that the DM loss's t is drawn from
+    lr: float = 2e-5  # generator's AdamW learning rate
+    fake_lr: float = 1e-4  # score estimator's
+    d_lr: float = 1e-3  # discriminator heads'
+    weight_decay: float = 0.01  # of all three
+    clip_grad: float = 10.0  # largest gradient norm of G and of the score estimator
+    seed: int = 0  # of the whole run
+    save_every: int = 200  # loops between checkpoints
+    preview_every: int = 100  # loops between preview pictures; 0 = none
+    workers: int = 0  # data-loading processes per rank
+    resume: bool = False  # go on from the newest checkpoint in --out
+    overwrite: bool = False  # replace the run in --out
+
+
+PRESETS = {"toy": {}}
+
+CHOICES = {
+    "stage": (1,),
+    "student_steps": (4, 8),
+    "gan_loss": ("hinge", "logistic"),
+    "adv_reading": ("a", "b"),
+    "gan_reals": ("raw", "vae"),
+    "preset": tuple(PRESETS),
+}
+
+
+def _range(text):
+    low, high = map(float, text.split(","))
+    if not 0 <= low < high <= 1:
+        raise ValueError
+    return low, high
+
+
+def parse(argv=None):
+    """Command line -> Config: the defaults, then the preset, then the flags given. Exits with status 2 on a bad one."""
+    parser = argparse.ArgumentParser(description="Train a few-step student: Flash-DMD, Algorithm 1.")
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    for f in fields(Config):
+        kind = {"action": "store_true"} if f.type is bool else {"type": _range if f.type is tuple else f.type, "choices": CHOICES.get(f.name)}
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, default=None, help=f"{notes[f.name]} (default: {f.default})".replace("%", "%%"), **kind)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    config = Config(**{**PRESETS[given.get("preset", "toy")], **given})
+    for name in ("iterations", "batch_size", "ttur", "save_every", "resolution"):
+        if getattr(config, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= config.ema <= 1:
+        parser.error("--ema must lie in [0, 1]")
+    return config

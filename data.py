@@ -1,0 +1,147 @@
+"""Captioned images: the toy world's scenes, or a folder of photographs with a metadata.jsonl.
+
+A source is indexed by the global sample number, without end, and gives (image (3, H, W) in [-1, 1], prompt); so the same
+sample meets the same noise on any number of ranks, and a resumed run needs no stored position.
+`prompts(n)` are fixed ones for previews; `held_out(start, n)` gives images and prompts that training never sees, and
+`judge(images, prompts)` checks pictures exactly: the toy's alone have these, others have None.
+"""
+
+import json
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from torch.utils.data import DataLoader
+
+from models import UserError
+from toy import world
+
+
+def source(name, resolution, seed=0):
+    """"toy" or a folder -> a source. Raises UserError for a folder that cannot be trained on."""
+    if name == "toy":
+        if resolution != world.SIZE:
+            raise UserError(f"the toy world's images are {world.SIZE} pixels wide, --resolution says {resolution}")
+        return Toy()
+    return ImageFolder(name, resolution, seed)
+
+
+class Toy:
+    """Scenes of the toy world, drawn on the fly."""
+
+    judge = staticmethod(world.judge)
+    bad = ()
+
+    def __getitem__(self, i):
+        scene, caption = world.scene(i)
+        return world.render(scene), caption
+
+    def prompts(self, n):
+        return [world.scene(i, "test")[1] for i in range(n)]
+
+    def held_out(self, start, n):
+        pairs = [world.scene(i, "test") for i in range(start, start + n)]
+        return torch.stack([world.render(s) for s, _ in pairs]), [c for _, c in pairs]
+
+
+class ImageFolder:
+    """A folder in the Hugging Face ImageFolder convention: images, and metadata.jsonl with "file_name" and "text" per line.
+
+    Every epoch is shuffled anew by (seed, epoch). Images are resized by their short side and cropped at the centre. An
+    unreadable one is replaced by the next, and its name added to `bad`; more than 5 % of them raise UserError.
+    """
+
+    judge = held_out = None
+
+    def __init__(self, path, resolution, seed):
+        self.path, self.resolution, self.seed, self.bad = Path(path), resolution, seed, {}
+        table = self.path / "metadata.jsonl"
+        if not table.is_file():
+            raise UserError(f"{path} has no metadata.jsonl (one line per image: {{\"file_name\": ..., \"text\": ...}})")
+        self.rows = []
+        for number, line in enumerate(table.read_text().splitlines(), 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                    self.rows.append((row["file_name"], row["text"].strip()))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise UserError(f"{table}, line {number}: needs \"file_name\" and \"text\" (a caption)") from None
+                if not self.rows[-1][1]:
+                    raise UserError(f"{table}, line {number}: the caption of {self.rows[-1][0]} is empty")
+        if not self.rows:
+            raise UserError(f"{table} names no image")
+        for name, _ in self.rows:
+            if not (self.path / name).is_file():
+                self._skip(name, "no such file")
+
+    def __getitem__(self, i):
+        epoch, place = divmod(i, len(self.rows))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        for offset in range(len(self.rows)):
+            name, text = self.rows[order[(place + offset) % len(self.rows)]]
+            if name in self.bad:
+                continue
+            try:
+                with Image.open(self.path / name) as image:
+                    return self._pixels(image.convert("RGB")), text
+            except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as e:
+                self._skip(name, e)
+
+    def _skip(self, name, why):
+        self.bad[name] = str(why)
+        print(f"skipped unreadable image {name} ({len(self.bad)} so far): {why}")
+        if len(self.bad) > 0.05 * len(self.rows):
+            raise UserError(f"{len(self.bad)} of {len(self.rows)} images in {self.path} cannot be read (more than 5 %): {', '.join(list(self.bad)[:3])} ...")
+
+    def _pixels(self, image):
+        side = self.resolution
+        scale = side / min(image.size)
+        image = image.resize([max(side, round(s * scale)) for s in image.size], Image.Resampling.LANCZOS)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        array = np.array(image.crop((left, top, left + side, top + side)), dtype=np.float32)
+        return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
+
+    def prompts(self, n):
+        return [self.rows[i % len(self.rows)][1] for i in range(n)]
+
+
+class _Indexed(torch.utils.data.Dataset):
+    def __init__(self, source):
+        self.source = source
+
+    def __getitem__(self, i):
+        return *self.source[i], i
+
+
+def batches(source, indices, workers=0):
+    """Batches in the order of `indices` (a list of lists of global sample numbers): images (B, 3, H, W), prompts, indices (B,)."""
+    return iter(DataLoader(_Indexed(source), batch_sampler=indices, num_workers=workers))
+
+
+# -------------------------------------------------------------------------------------------- pictures out
+
+
+def to_pil(image):
+    """(3, H, W) in [-1, 1] -> a PIL image; out-of-range values are clipped."""
+    array = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(array.permute(1, 2, 0).numpy())
+
+
+def save_grid(path, rows, row_labels, column_labels=()):
+    """A labelled grid of pictures as one PNG. rows: list of (n, 3, H, W) in [-1, 1]; a label per row, and per column if given."""
+    cell = max(128, min(rows[0].shape[-1], 256))
+    left = 12 + max(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(label) for label in row_labels)
+    wrapped = [textwrap.wrap(label, cell // 7) for label in column_labels]
+    top = 12 * max(map(len, wrapped), default=0) + 4
+    sheet = Image.new("RGB", (int(left) + rows[0].shape[0] * (cell + 4), top + len(rows) * (cell + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, lines in enumerate(wrapped):
+        draw.text((left + j * (cell + 4), 2), "\n".join(lines), fill="black", spacing=1)
+    for i, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
+        draw.text((6, top + i * (cell + 4) + cell // 2 - 6), label, fill="black")
+        for j, image in enumerate(images):
+            picture = to_pil(image).resize((cell, cell), Image.Resampling.NEAREST if image.shape[-1] < cell else Image.Resampling.LANCZOS)
+            sheet.paste(picture, (int(left) + j * (cell + 4), top + i * (cell + 4)))
+    sheet.save(path)

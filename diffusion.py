@@ -1,0 +1,171 @@
+"""Diffusion in one convention (Flash-DMD 2 "Diffusion Models", 3.3): Eq. 1, 2 and 8.
+
+    Eq. 1   x_t = α_t x_0 + σ_t ε                                     forward process, in closed form
+    Eq. 2   x_s = α_s x_0 + σ_s ε̂,  ε̂ = (x_t - α_t x_0)/σ_t           reverse step t -> s, deterministic (DDIM / Euler)
+    Eq. 8   x_{t1} = G(x_t, t);  x_0 = B(x_{t1}, 0)                   backward simulation B: re-noise, denoise, ... down to 0
+
+    x_0, x_t, ε    clean latent, noisy latent, noise, (B, C, h, w)
+    α_t, σ_t       amplitudes. Score-based (SDXL, "eps"): sqrt(abar_t), sqrt(1 - abar_t). Flow (SD3, "flow"): 1 - s, s
+    t              0 = data, larger = noisier. eps: integers 0 .. 999. flow: 1000 s, s = shift u / (1 + (shift - 1) u)
+    S              student steps τ_K > ... > τ_1, noisiest first
+
+NOTE: the paper's Eq. 1 prints one step x_{t-1} -> x_t with α a variance factor, its Eq. 3 uses α_t as an amplitude;
+here α is always the amplitude, and abar_t is the product of Eq. 1's α.
+A Denoiser is any callable (x_t, t, c) -> x_0 with a `schedule`; c is a dict of condition tensors, batch first.
+Left out: higher-order samplers, and anything about networks (models.py).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+T = 1000
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """α_t, σ_t and the two prediction types. prediction: "eps" (SDXL; betas "scaled_linear") or "flow" (SD3; shift)."""
+
+    prediction: str = "eps"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    shift: float = 1.0
+
+    def alpha(self, t):
+        """α_t for t (B,) -> (B, 1, 1, 1), fp32 on t's device."""
+        return self._amplitudes(t)[0]
+
+    def sigma(self, t):
+        """σ_t for t (B,) -> (B, 1, 1, 1), fp32 on t's device."""
+        return self._amplitudes(t)[1]
+
+    def _amplitudes(self, t):
+        if self.prediction == "flow":
+            s = t.float() / T
+            pair = 1 - s, s
+        else:
+            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, T, dtype=torch.float64) ** 2
+            abar = torch.cumprod(1 - betas, 0).to(t.device)[t.long()]
+            pair = abar.sqrt().float(), (1 - abar).sqrt().float()
+        return [a.view(-1, 1, 1, 1) for a in pair]
+
+    def t_at(self, u):
+        """The timestep at a share u in [0, 1] of the way to pure noise: floor(1000 u) (at most 999), or the shifted 1000 s."""
+        if self.prediction == "flow":
+            return T * self.shift * u / (1 + (self.shift - 1) * u)
+        return (T * u).floor().clamp(0, T - 1).long()
+
+    def steps(self, n):
+        """The n timesteps of a sampler, noisiest first, (n,): 999, 749, 499, 249 for SDXL and n = 4; s = 1, .9, .75, .5 for SD3.
+
+        NOTE: section 8 prints 629 among the 8 steps, where equal spacing gives 624.
+        """
+        u = torch.arange(n, 0, -1, dtype=torch.float64) / n
+        if self.prediction == "flow":
+            return self.t_at(u).float()
+        return (T * u).round().long() - 1
+
+    def x_0(self, output, x_t, t):
+        """The network's output as a clean estimate: (x_t - σ_t ε̂)/α_t, or x_t - s v̂. fp32."""
+        if self.prediction == "flow":
+            return x_t.float() - self.sigma(t) * output.float()
+        return (x_t.float() - self.sigma(t) * output.float()) / self.alpha(t)
+
+    def weight(self, t):
+        """What turns a squared x_0 error into the network's own squared error: (α_t/σ_t)² for eps, 1/s² for v. (B, 1, 1, 1)."""
+        alpha, sigma = self._amplitudes(t)
+        return sigma**-2 if self.prediction == "flow" else (alpha / sigma) ** 2
+
+
+def times(t, x):
+    """One timestep for the whole batch: a scalar tensor t -> (B,) on x's device."""
+    return torch.as_tensor(t, device=x.device).expand(x.shape[0])
+
+
+def add_noise(schedule, x_0, t, eps):
+    """Eq. 1: x_t = α_t x_0 + σ_t ε. x_0, eps (B, C, h, w); t (B,)."""
+    return schedule.alpha(t) * x_0 + schedule.sigma(t) * eps
+
+
+def reverse_step(schedule, x_t, x_0, t, s):
+    """Eq. 2, without fresh noise: x_s = α_s x_0 + σ_s (x_t - α_t x_0)/σ_t. t, s (B,), s less noisy than t.
+
+    For the score-based schedule this is DDIM with η = 0, for flow matching the Euler step.
+    """
+    eps = (x_t - schedule.alpha(t) * x_0) / schedule.sigma(t)
+    return add_noise(schedule, x_0, s, eps)
+
+
+def guided(denoiser, null, w):
+    """Classifier-free guidance as a Denoiser: x_0 = x_0(null) + w (x_0(c) - x_0(null)), formed in fp32.
+
+    null: the condition of the null prompt, batch of one. w = 1 leaves the denoiser as it is.
+    """
+    if w == 1:
+        return denoiser
+
+    def x_0(x_t, t, c):
+        both = {k: torch.cat([null[k].expand_as(v), v]) for k, v in c.items()}
+        uncond, cond = denoiser(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
+        return uncond + w * (cond - uncond)
+
+    x_0.schedule = denoiser.schedule
+    return x_0
+
+
+@torch.no_grad()
+def sample_ode(denoiser, x_t, c, n):
+    """n reverse steps (Eq. 2) from pure noise x_t (B, C, h, w) to x_0: the multi-step teacher's sampler."""
+    schedule, steps = denoiser.schedule, denoiser.schedule.steps(n)
+    for i in range(n):
+        t = times(steps[i], x_t)
+        x_0 = denoiser(x_t, t, c)
+        x_t = x_0 if i == n - 1 else reverse_step(schedule, x_t, x_0, t, times(steps[i + 1], x_t))
+    return x_t
+
+
+# --------------------------------------------------------------------------------- backward simulation
+
+
+def backward_simulation(G, x_t, c, steps, generators, start=0, stop=None):
+    """Eq. 8's B: x_0 = G(x_t, τ_i); x_t = α x_0 + σ ε at τ_{i+1}, with fresh noise, for i = start .. stop - 1.
+
+    x_t: (B, C, h, w) at steps[start]. steps: S as a tensor, noisiest first. generators: one per sample.
+    Returns x_t at steps[stop], or the clean x_0 where stop is the end of S. No gradient (Eq. 8's Detach).
+    Called with 0 .. K it is the few-step sampler itself, so training sees the inputs of sampling.
+    """
+    with torch.no_grad():
+        for i in range(start, len(steps) if stop is None else stop):
+            x_0 = G(x_t, times(steps[i], x_t), c)
+            x_t = renoise(G.schedule, x_0, steps, i + 1, generators)
+    return x_t
+
+
+def renoise(schedule, x_0, steps, i, generators):
+    """x_0 at the i-th student step, with fresh noise; after the last step x_0 itself."""
+    if i == len(steps):
+        return x_0
+    return add_noise(schedule, x_0, times(steps[i], x_0), randn(generators, x_0))
+
+
+# ------------------------------------------------------------------- randomness that belongs to the sample
+
+
+def sample_generators(seed, iteration, indices, purpose):
+    """One CPU generator per sample, a function of (run seed, iteration, global sample index, purpose) alone.
+
+    So 1 rank x 16 and 2 ranks x 8 draw the same numbers, and a resumed run needs no saved RNG state.
+    """
+    keys = [[seed, iteration, int(i), *purpose.encode()] for i in indices]
+    return [torch.Generator().manual_seed(int(np.random.SeedSequence(k).generate_state(1, np.uint64)[0] >> 1)) for k in keys]
+
+
+def randn(generators, like):
+    """Standard normal noise, one generator per sample, shaped as `like` (B, ...) and on its device."""
+    return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like.device)
+
+
+def rand(generators, device="cpu"):
+    """One uniform number in [0, 1) per sample, (B,)."""
+    return torch.cat([torch.rand(1, generator=g) for g in generators]).to(device)

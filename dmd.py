@@ -1,0 +1,52 @@
+"""Distribution matching (Flash-DMD 3.1, 3.3; Eq. 3 and 4).
+
+    Eq. 3   s(x_t, t) = -(x_t - α_t μ(x_t, t)) / σ_t²
+    Eq. 4   ∇_θ L_DMD = -E [ (s_real(x_t) - s_fake(x_t)) dG/dθ ],   x = G_θ(x_τ, τ),  x_t = α_t x + σ_t ε
+
+    x                 the generator's clean estimate, (B, C, h, w)
+    x0_real, x0_fake  μ_real, μ_fake: what the teacher (guided) and the generator's score estimator make of x_t
+    t                 renoise time, drawn per sample;  τ, the generator's own input step, from S without its last:
+                      that is the timestep-aware part, and train.py draws it
+    c                 the prompts' condition
+
+Left out: DMD's regression loss, and DMD2's adversarial term (Eq. 5).
+"""
+
+import torch
+
+from diffusion import add_noise
+
+
+def score(x_t, x_0, alpha_t, sigma_t):
+    """Eq. 3: s = -(x_t - α_t x_0)/σ_t². x_t, x_0 (B, C, h, w); alpha_t, sigma_t (B, 1, 1, 1)."""
+    return -(x_t - alpha_t * x_0) / sigma_t**2
+
+
+@torch.no_grad()
+def score_difference(teacher, fake, x, t, eps, c):
+    """Eq. 4's bracket with its sign: s_fake(x_t) - s_real(x_t), the direction in x that RAISES the KL divergence.
+
+    teacher (guided), fake: Denoisers. x, eps (B, C, h, w); t (B,). Returns it with x0_real, both (B, C, h, w), fp32.
+    """
+    schedule = fake.schedule
+    alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
+    x_t = add_noise(schedule, x.float(), t, eps)
+    x0_real, x0_fake = teacher(x_t, t, c), fake(x_t, t, c)
+    return score(x_t, x0_fake, alpha_t, sigma_t) - score(x_t, x0_real, alpha_t, sigma_t), x0_real
+
+
+@torch.no_grad()
+def gradient(teacher, fake, x, t, eps, c):
+    """Eq. 4 with DMD's weight: g = w_t (s_fake - s_real), w_t = (σ_t²/α_t) / mean|x - x0_real|, per sample.
+
+    That is g = (x0_fake - x0_real) / mean|x - x0_real|: of one size at every noise level. (B, C, h, w).
+    ASSUMPTION: the weight is DMD's (Flash-DMD prints none). A sample whose g is not finite contributes nothing.
+    """
+    difference, x0_real = score_difference(teacher, fake, x, t, eps, c)
+    w_t = fake.schedule.sigma(t) ** 2 / fake.schedule.alpha(t) / (x.float() - x0_real).abs().mean((1, 2, 3), keepdim=True)
+    return (w_t * difference).nan_to_num(0, 0, 0)
+
+
+def loss(x, g):
+    """Eq. 4 as a loss: L = 1/2 mean (x - sg(x - g))², so that dL/dx = g / (number of elements). Scalar."""
+    return 0.5 * (x.float() - (x.float() - g).detach()).square().mean()

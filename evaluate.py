@@ -1,0 +1,101 @@
+"""Metric tables: a student, its teacher, or the teacher at few steps, on held-out prompts.
+
+    python evaluate.py --run runs/NAME --steps 4
+    python evaluate.py --teacher --model toy/sdxl --steps 50
+    python evaluate.py --undistilled --model toy/sdxl --steps 4
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import data
+import metrics
+from config import Config
+from diffusion import guided
+from models import VAE, PromptEncoder, UserError, generate, load_denoiser
+
+
+def evaluate(denoiser, encoder, vae, clip, source, steps, num, seed, ode, nfe, reference="real", teacher=None):
+    """Metrics of `num` pictures for the source's held-out prompts, as a dict (the keys of --json)."""
+    reals, prompts = source.held_out(0, num)
+    began = time.time()
+    images = generate(denoiser, encoder, vae, prompts, steps, seed, ode=ode)
+    seconds = (time.time() - began) / num
+    compared = reals if reference == "real" else generate(teacher, encoder, vae, prompts, 50, seed + 1, ode=True)
+    features, features_ref = clip.features(images.to(clip.device)), clip.features(compared.to(clip.device))
+    precision, recall = metrics.precision_recall(features, features_ref)
+    whole, attributes = source.judge(images, prompts) if source.judge else ([], {})
+    return {
+        "prompt_accuracy": sum(whole) / num if whole else None,
+        "attribute_accuracy": {k: sum(v) / len(v) for k, v in sorted(attributes.items())},
+        "frechet": metrics.frechet(features, features_ref),
+        "precision": precision,
+        "recall": recall,
+        "clip_score": clip.score(features, prompts),
+        "saturation": metrics.saturation(images),
+        "contrast": metrics.contrast(images),
+        "nfe": nfe,
+        "seconds_per_image": seconds,
+        "num": num,
+        "seed": seed,
+        "real": {"saturation": metrics.saturation(reals), "contrast": metrics.contrast(reals)},
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--run", default="", help="a student's run folder (default: the newest under runs/)")
+    what.add_argument("--teacher", action="store_true", help="the guided multi-step teacher")
+    what.add_argument("--undistilled", action="store_true", help="the guided teacher in the student's few-step sampler")
+    parser.add_argument("--model", default=Config.model, help=f"pipeline folder of --teacher and --undistilled (default: {Config.model})")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the student's, 50 for --teacher, 4 for --undistilled)")
+    parser.add_argument("--guidance", type=float, default=Config.guidance, help=f"the teacher's guidance scale (default: {Config.guidance})")
+    parser.add_argument("--num", type=int, default=1000, help="held-out prompts (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reference", choices=("real", "teacher"), default="real", help="what Fréchet distance, precision and recall compare with")
+    parser.add_argument("--json", help="write the metrics to this file too")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        if args.num < 8:
+            raise UserError("--num must be at least 8: the metrics compare distributions")
+        config, unet = {"model": args.model, "data": Config.data, "resolution": Config.resolution, "clip": Config.clip}, None
+        steps, trained = args.steps or (50 if args.teacher else 4), not (args.teacher or args.undistilled)
+        if trained:
+            run, config = checkpoint.find_run(args.run)
+            steps, unet = args.steps or config["student_steps"], checkpoint.newest(run) / "unet"
+        if steps < 1:
+            raise UserError("--steps must be at least 1")
+        model = config["model"]
+        encoder, vae, clip = PromptEncoder(model, config["resolution"], device, dtype), VAE(model, device), metrics.Clip(config["clip"], device)
+        source = data.source(config["data"], config["resolution"])
+        if source.held_out is None:
+            raise UserError(f"{config['data']} has no held-out part to evaluate on")
+        denoiser = load_denoiser(model, device, dtype, unet)
+        denoiser.net.to(dtype).eval()
+        teacher = load_denoiser(model, device, dtype)
+        teacher.net.to(dtype).eval()
+        teacher = guided(teacher, encoder.null(), args.guidance)
+        nfe = steps if trained else steps * (2 if args.guidance != 1 else 1)
+        result = evaluate(
+            denoiser if trained else teacher, encoder, vae, clip, source, steps, args.num, args.seed, args.teacher, nfe, args.reference, teacher
+        )
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    text = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}, indent=2)
+    print(text)
+    if args.json:
+        Path(args.json).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

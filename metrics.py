@@ -1,0 +1,86 @@
+"""What pictures are measured by: Fréchet distance, precision and recall, CLIP score, saturation, contrast, diversity.
+
+Images are (N, 3, H, W) in [-1, 1]; features (N, d).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import CLIPModel, CLIPTokenizer
+
+from models import folder, load_part
+
+
+class Clip:
+    """A CLIP folder (toy/clip) or hub name: images -> features, (images, prompts) -> CLIP scores."""
+
+    def __init__(self, path, device="cpu"):
+        path = folder(path)
+        self.model = load_part(CLIPModel, path).float().to(device).eval().requires_grad_(False)
+        self.tokenizer = load_part(CLIPTokenizer, path)
+        config = Path(path) / "preprocessor_config.json"
+        pixels = json.loads(config.read_text()) if config.exists() else {}
+        self.mean = torch.tensor(pixels.get("image_mean", [0.48145466, 0.4578275, 0.40821073]), device=device).view(3, 1, 1)
+        self.std = torch.tensor(pixels.get("image_std", [0.26862954, 0.26130258, 0.27577711]), device=device).view(3, 1, 1)
+
+    @torch.no_grad()
+    def features(self, images):
+        """The projected image embeddings, not normalised, (N, d)."""
+        size = self.model.config.vision_config.image_size
+        if images.shape[-2:] != (size, size):
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+        pixels = ((images + 1) / 2 - self.mean) / self.std
+        return torch.cat([self.model.visual_projection(self.model.vision_model(p)[1]) for p in pixels.split(256)])
+
+    @torch.no_grad()
+    def score(self, features, prompts):
+        """Mean cosine similarity between image features (N, d) and their N prompts."""
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(features.device)
+        text = self.model.text_projection(self.model.text_model(**tokens)[1])
+        return F.cosine_similarity(features, text).mean().item()
+
+
+def frechet(a, b):
+    """Fréchet distance of two Gaussians fitted to features a (N, d), b (M, d):
+
+    |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a^½ Σ_b Σ_a^½)^½)   (Heusel et al. 2017, on these features).
+    """
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def precision_recall(fake, real, k=3):
+    """k-NN precision and recall (Kynkäänniemi et al. 2019) of features fake (N, d) against real (M, d).
+
+    Precision: the share of fakes inside the union of balls around reals, each reaching to its k-th neighbour; recall: the reverse.
+    """
+
+    def covered(points, centres):
+        radius = torch.cdist(centres, centres).kthvalue(k + 1, 1).values  # the first neighbour is the point itself
+        return (torch.cdist(points, centres) <= radius).any(1).float().mean().item()
+
+    return covered(fake, real), covered(real, fake)
+
+
+def saturation(images):
+    """Mean over pixels of max(R, G, B) - min(R, G, B), with channels in [0, 1]."""
+    return ((images.amax(1) - images.amin(1)) / 2).mean().item()
+
+
+def contrast(images):
+    """Mean over pictures of the standard deviation of their luminance, with channels in [0, 1]."""
+    luma = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(3, 1, 1)
+    return ((images + 1) / 2 * luma).sum(1).flatten(1).std(1).mean().item()
+
+
+def diversity(images, per_prompt):
+    """Root mean squared difference between pictures of one prompt, channels in [0, 1]; images: groups of `per_prompt` in a row."""
+    groups = ((images + 1) / 2).flatten(1).unflatten(0, (-1, per_prompt))
+    pairs = torch.triu_indices(per_prompt, per_prompt, 1)
+    return (groups[:, pairs[0]] - groups[:, pairs[1]]).square().mean().sqrt().item()

@@ -1,0 +1,178 @@
+"""A diffusers pipeline folder -> Denoiser, prompt encoder, VAE; a SAM folder or checkpoint -> image encoder.
+
+Everything that knows about SDXL's classes lives here; the losses see callables and tensors.
+`model` is a local folder in the diffusers pipeline layout (toy/sdxl is one) or a hub name.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
+from segment_anything import sam_model_registry
+from segment_anything.modeling import ImageEncoderViT
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from diffusion import Schedule, backward_simulation, randn, sample_generators, sample_ode
+
+HERE = Path(__file__).parent
+
+
+class UserError(Exception):
+    """A mistake of the user's: the scripts print its one line and exit with status 2."""
+
+
+def folder(path, *parts):
+    """A local folder that must hold `parts` (files or folders), searched from here and from the project; or a hub name, as it is.
+
+    Raises UserError for a folder that is missing or half-written.
+    """
+    found = next((p for p in (Path(path), HERE / path) if p.is_dir()), None)
+    if found is None:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).startswith(("toy/", "runs/")):
+            return str(path)
+        raise UserError(f"no such folder: {path} (give a diffusers pipeline folder, such as toy/sdxl)")
+    for part in parts:
+        if not (found / part).exists():
+            raise UserError(f"{path} is incomplete: it lacks {part} (download or build the folder again)")
+    return str(found)
+
+
+def load_part(cls, path, sub="", **kwargs):
+    try:
+        return cls.from_pretrained(path, subfolder=sub, **kwargs)
+    except Exception as e:  # the libraries raise OSError, ValueError, SafetensorError, ...: all mean that this part cannot be read
+        raise UserError(f"cannot read {sub} of {path}: {str(e).strip().splitlines()[0]}") from None
+
+
+class Denoiser:
+    """(x_t, t, c) -> x_0, the clean estimate of an SDXL UNet. x_t, x_0 (B, C, h, w); t (B,); c from PromptEncoder.
+
+    The network computes in `dtype`; the estimate is formed in fp32.
+    """
+
+    def __init__(self, net, schedule, dtype=torch.float32):
+        self.net, self.schedule, self.dtype = net, schedule, dtype
+        self.passes = 0  # forward passes so far, in samples; a pass with gradient counts as 3 (its backward costs two forwards)
+
+    def __call__(self, x_t, t, c):
+        self.passes += len(x_t) * (3 if torch.is_grad_enabled() else 1)
+        added = {"text_embeds": c["pooled"].to(self.dtype), "time_ids": c["size"].to(self.dtype)}
+        output = self.net(x_t.to(self.dtype), t, c["tokens"].to(self.dtype), added_cond_kwargs=added, return_dict=False)[0]
+        return self.schedule.x_0(output, x_t, t)
+
+
+def load_schedule(model):
+    """The noise schedule of a pipeline folder's scheduler config."""
+    path = Path(folder(model, "scheduler/scheduler_config.json"))
+    if not path.is_dir():
+        return Schedule()  # a hub name: SDXL's own
+    config = json.loads((path / "scheduler/scheduler_config.json").read_text())
+    if config.get("prediction_type", "epsilon") != "epsilon" or config.get("beta_schedule") != "scaled_linear":
+        raise UserError(f"{model}: only eps-prediction with scaled_linear betas (SDXL) is supported so far")
+    return Schedule("eps", config["beta_start"], config["beta_end"])
+
+
+def load_denoiser(model, device="cpu", dtype=torch.float32, unet=None):
+    """The UNet of pipeline folder `model`, or the one in folder `unet`, with the schedule of `model`; fp32 weights."""
+    net = load_part(UNet2DConditionModel, folder(model, "model_index.json", "unet"), "unet") if unet is None else load_part(UNet2DConditionModel, unet, "")
+    return Denoiser(net.float().to(device), load_schedule(model), dtype)
+
+
+class PromptEncoder:
+    """SDXL's two frozen text encoders. encode(prompts) -> c: tokens (B, L, d1 + d2), pooled (B, p), size (B, 6)."""
+
+    def __init__(self, model, image_size, device="cpu", dtype=torch.float32):
+        path = folder(model, "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+        self.tokenizers = [load_part(CLIPTokenizer, path, f"tokenizer{n}") for n in ("", "_2")]
+        classes = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
+        self.encoders = [load_part(cls, path, f"text_encoder{n}").to(device, dtype).eval().requires_grad_(False) for n, cls in classes.items()]
+        self.size, self.device = image_size, device
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """prompts: a list of B strings. Warns of a prompt that is cut off at the encoders' length."""
+        states, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders):
+            tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
+            out = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
+            states.append(out.hidden_states[-2])
+            pooled = out[0]  # of the second encoder: its projected pooled embedding
+        size = torch.tensor([self.size, self.size, 0, 0, self.size, self.size], dtype=torch.float32, device=self.device)
+        return {"tokens": torch.cat(states, -1).float(), "pooled": pooled.float(), "size": size.expand(len(prompts), 6)}
+
+    def too_long(self, prompt):
+        """Whether `prompt` has more tokens than the encoders take."""
+        tokenizer = self.tokenizers[0]
+        return len(tokenizer(prompt).input_ids) > tokenizer.model_max_length
+
+    def null(self):
+        """The null prompt's condition, batch of one: zeros, as SDXL's pipeline has it (`force_zeros_for_empty_prompt`)."""
+        c = self.encode([""])
+        return {"tokens": torch.zeros_like(c["tokens"]), "pooled": torch.zeros_like(c["pooled"]), "size": c["size"]}
+
+
+class VAE(nn.Module):
+    """The pipeline's frozen autoencoder, between images in [-1, 1] (B, 3, H, W) and scaled latents (B, C, h, w), in fp32."""
+
+    def __init__(self, model, device="cpu"):
+        super().__init__()
+        self.net = load_part(AutoencoderKL, folder(model, "vae"), "vae").float().to(device).eval().requires_grad_(False)
+        self.channels = self.net.config.latent_channels
+        self.factor = 2 ** (len(self.net.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode(self, images):
+        """The posterior mean, scaled."""
+        config = self.net.config
+        return (self.net.encode(images).latent_dist.mean - (config.shift_factor or 0)) * config.scaling_factor
+
+    def decode(self, z):
+        """V: latents -> images. Gradient passes through it to z, never to its weights."""
+        config = self.net.config
+        return self.net.decode(z / config.scaling_factor + (config.shift_factor or 0), return_dict=False)[0]
+
+
+def load_sam(path, device="cpu"):
+    """segment_anything's image encoder, frozen: from a folder (config.json, image_encoder.safetensors) or one of its own
+    checkpoints (sam_vit_b_*.pth, sam_vit_l_*.pth, sam_vit_h_*.pth)."""
+    if str(path).endswith(".pth"):
+        kind = re.search(r"vit_[blh]", Path(path).name)
+        if not Path(path).is_file() or not kind:
+            raise UserError(f"no SAM checkpoint at {path} (expected a file named like sam_vit_b_01ec64.pth)")
+        encoder = sam_model_registry[kind[0]](checkpoint=str(path)).image_encoder
+    else:
+        where = Path(folder(path, "config.json", "image_encoder.safetensors"))
+        encoder = ImageEncoderViT(**json.loads((where / "config.json").read_text()), norm_layer=nn.LayerNorm)
+        encoder.load_state_dict({k: v.float() for k, v in load_file(where / "image_encoder.safetensors").items()})
+    return encoder.to(device).eval().requires_grad_(False)
+
+
+def shard(net, dtype):
+    """FSDP2 in place: fp32 weights, gradients and optimizer state sharded over all ranks, computing in `dtype`."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # a cast would round t to bf16
+    for block in [*net.down_blocks, net.mid_block, *net.up_blocks]:
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(net, mp_policy=policy)
+
+
+@torch.no_grad()
+def generate(denoiser, encoder, vae, prompts, steps, seed, first=0, batch=64, ode=False):
+    """Prompts -> pictures (n, 3, H, W) in [-1, 1] on the CPU.
+
+    The picture of (seed, prompt, first + place in the list) is the same at every batch size. Few-step sampling re-noises
+    between steps (diffusion.backward_simulation); ode=True follows the multi-step teacher's deterministic path.
+    """
+    side, pictures = encoder.size // vae.factor, []
+    for i in range(0, len(prompts), batch):
+        part = prompts[i : i + batch]
+        c = encoder.encode(part)
+        generators = sample_generators(seed, 0, range(first + i, first + i + len(part)), "sample")
+        z = randn(generators, torch.empty(len(part), vae.channels, side, side, device=encoder.device))
+        x_0 = sample_ode(denoiser, z, c, steps) if ode else backward_simulation(denoiser, z, c, denoiser.schedule.steps(steps), generators)
+        pictures.append(vae.decode(x_0).cpu())
+    return torch.cat(pictures)

@@ -1,0 +1,91 @@
+"""Pixel-GAN (Flash-DMD 3.3; Eq. 9 and 10): a discriminator on the features of a frozen SAM image encoder.
+
+    Eq. 9    ∇_θ L_advG = E [ log D(V(G_θ(x̂, t̂))) dG/dθ ]
+    Eq. 10   L_advD = E_real [ -log D(x_real) ] + E [ -log(1 - D(V(x_adv))) ]
+
+    D      SAM encoder (frozen) -> a small head per feature level (ω, trained) -> maps of logits
+    V      VAE decoder (frozen)
+    x_adv  the generator's clean estimate at the last, least noisy student step, which only this loss trains
+
+NOTE: the paper prints Eq. 9 as an ascent direction, and the second term of Eq. 10 as +log D(fake); these are the logistic
+losses they stand for. Algorithm 1, line 25 asks for the hinge pair, which is the default here.
+ASSUMPTION: D sees no prompt (the paper names none). Heads: spectral-norm convolutions, group norm, leaky ReLU, a logit
+MAP per level, after the 2-D heads that the paper takes from ADM; sizes are ours.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0 .. 255, as SAM was trained
+
+class PixelDiscriminator(nn.Module):
+    """D(D.features(images)): images (B, 3, H, W) in [-1, 1] -> logits (B, n), the maps of all levels, flattened and joined.
+
+    encoder: segment_anything's ImageEncoderViT, frozen; gradient passes through it to the image. Features are taken after
+    each block with global attention, and from the neck.
+    """
+
+    def __init__(self, encoder, width=64):
+        super().__init__()
+        self.encoder = [encoder]  # in a list: frozen, so not among this module's parameters or its state
+        dim, out = encoder.patch_embed.proj.out_channels, encoder.neck[0].out_channels
+        self.levels = [i for i, block in enumerate(encoder.blocks) if block.window_size == 0]
+        self.heads = nn.ModuleList(head(channels, width) for channels in [dim] * len(self.levels) + [out])
+
+    def features(self, images):
+        """(B, 3, H, W) in [-1, 1] -> SAM's feature maps, one (B, C_l, h, w) per level."""
+        (encoder,) = self.encoder
+        x = encoder.patch_embed(sam_input(images, encoder.img_size))
+        if encoder.pos_embed is not None:
+            x = x + encoder.pos_embed
+        maps = []
+        for i, block in enumerate(encoder.blocks):
+            x = block(x)  # (B, h, w, C)
+            if i in self.levels:
+                maps.append(x.permute(0, 3, 1, 2))
+        return [*maps, encoder.neck(x.permute(0, 3, 1, 2))]
+
+    def forward(self, features):
+        """Feature maps -> logits (B, n). They are made apart, so that a picture judged twice passes SAM once."""
+        return torch.cat([h(f).flatten(1) for h, f in zip(self.heads, features)], 1)
+
+
+def head(channels, width):
+    """A 2-D head: features (B, channels, h, w) -> a map of logits (B, 1, h, w)."""
+    return nn.Sequential(
+        spectral_norm(nn.Conv2d(channels, width, 3, padding=1)),
+        nn.GroupNorm(8, width),
+        nn.LeakyReLU(0.2),
+        spectral_norm(nn.Conv2d(width, width, 3, padding=1)),
+        nn.GroupNorm(8, width),
+        nn.LeakyReLU(0.2),
+        spectral_norm(nn.Conv2d(width, 1, 1)),
+    )
+
+
+def sam_input(images, size):
+    """Images in [-1, 1] -> SAM's normalised pixels at its own square resolution; not clamped, with gradient."""
+    if images.shape[-2:] != (size, size):
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (SAM_MEAN, SAM_STD))
+    return ((images + 1) * 127.5 - mean) / std
+
+
+def generator_loss(fake_logits, kind="hinge"):
+    """Eq. 9: -E log D(V(x_adv)) for "logistic" (D the sigmoid of the logit); -E logit for "hinge". Scalar."""
+    return -fake_logits.mean() if kind == "hinge" else F.softplus(-fake_logits).mean()
+
+
+def discriminator_loss(real_logits, fake_logits, kind="hinge"):
+    """Eq. 10: E[-log D(real)] + E[-log(1 - D(fake))] for "logistic"; E[(1 - real)+] + E[(1 + fake)+] for "hinge". Scalar."""
+    if kind == "hinge":
+        return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def accuracy(real_logits, fake_logits):
+    """The share of pictures that D judges right by their mean logit: 0.5 = blind, 1 = it sees through G. Scalar."""
+    right = torch.cat([real_logits.mean(1) > 0, fake_logits.mean(1) <= 0])
+    return right.float().mean()

@@ -1,0 +1,37 @@
+"""The generator's score estimator μ_fake (Flash-DMD 3.1, 3.3 "Stabilize Score Estimator"; Eq. 6 and 11).
+
+    Eq. 6    L_diffusion = E ||μ_ψ(x_t, t) - ε||²              nothing else trains it: it is no discriminator
+    Eq. 11   ψ <- λ_ema ψ + (1 - λ_ema) θ                      after every generator update
+
+    x    the generator's clean estimate, detached, (B, C, h, w)
+    t    uniform over the whole range;  x_t = α_t x + σ_t ε
+    ψ    the estimator's weights;  θ the generator's
+
+TTUR (how often Eq. 6 runs per generator update) is a line of train.py. Left out: DMD2's second task, Eq. 7.
+"""
+
+import torch
+
+from diffusion import add_noise
+
+
+def loss(fake, x, t, eps, c):
+    """Eq. 6: E ||μ_ψ(x_t, t) - ε||², a mean over elements, through the clean estimate.
+
+    fake: a Denoiser; x, eps (B, C, h, w); t (B,). In the network's own parameterisation: (α_t/σ_t)² ||x̂_0 - x||²
+    is the squared error of ε̂, and 1/s² of it that of a flow's v̂. Scalar.
+    """
+    x_t = add_noise(fake.schedule, x, t, eps)
+    return (fake.schedule.weight(t) * (fake(x_t, t, c) - x) ** 2).mean()
+
+
+@torch.no_grad()
+def pull(psi, theta, lam):
+    """Eq. 11: ψ <- λ ψ + (1 - λ) θ, in place. psi, theta: parameters in the same order (sharded alike, if sharded); λ in [0, 1].
+
+    λ = 1 is "off". fp32 weights: bf16 would lose (1 - λ)(θ - ψ).
+    ASSUMPTION: the value of λ is not in the paper; the README has the sweep that chose ours.
+    """
+    if lam < 1:
+        for p, q in zip(psi, theta, strict=True):
+            p.mul_(lam).add_(q, alpha=1 - lam)

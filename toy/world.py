@@ -1,0 +1,309 @@
+"""The toy world: 64x64 scenes whose captions can be CHECKED, not estimated.
+
+A scene is a background (colour, texture) with one to three objects on a 2x2 grid of cells; each object
+has a shape, colour, size, fill and a place in its cell. Its caption states some of that. What the caption
+leaves open (places, sizes, fills, backgrounds) is what makes few-step sampling hard; what it states can be
+read back from the pixels, which makes alignment exact.
+
+    scene(i, split)     the i-th scene of "train" or "test", and its caption
+    render(scene)       its image, (3, 64, 64) in [-1, 1];  labels(scene) its masks, (64, 64)
+    detect(images)      what is in the pixels, by comparing each cell with every object it could hold
+    judge(images, prompts)   which of the stated facts are true
+
+Train and test share no caption and no scene: both are dealt by a hash of their text.
+"""
+
+import itertools
+import re
+import zlib
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+SIZE, CELL = 64, 32
+COLORS = {
+    "red": (0.85, 0.13, 0.15),
+    "green": (0.15, 0.65, 0.20),
+    "blue": (0.15, 0.30, 0.90),
+    "yellow": (0.95, 0.85, 0.15),
+    "purple": (0.62, 0.18, 0.75),
+    "cyan": (0.20, 0.80, 0.85),
+}
+BACKGROUNDS = {"black": (0.10, 0.10, 0.10), "gray": (0.50, 0.50, 0.50), "tan": (0.76, 0.66, 0.50), "navy": (0.10, 0.12, 0.34)}
+SHAPES, SIZES, FILLS, TEXTURES = ("circle", "square", "triangle", "ring"), {"small": 8, "large": 12}, ("plain", "striped", "dotted"), ("plain", "checkered")
+PLACES = ("top left", "top right", "bottom left", "bottom right")  # cell 0..3, reading order
+SECOND = (0.97, 0.97, 0.97)  # the colour of stripes and dots
+CHECKER = 0.06  # checkered backgrounds: squares of 8 pixels, lighter and darker by this much
+JITTER = 3  # an object's centre lies within +-3 pixels of its cell's centre
+MALFORMED = 0.05  # a cell whose squared distance (summed over RGB, mean over pixels) from its best match exceeds this holds no valid object
+
+
+@dataclass(frozen=True)
+class Object:
+    shape: str
+    color: str
+    size: str
+    fill: str
+    cell: int  # 0..3, reading order
+    dx: int = 0
+    dy: int = 0
+
+
+@dataclass(frozen=True)
+class Scene:
+    background: str
+    texture: str
+    objects: tuple  # of Object, in reading order
+
+    def key(self):
+        """The scene in words, places inside the cells left out: what the train/test split is dealt by."""
+        return " ".join([self.background, self.texture, *(f"{o.size} {o.fill} {o.color} {o.shape} {o.cell}" for o in self.objects)])
+
+
+# ---------------------------------------------------------------------------------------------- drawing
+
+
+@cache
+def stencil(shape, size, fill, dx=0, dy=0):
+    """One object alone: (2, CELL, CELL) float coverage in [0, 1] of its first and its second colour (4x4 supersampled)."""
+    s = 4
+    grid = (np.arange(CELL * s) + 0.5) / s - CELL / 2
+    x, y = np.meshgrid(grid - dx, grid - dy)
+    r = SIZES[size]
+    inside = {
+        "circle": x**2 + y**2 < r**2,
+        "square": (abs(x) < 0.85 * r) & (abs(y) < 0.85 * r),
+        "triangle": (y < 0.8 * r) & (y > -r + 2 * abs(x) * 0.9),
+        "ring": (x**2 + y**2 < r**2) & (x**2 + y**2 > (0.5 * r) ** 2),
+    }[shape]
+    second = {
+        "plain": np.zeros_like(inside),
+        "striped": np.floor((y + 1.5) / 3) % 2 == 1,
+        "dotted": ((x + 3) % 6 - 3) ** 2 + ((y + 3) % 6 - 3) ** 2 < 1.9**2,
+    }[fill]
+    masks = np.stack([inside & ~second, inside & second]).astype(np.float32)
+    return masks.reshape(2, CELL, s, CELL, s).mean((2, 4))
+
+
+def background(color, texture):
+    """(3, SIZE, SIZE) in [0, 1]."""
+    image = np.broadcast_to(np.array(BACKGROUNDS[color], np.float32)[:, None, None], (3, SIZE, SIZE))
+    squares = (np.add.outer(np.arange(SIZE) // 8, np.arange(SIZE) // 8) % 2 * 2 - 1).astype(np.float32)
+    return image + CHECKER * squares * (texture == "checkered")
+
+
+def _cell(n):
+    row, col = divmod(n, 2)
+    return slice(row * CELL, (row + 1) * CELL), slice(col * CELL, (col + 1) * CELL)
+
+
+def render(scene):
+    """The scene's picture: float tensor (3, SIZE, SIZE) in [-1, 1]."""
+    image = np.array(background(scene.background, scene.texture))
+    for o in scene.objects:
+        first, second = stencil(o.shape, o.size, o.fill, o.dx, o.dy)
+        region = image[(slice(None), *_cell(o.cell))]
+        region *= 1 - first - second
+        region += first * np.array(COLORS[o.color], np.float32)[:, None, None] + second * np.array(SECOND, np.float32)[:, None, None]
+    return torch.from_numpy(image * 2 - 1)
+
+
+def labels(scene):
+    """The scene's masks: int64 tensor (SIZE, SIZE); 0 background, 1 + 2 * shape for first colours, 2 + 2 * shape for second."""
+    out = np.zeros((SIZE, SIZE), np.int64)
+    for o in scene.objects:
+        first, second = stencil(o.shape, o.size, o.fill, o.dx, o.dy)
+        region = out[_cell(o.cell)]
+        region[first >= 0.5] = 1 + 2 * SHAPES.index(o.shape)
+        region[second >= 0.5] = 2 + 2 * SHAPES.index(o.shape)
+    return torch.from_numpy(out)
+
+
+# --------------------------------------------------------------------------------------------- captions
+
+
+def random_scene(rng):
+    cells = sorted(rng.choice(4, rng.choice([1, 2, 3], p=[0.35, 0.4, 0.25]), replace=False).tolist())
+    pick = lambda options: list(options)[rng.integers(len(options))]  # noqa: E731
+    objects = tuple(
+        Object(pick(SHAPES), pick(COLORS), pick(SIZES), pick(FILLS), c, *rng.integers(-JITTER, JITTER + 1, 2).tolist()) for c in cells
+    )
+    return Scene(pick(BACKGROUNDS), pick(TEXTURES), objects)
+
+
+def caption(scene, rng):
+    """Says every object's shape, and each further fact by chance.
+
+    "a large red circle left of a striped blue ring on a gray background"
+    """
+
+    def phrase(o):
+        said = [(o.size, 0.4), (o.fill, 0.4), (o.color, 0.9)]
+        return " ".join(["a", *(word for word, p in said if rng.random() < p), o.shape])
+
+    phrases = [phrase(o) for o in scene.objects]
+    cells = [o.cell for o in scene.objects]
+    relation = relation_of(*cells) if len(cells) == 2 else None
+    if len(cells) == 1 and rng.random() < 0.4:
+        text = f"{phrases[0]} at the {PLACES[cells[0]]}"
+    elif relation and rng.random() < 0.6:
+        text = f"{phrases[0]} {relation} {phrases[1]}"
+    else:
+        phrases = [phrases[i] for i in rng.permutation(len(phrases))]
+        text = " and ".join(phrases)
+    if rng.random() < 0.5:
+        texture = f"{scene.texture} " if rng.random() < 0.4 else ""
+        text += f" on a {texture}{scene.background} background"
+    return text
+
+
+def relation_of(a, b):
+    """How cell a lies to cell b: "left of", "above", or None (diagonal, or the reverse)."""
+    return {(0, 1): "left of", (2, 3): "left of", (0, 2): "above", (1, 3): "above"}.get((a, b))
+
+
+def _held_out(text):
+    return zlib.crc32(text.encode()) % 10 == 0
+
+
+@cache
+def _scene(index, split):
+    for attempt in itertools.count():
+        rng = np.random.default_rng([split == "test", index, attempt])
+        s = random_scene(rng)
+        words = caption(s, rng)
+        if {_held_out(s.key()), _held_out(words)} == {split == "test"}:
+            return s, words
+
+
+def scene(index, split="train"):
+    """-> (Scene, caption), a pure function of (index, split). Test scenes' keys and captions never occur in train."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    return _scene.__wrapped__(index, split) if split == "train" else _scene(index, split)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+@cache
+def _templates():
+    """Every object a cell can hold, colours aside: names, and per template the coverages (m, n, m^2, n^2, m n) of its
+    first and second colour, (N, 5 * CELL * CELL)."""
+    span = range(-JITTER, JITTER + 1)
+    names = list(itertools.product(SHAPES, SIZES, FILLS, span, span))
+    m, n = torch.from_numpy(np.stack([stencil(*name) for name in names])).flatten(2).unbind(1)
+    return names, torch.cat([m, n, m * m, n * n, m * n], 1)
+
+
+@torch.no_grad()
+def detect(images):
+    """Read scenes back from pixels (B, 3, SIZE, SIZE) in [-1, 1] -> list of B Scenes.
+
+    Analysis by synthesis: per cell, over all shapes, sizes, fills, places and colours, the squared distance between
+    the cell and that object drawn on the picture's background; the smallest wins, the bare background among them.
+    A cell that resembles nothing (MALFORMED) gets an object of shape "malformed", which satisfies no caption.
+
+    Drawn pixel = ground + m (first - ground) + n (second - ground), so with d = pixel - ground, p, q the brackets,
+    |d - m p - n q|^2 = |d|^2 - 2 m d.p - 2 n d.q + m^2 |p|^2 + n^2 |q|^2 + 2 m n p.q: one matrix product with _templates().
+    """
+    images = (images.float().cpu() + 1) / 2
+    grounds = list(itertools.product(BACKGROUNDS, TEXTURES))
+    drawn = torch.from_numpy(np.stack([background(*g) for g in grounds]))
+    # An object hides its ground alike under every guess: cap what a pixel can say.
+    best_ground = (images[:, None] - drawn).square().sum(2).clamp(max=0.03).sum((2, 3)).argmin(1)  # (B,)
+    names, masks = _templates()
+    colors = torch.tensor(list(COLORS.values()))[:, :, None]  # (6, 3, 1)
+    found = [[] for _ in images]
+    for cell in range(4):
+        rows, cols = _cell(cell)
+        ground = drawn[best_ground][:, :, rows, cols].flatten(2)  # (B, 3, n)
+        d = images[:, :, rows, cols].flatten(2) - ground
+        q = torch.tensor(SECOND)[:, None] - ground
+        terms = []
+        for color in colors:
+            p = color - ground
+            terms.append(torch.cat([(-2 * d * p).sum(1), (-2 * d * q).sum(1), (p * p).sum(1), (q * q).sum(1), (2 * p * q).sum(1)], 1))
+        gains = torch.stack(terms, 1) @ masks.T  # (B, 6, N)
+        best, where = gains.flatten(1).min(1)
+        empty = best >= 0
+        residual = (d.square().sum((1, 2)) + torch.where(empty, 0.0, best)) / CELL**2
+        for i in range(len(images)):
+            if residual[i] > MALFORMED:
+                found[i].append(Object("malformed", "", "", "", cell))
+            elif not empty[i]:
+                color, (shape, size, fill, dx, dy) = list(COLORS)[where[i] // len(names)], names[where[i] % len(names)]
+                found[i].append(Object(shape, color, size, fill, cell, dx, dy))
+    return [Scene(*grounds[g], tuple(f)) for g, f in zip(best_ground.tolist(), found)]
+
+
+def parse(text):
+    """A caption of this world -> (list of stated objects as dicts, relation or None, stated background as a dict).
+
+    Raises ValueError for text outside the world's grammar.
+    """
+    said, relation, ground = text.strip().lower(), None, {}
+    if m := re.search(r" on an? (?:(plain|checkered) )?(\w+) background$", said):
+        if m[2] not in BACKGROUNDS:
+            raise ValueError(f"not a background of the toy world: {m[2]!r} in {text!r}")
+        ground = {"background": m[2]} | ({"texture": m[1]} if m[1] else {})
+        said = said[: m.start()]
+    if m := re.search(rf" at the ({'|'.join(PLACES)})$", said):
+        relation, said = m[1], said[: m.start()]
+    if m := re.search(r" (left of|above) ", said):
+        relation = m[1]
+    objects = []
+    for phrase in re.split(r" and | left of | above ", said):
+        article, *words = phrase.split() or [""]
+        stated = {}
+        for word in words:
+            kind = next((k for k, v in (("shape", SHAPES), ("color", COLORS), ("size", SIZES), ("fill", FILLS)) if word in v), None)
+            if kind is None or kind in stated:
+                raise ValueError(f"not in the toy world's grammar: {word!r} in {text!r}")
+            stated[kind] = word
+        if article not in ("a", "an") or "shape" not in stated:
+            raise ValueError(f"not in the toy world's grammar: {phrase!r} in {text!r}")
+        objects.append(stated)
+    return objects, relation, ground
+
+
+def check(found, text):
+    """Which facts that `text` states are true of the Scene `found` -> dict of lists of bool, one list per attribute.
+
+    Stated objects are matched to found ones so that as many facts as possible hold.
+    """
+    stated, relation, ground = parse(text)
+    candidates = list(found.objects) + [None] * len(stated)
+
+    def facts(match):
+        out = {"count": [len(found.objects) == len(stated)]}
+        for wanted, o in zip(stated, match):
+            for kind, value in wanted.items():
+                out.setdefault(kind, []).append(o is not None and getattr(o, kind) == value)
+        if relation in PLACES:
+            out["place"] = [match[0] is not None and PLACES[match[0].cell] == relation]
+        elif relation:
+            out["relation"] = [None not in match[:2] and relation_of(match[0].cell, match[1].cell) == relation]
+        for kind, value in ground.items():
+            out[kind] = [getattr(found, kind) == value]
+        return out
+
+    return max((facts(m) for m in itertools.permutations(candidates, len(stated))), key=lambda f: sum(map(sum, f.values())))
+
+
+def judge(images, prompts):
+    """Check pictures against their prompts.
+
+    images: (B, 3, SIZE, SIZE) in [-1, 1]; prompts: B captions of this world (ValueError otherwise).
+    Returns (whole, attributes): whole, a list of B bools (every stated fact holds); attributes, a dict
+    attribute -> list of bools over all its statements.
+    """
+    whole, attributes = [], {}
+    for found, text in zip(detect(images), prompts, strict=True):
+        facts = check(found, text)
+        whole.append(all(map(all, facts.values())))
+        for kind, values in facts.items():
+            attributes.setdefault(kind, []).extend(values)
+    return whole, attributes
