@@ -9,6 +9,7 @@ Randomness and data follow from (seed, iteration), so nothing else needs saving.
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -38,7 +39,9 @@ def save(run, players, progress):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     barrier()
-    dcp.save(_state(players), checkpoint_id=aside / "state", no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process without a process group is what no_dist means
+        dcp.save(_state(players), checkpoint_id=aside / "state", no_dist=not dist.is_initialized())
     whole = get_model_state_dict(players["G"][0], options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if first:
         save_diffusers(aside / "unet", players["G"][0], whole)
@@ -54,7 +57,9 @@ def save(run, players, progress):
 def load(path, players):
     """Fill players {name: (module, optimizer)} from a checkpoint folder and return its progress."""
     state = _state(players)
-    dcp.load(state, checkpoint_id=Path(path) / "state", no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=Path(path) / "state", no_dist=not dist.is_initialized())
     for name, (module, optimizer) in players.items():
         set_state_dict(module, optimizer, model_state_dict=state[name]["model"], optim_state_dict=state[name]["optimizer"])
     return json.loads((Path(path) / "progress.json").read_text())

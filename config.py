@@ -35,6 +35,7 @@ class Config:
     seed: int = 0  # of the whole run
     save_every: int = 200  # loops between checkpoints
     preview_every: int = 100  # loops between preview pictures; 0 = none
+    log_every: int = 10  # loops between lines of metrics.jsonl
     workers: int = 0  # data-loading processes per rank
     resume: bool = False  # go on from the newest checkpoint in --out
     overwrite: bool = False  # replace the run in --out
@@ -69,7 +70,7 @@ def parse(argv=None):
         parser.add_argument(flag, default=None, help=f"{notes[f.name]} (default: {f.default})".replace("%", "%%"), **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     config = Config(**{**PRESETS[given.get("preset", "toy")], **given})
-    for name in ("iterations", "batch_size", "ttur", "save_every", "resolution"):
+    for name in ("iterations", "batch_size", "ttur", "save_every", "log_every", "resolution"):
         if getattr(config, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 <= config.ema <= 1:

@@ -20,7 +20,7 @@ from toy import world
 
 
 def source(name, resolution, seed=0):
-    """"toy" or a folder -> a source. Raises UserError for a folder that cannot be trained on."""
+    """ "toy" or a folder -> a source. Raises UserError for a folder that cannot be trained on."""
     if name == "toy":
         if resolution != world.SIZE:
             raise UserError(f"the toy world's images are {world.SIZE} pixels wide, --resolution says {resolution}")
@@ -59,7 +59,7 @@ class ImageFolder:
         self.path, self.resolution, self.seed, self.bad = Path(path), resolution, seed, {}
         table = self.path / "metadata.jsonl"
         if not table.is_file():
-            raise UserError(f"{path} has no metadata.jsonl (one line per image: {{\"file_name\": ..., \"text\": ...}})")
+            raise UserError(f'{path} has no metadata.jsonl (one line per image: {{"file_name": ..., "text": ...}})')
         self.rows = []
         for number, line in enumerate(table.read_text().splitlines(), 1):
             if line.strip():
@@ -67,7 +67,7 @@ class ImageFolder:
                     row = json.loads(line)
                     self.rows.append((row["file_name"], row["text"].strip()))
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    raise UserError(f"{table}, line {number}: needs \"file_name\" and \"text\" (a caption)") from None
+                    raise UserError(f'{table}, line {number}: needs "file_name" and "text" (a caption)') from None
                 if not self.rows[-1][1]:
                     raise UserError(f"{table}, line {number}: the caption of {self.rows[-1][0]} is empty")
         if not self.rows:
@@ -93,7 +93,8 @@ class ImageFolder:
         self.bad[name] = str(why)
         print(f"skipped unreadable image {name} ({len(self.bad)} so far): {why}")
         if len(self.bad) > 0.05 * len(self.rows):
-            raise UserError(f"{len(self.bad)} of {len(self.rows)} images in {self.path} cannot be read (more than 5 %): {', '.join(list(self.bad)[:3])} ...")
+            names = ", ".join(list(self.bad)[:3])
+            raise UserError(f"{len(self.bad)} of {len(self.rows)} images in {self.path} cannot be read (more than 5 %): {names} ...")
 
     def _pixels(self, image):
         side = self.resolution

@@ -1,8 +1,8 @@
 """Metric tables: a student, its teacher, or the teacher at few steps, on held-out prompts.
 
-    python evaluate.py --run runs/NAME --steps 4
-    python evaluate.py --teacher --model toy/sdxl --steps 50
-    python evaluate.py --undistilled --model toy/sdxl --steps 4
+python evaluate.py --run runs/NAME --steps 4
+python evaluate.py --teacher --model toy/sdxl --steps 50
+python evaluate.py --undistilled --model toy/sdxl --steps 4
 """
 
 import argparse

@@ -79,7 +79,8 @@ def load_schedule(model):
 
 def load_denoiser(model, device="cpu", dtype=torch.float32, unet=None):
     """The UNet of pipeline folder `model`, or the one in folder `unet`, with the schedule of `model`; fp32 weights."""
-    net = load_part(UNet2DConditionModel, folder(model, "model_index.json", "unet"), "unet") if unet is None else load_part(UNet2DConditionModel, unet, "")
+    whole = folder(model, "model_index.json", "unet")
+    net = load_part(UNet2DConditionModel, *((whole, "unet") if unet is None else (unet, "")), low_cpu_mem_usage=False)
     return Denoiser(net.float().to(device), load_schedule(model), dtype)
 
 
@@ -121,7 +122,7 @@ class VAE(nn.Module):
 
     def __init__(self, model, device="cpu"):
         super().__init__()
-        self.net = load_part(AutoencoderKL, folder(model, "vae"), "vae").float().to(device).eval().requires_grad_(False)
+        self.net = load_part(AutoencoderKL, folder(model, "vae"), "vae", low_cpu_mem_usage=False).float().to(device).eval().requires_grad_(False)
         self.channels = self.net.config.latent_channels
         self.factor = 2 ** (len(self.net.config.block_out_channels) - 1)
 

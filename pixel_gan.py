@@ -20,6 +20,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0 .. 255, as SAM was trained
 
+
 class PixelDiscriminator(nn.Module):
     """D(D.features(images)): images (B, 3, H, W) in [-1, 1] -> logits (B, n), the maps of all levels, flattened and joined.
 

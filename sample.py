@@ -1,7 +1,7 @@
 """Few-step sampling: a trained student's pictures as PNG files.
 
-    python sample.py --steps 4                                    the newest run, the toy's held-out prompts
-    python sample.py --run runs/NAME --prompt "a red circle" "a large blue ring" --num 2
+python sample.py --steps 4                                    the newest run, the toy's held-out prompts
+python sample.py --run runs/NAME --prompt "a red circle" "a large blue ring" --num 2
 """
 
 import argparse

@@ -33,7 +33,7 @@ from config import parse
 from diffusion import backward_simulation, guided, rand, randn, renoise, sample_generators, sample_ode, times
 from models import VAE, PromptEncoder, UserError, load_denoiser, load_sam, shard
 
-LOG_EVERY = 10  # loops between lines of metrics.jsonl
+
 GIVE_UP_AFTER = 10  # loops in a row with a non-finite loss or gradient
 
 
@@ -81,8 +81,8 @@ def train(config):
     S = teacher.schedule.steps(config.student_steps)  # τ_K > ... > τ_1
     last = len(S) - 1
     share = config.batch_size // ranks
-    mine = [range(loop * config.batch_size + rank * share, loop * config.batch_size + (rank + 1) * share) for loop in range(progress["loops"], config.iterations)]
-    batches = data.batches(source, mine, config.workers)
+    firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
+    batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
     bad_loops, began = 0, time.time() - progress["seconds"]
 
     for loop in range(progress["loops"] + 1, config.iterations + 1):  # line 4
@@ -162,7 +162,7 @@ def train(config):
             "skipped_updates": progress["skipped_updates"] + (not ok),
             "seconds": time.time() - began,
         }
-        if loop % LOG_EVERY == 0 or loop == config.iterations:
+        if loop % config.log_every == 0 or loop == config.iterations:
             logged |= health(x_real, x, x_adv if D is not None else None, vae, teacher, L_fake, t, eps, c)
             log.write(progress, average(logged, ranks))
         log.bar(loop, logged)
@@ -172,7 +172,7 @@ def train(config):
         if loop % config.save_every == 0 or loop == config.iterations or bad_loops == GIVE_UP_AFTER:
             checkpoint.save(run, players, progress)
         if bad_loops == GIVE_UP_AFTER:
-            raise UserError(f"{GIVE_UP_AFTER} loops in a row had a non-finite loss or gradient; saved at {run} (lower --lr, --fake-lr or --gan-weight)")
+            raise UserError(f"{GIVE_UP_AFTER} loops in a row with a non-finite loss or gradient; saved in {run} (lower the learning rates)")
     log.close()
     return run
 
@@ -326,7 +326,8 @@ def open_run(config, rank):
         before = json.loads(saved.read_text())
         for key in ("model", "student_steps", "resolution", "seed", "batch_size"):
             if before[key] != getattr(config, key):
-                raise UserError(f"{run} was trained with --{key.replace('_', '-')} {before[key]}, not {getattr(config, key)}: it cannot be resumed so")
+                flag = f"--{key.replace('_', '-')}"
+                raise UserError(f"{run} was trained with {flag} {before[key]}, not {getattr(config, key)}: resume it with its own")
         if bool(before["gan_weight"]) != bool(config.gan_weight):
             raise UserError(f"{run} was trained with --gan-weight {before['gan_weight']}: Pixel-GAN cannot be switched on or off by --resume")
     elif run.exists() and any(run.iterdir()) and not config.overwrite:

@@ -190,11 +190,12 @@ def build_clip():
     with torch.no_grad():
         logits = clip(**tokens(captions + wrong), pixel_values=images).logits_per_image
     right = (logits[:, :500].diagonal() > logits[:, 500:].diagonal()).float().mean().item()
+    found = (logits[:, :500].argmax(1) == torch.arange(500)).float().mean().item()
     for folder in (HERE / "clip", HERE / "sdxl" / "tokenizer", HERE / "sdxl" / "tokenizer_2"):
         tokenizer.save_pretrained(folder)
     CLIPImageProcessorPil(size=world.SIZE, crop_size=world.SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(HERE / "clip")
     clip.half().save_pretrained(HERE / "clip")
-    report("clip", time.time() - began, right_caption_over_altered=right, retrieval_of_500=(logits[:, :500].argmax(1) == torch.arange(500)).float().mean().item())
+    report("clip", time.time() - began, right_caption_over_altered=right, retrieval_of_500=found)
 
 
 # --------------------------------------------------------------------------------------- 3. the teacher
@@ -308,8 +309,8 @@ def build_sam():
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SAM, indent=2) + "\n")
     save_file({k: v.half().contiguous() for k, v in encoder.state_dict().items()}, folder / "image_encoder.safetensors")
-    inside = masks > 0
-    report("sam", time.time() - began, pixel_accuracy=(guess == masks).float().mean().item(), object_pixel_accuracy=(guess == masks)[inside].float().mean().item())
+    right = (guess == masks).float()
+    report("sam", time.time() - began, pixel_accuracy=right.mean().item(), object_pixel_accuracy=right[masks > 0].mean().item())
 
 
 # ------------------------------------------------------------------------------------------------- main

@@ -32,7 +32,8 @@ COLORS = {
     "cyan": (0.20, 0.80, 0.85),
 }
 BACKGROUNDS = {"black": (0.10, 0.10, 0.10), "gray": (0.50, 0.50, 0.50), "tan": (0.76, 0.66, 0.50), "navy": (0.10, 0.12, 0.34)}
-SHAPES, SIZES, FILLS, TEXTURES = ("circle", "square", "triangle", "ring"), {"small": 8, "large": 12}, ("plain", "striped", "dotted"), ("plain", "checkered")
+SHAPES, FILLS, TEXTURES = ("circle", "square", "triangle", "ring"), ("plain", "striped", "dotted"), ("plain", "checkered")
+SIZES = {"small": 8, "large": 12}  # radius, pixels
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # cell 0..3, reading order
 SECOND = (0.97, 0.97, 0.97)  # the colour of stripes and dots
 CHECKER = 0.06  # checkered backgrounds: squares of 8 pixels, lighter and darker by this much
@@ -127,9 +128,7 @@ def labels(scene):
 def random_scene(rng):
     cells = sorted(rng.choice(4, rng.choice([1, 2, 3], p=[0.35, 0.4, 0.25]), replace=False).tolist())
     pick = lambda options: list(options)[rng.integers(len(options))]  # noqa: E731
-    objects = tuple(
-        Object(pick(SHAPES), pick(COLORS), pick(SIZES), pick(FILLS), c, *rng.integers(-JITTER, JITTER + 1, 2).tolist()) for c in cells
-    )
+    objects = tuple(Object(pick(SHAPES), pick(COLORS), pick(SIZES), pick(FILLS), c, *rng.integers(-JITTER, JITTER + 1, 2).tolist()) for c in cells)
     return Scene(pick(BACKGROUNDS), pick(TEXTURES), objects)
 
 

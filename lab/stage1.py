@@ -1,0 +1,151 @@
+"""The README's stage-1 tables: trains and evaluates every row below as commands, and prints them as Markdown.
+
+    python -m lab.stage1                    what is missing in results/stage1.json; --only main sweep to choose tables
+    python -m lab.stage1 --print            the tables from what is there
+
+A row is cached by its flags, so an interrupted call goes on. --jobs N runs N rows at a time, a share of the cores each.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+
+from tqdm import tqdm
+
+RESULTS, RUNS = Path("results/stage1.json"), Path("runs/lab")
+FULL = {"--iterations": 300, "--batch-size": 16, "--ttur": 1}
+SHORT = FULL | {"--iterations": 150}
+SEEDS = (0, 1, 2)
+
+# table -> row -> (flags beside the defaults, seeds)
+TABLES = {
+    "main": {
+        "Flash-DMD": (FULL, SEEDS),
+        "pure DM, no Pixel-GAN (`--gan-weight 0`)": (FULL | {"--gan-weight": 0}, SEEDS),
+        "no EMA pull (`--ema 1`)": (FULL | {"--ema": 1}, SEEDS),
+    },
+    "variants": {
+        "reading (a) of Eq. 9 (`--adv-reading a`)": (FULL | {"--adv-reading": "a"}, (0,)),
+        "renoise high (`--renoise 0.5,0.98`)": (FULL | {"--renoise": "0.5,0.98"}, (0,)),
+        "renoise low (`--renoise 0.02,0.5`)": (FULL | {"--renoise": "0.02,0.5"}, (0,)),
+    },
+    "sweep": {},
+}
+
+
+def key(flags, seed):
+    return " ".join(f"{k} {v}" for k, v in sorted(flags.items())) + f" --seed {seed}"
+
+
+def run(script, *argv, threads):
+    argv = [sys.executable, script, *map(str, argv)]
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(argv)}\n{done.stderr[-2000:]}")
+
+
+def measure(flags, seed, num, threads):
+    """Train and evaluate one row with one seed -> its metrics, with seconds per loop and the last health signals."""
+    out = RUNS / f"{zlib.crc32(key(flags, seed).encode()):08x}"
+    run(
+        "train.py",
+        "--stage",
+        1,
+        "--out",
+        out,
+        "--overwrite",
+        "--preview-every",
+        0,
+        "--seed",
+        seed,
+        *(x for kv in flags.items() for x in kv),
+        threads=threads,
+    )
+    run("evaluate.py", "--run", out, "--num", num, "--json", out / "metrics.json", threads=threads)
+    last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][-1]
+    metrics = json.loads((out / "metrics.json").read_text())
+    shutil.rmtree(out)
+    return metrics | {"seconds_per_loop": last["seconds"] / last["loops"], "score_lag": last["score_lag"], "skipped_updates": last["skipped_updates"]}
+
+
+def baselines(num, threads):
+    made = {}
+    for name, argv in {
+        "teacher, 50 steps": ("--teacher", "--steps", 50),
+        "undistilled, 4 steps, guided": ("--undistilled", "--steps", 4),
+        "undistilled, 4 steps, unguided": ("--undistilled", "--steps", 4, "--guidance", 1),
+    }.items():
+        path = RESULTS.with_name("baseline.json")
+        run("evaluate.py", *argv, "--num", num, "--json", path, threads=threads)
+        made[name] = json.loads(path.read_text())
+        path.unlink()
+    return made
+
+
+COLUMNS = ("prompt_accuracy", "frechet", "precision", "recall", "clip_score", "saturation", "contrast")
+
+
+def line(name, results):
+    """A row: the mean over seeds, and each seed's value behind it where there are several."""
+    cells = []
+    for column in COLUMNS:
+        values = [r[column] for r in results]
+        scale, digits = (100, 1) if column in ("prompt_accuracy", "precision", "recall") else (1, 3)
+        shown = [f"{v * scale:.{digits}f}" for v in [mean(values), *values]]
+        cells.append(shown[0] + (f" ({', '.join(shown[1:])})" if len(values) > 1 else ""))
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def table(results, name):
+    print(f"\n| {name} | prompts right, % | Fréchet | precision, % | recall, % | CLIP | saturation | contrast |")
+    print("| --- |" + " --- |" * len(COLUMNS))
+    if name == "main":
+        for label, metrics in results.get("baselines", {}).items():
+            print(line(label, [metrics]))
+            real = metrics["real"]
+        if "baselines" in results:
+            print(f"| real scenes | | | | | | {real['saturation']:.3f} | {real['contrast']:.3f} |")
+    for label, (flags, seeds) in TABLES[name].items():
+        found = [results["rows"][key(flags, s)] for s in seeds if key(flags, s) in results["rows"]]
+        if found:
+            print(line(label, found))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--num", type=int, default=1000, help="held-out prompts per row")
+    parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
+    parser.add_argument("--print", action="store_true", help="print the tables and train nothing")
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
+    if not args.print:
+        RESULTS.parent.mkdir(exist_ok=True)
+        threads = max(1, os.cpu_count() // args.jobs)
+        if "main" in args.only and "baselines" not in results:
+            results["baselines"] = baselines(args.num, os.cpu_count())
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        wanted = [(f, s) for t in args.only for f, seeds in TABLES[t].values() for s in seeds if key(f, s) not in results["rows"]]
+        with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(wanted), desc="rows") as bar:
+
+            def one(flags, seed):
+                results["rows"][key(flags, seed)] = measure(flags, seed, args.num, threads)
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                bar.update()
+
+            for job in [pool.submit(one, *w) for w in wanted]:
+                job.result()
+    for name in args.only:
+        table(results, name)
+
+
+if __name__ == "__main__":
+    main()

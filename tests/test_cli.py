@@ -1,0 +1,169 @@
+"""Mistakes of a user: one clear line, exit status 2, nothing overwritten."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+import config
+import data
+import evaluate
+import sample
+import train
+from models import UserError
+from toy import world
+
+SMALL = ["--iterations", "2", "--batch-size", "2", "--preview-every", "0", "--log-every", "1"]
+
+
+def call(main, capsys, *argv):
+    """Run a script's main() with argv -> its exit status and the last line that it printed."""
+    old, sys.argv = sys.argv, ["script", *map(str, argv)]
+    try:
+        main()
+        status = 0
+    except SystemExit as e:
+        status = e.code
+    finally:
+        sys.argv = old
+    text = capsys.readouterr()
+    assert "Traceback" not in text.err
+    return status, (text.err if status else text.out).strip().splitlines()[-1]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of ten captioned pictures that are not square."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rows = []
+    for i in range(10):
+        scene, caption = world.scene(i)
+        data.to_pil(world.render(scene)).resize((96, 80)).save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": caption})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--preset", "huge"], "huge"),
+        (["--model", "nowhere/at/all"], "nowhere/at/all"),
+        (["--sam", "toy/nothing"], "toy/nothing"),
+        (["--renoise", "0.9,0.1"], "renoise"),
+        (["--ema", "2"], "--ema"),
+        (["--iterations", "0"], "--iterations"),
+        (["--student-steps", "5"], "student-steps"),
+        (["--resume"], "--out"),
+        (["--resolution", "128"], "64 pixels"),
+        (["--data", "toy/nothing"], "metadata.jsonl"),
+    ],
+)
+def test_bad_flags(argv, words, capsys, tmp_path):
+    out = tmp_path / "run"
+    status, line = call(train.main, capsys, *SMALL, *(["--out", out] if "--resume" not in argv else []), *argv)
+    assert status == 2 and words in line and not out.exists()
+
+
+@pytest.mark.parametrize("lost", ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae", "model_index.json", "tokenizer_2"])
+def test_half_written_model_folder(lost, capsys, tmp_path):
+    model = shutil.copytree("toy/sdxl", tmp_path / "model")
+    shutil.rmtree(model / lost) if (model / lost).is_dir() else (model / lost).unlink()
+    status, line = call(train.main, capsys, *SMALL, "--model", model, "--out", tmp_path / "run")
+    assert status == 2 and lost.split("/")[0] in line and not (tmp_path / "run").exists()
+
+
+def test_cut_short_weights(capsys, tmp_path):
+    model = shutil.copytree("toy/sdxl", tmp_path / "model")
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    status, line = call(train.main, capsys, *SMALL, "--model", model, "--out", tmp_path / "run")
+    assert status == 2 and "unet" in line and not (tmp_path / "run").exists()
+
+
+def test_batch_not_divisible_by_ranks(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "start_process", lambda: (0, 3, torch.device("cpu")))
+    status, line = call(train.main, capsys, *SMALL, "--out", tmp_path / "run")
+    assert status == 2 and "divisible by 3" in line
+
+
+def test_run_folder_is_never_overwritten_unasked(capsys, tmp_path):
+    out = tmp_path / "run"
+    assert call(train.main, capsys, *SMALL, "--out", out)[0] == 0
+    before = (out / "metrics.jsonl").read_text()
+    status, line = call(train.main, capsys, *SMALL, "--out", out)
+    assert status == 2 and "--resume" in line and "--overwrite" in line
+    model = shutil.copytree("toy/sdxl", tmp_path / "other")
+    status, line = call(train.main, capsys, *SMALL, "--out", out, "--resume", "--model", model)
+    assert status == 2 and "--model" in line and "toy/sdxl" in line
+    assert (out / "metrics.jsonl").read_text() == before
+
+    status, line = call(sample.main, capsys, "--run", out, "--prompt", " ")
+    assert status == 2 and "empty" in line
+    status, line = call(sample.main, capsys, "--run", out, "--prompt", "a red circle " * 30, "--out", tmp_path / "pictures")
+    assert status == 0 and (tmp_path / "pictures" / "00000.png").exists() and "seconds per image" in line
+    status, line = call(sample.main, capsys, "--run", out, "--out", tmp_path / "pictures")
+    assert status == 2 and "not empty" in line
+    status, _ = call(evaluate.main, capsys, "--run", out, "--num", "16", "--json", tmp_path / "m.json")
+    found = json.loads((tmp_path / "m.json").read_text())
+    keys = "prompt_accuracy attribute_accuracy frechet precision recall clip_score saturation contrast nfe seconds_per_image num seed real"
+    assert status == 0 and sorted(found) == sorted(keys.split()) and found["nfe"] == 4 and found["num"] == 16
+
+
+def test_missing_runs_and_prompts(capsys, tmp_path, monkeypatch):
+    assert call(sample.main, capsys, "--run", tmp_path)[0] == 2
+    assert call(evaluate.main, capsys, "--run", tmp_path / "none")[0] == 2
+    assert call(evaluate.main, capsys, "--teacher", "--model", "toy/none")[0] == 2
+
+
+def test_long_prompt_is_cut_off_with_a_warning():
+    from models import PromptEncoder
+
+    encoder = PromptEncoder("toy/sdxl", 64)
+    assert encoder.too_long("a red circle " * 30) and not encoder.too_long("a red circle")
+
+
+def test_folder_of_pictures_trains(photos, capsys, tmp_path):
+    (photos / "3.png").rename(photos / "3.jpeg")
+    rows = (photos / "metadata.jsonl").read_text().replace("3.png", "3.jpeg")
+    (photos / "metadata.jsonl").write_text(rows)
+    status, _ = call(train.main, capsys, *SMALL, "--data", photos, "--out", tmp_path / "run", "--workers", "1")
+    assert status == 0
+    source = data.source(photos, 64)
+    epoch = {source[i][1] for i in range(10)}
+    assert len(epoch) == 10 and [source[i][1] for i in range(10)] != [source[i][1] for i in range(10, 20)]
+    image, _ = source[0]
+    assert image.shape == (3, 64, 64) and -1 <= image.min() < image.max() <= 1
+
+
+def test_unreadable_picture_is_skipped_counted_and_named(photos, capsys):
+    table = photos / "metadata.jsonl"
+    table.write_text("".join(table.read_text() for _ in range(3)))  # 30 rows: one bad name is less than 5 %
+    (photos / "4.png").write_bytes((photos / "4.png").read_bytes()[:200])
+    source = data.source(photos, 64)
+    assert all(source[i] for i in range(30)) and list(source.bad) == ["4.png"]
+    assert "4.png (1 so far)" in capsys.readouterr().out
+    (photos / "5.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="more than 5 %"):
+        [source[i] for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("", "names no image"), ('{"file_name": "0.png"}\n', "line 1"), ('{"file_name": "0.png", "text": " "}\n', "empty"), ("{oops\n", "line 1")],
+)
+def test_bad_metadata(text, words, photos, capsys, tmp_path):
+    (photos / "metadata.jsonl").write_text(text)
+    status, line = call(train.main, capsys, *SMALL, "--data", photos, "--out", tmp_path / "run")
+    assert status == 2 and words in line and not (tmp_path / "run").exists()
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        config.parse(["--help"])
+    text = capsys.readouterr().out
+    for name in vars(config.Config()):
+        assert f"--{name.replace('_', '-')}" in text

@@ -1,0 +1,119 @@
+"""Eq. 9 and 10 on the real SAM encoder, VAE and heads of the toy."""
+
+import math
+
+import pytest
+import torch
+
+import pixel_gan
+from models import VAE, load_sam
+from toy import world
+
+
+@pytest.fixture(scope="module")
+def parts():
+    torch.manual_seed(0)
+    return pixel_gan.PixelDiscriminator(load_sam("toy/sam")), VAE("toy/sdxl")
+
+
+def images(n, start=0):
+    return torch.stack([world.render(world.scene(i)[0]) for i in range(start, start + n)])
+
+
+@pytest.mark.parametrize("kind", ["hinge", "logistic"])
+def test_eq_9_gradient_reaches_G_and_nothing_else(parts, kind):
+    D, vae = parts
+    theta = torch.ones(1, 4, 1, 1, requires_grad=True)  # a generator: x_adv = theta * x̂
+    x_hat = vae.encode(images(2)).requires_grad_()  # Eq. 8 detaches it
+    D.requires_grad_(False)
+    pixel_gan.generator_loss(D(D.features(vae.decode(theta * x_hat.detach()))), kind).backward()
+    D.requires_grad_(True)
+    assert theta.grad.abs().min() > 0
+    assert x_hat.grad is None
+    frozen = [*D.encoder[0].parameters(), *vae.parameters(), *D.parameters()]
+    assert all(p.grad is None for p in frozen)
+
+
+@pytest.mark.parametrize("kind", ["hinge", "logistic"])
+def test_eq_10_gradient_reaches_the_heads_and_nothing_else(parts, kind):
+    D, vae = parts
+    x_adv = vae.encode(images(2)).requires_grad_()
+    features = [f.detach() for f in D.features(vae.decode(x_adv))]
+    pixel_gan.discriminator_loss(D(D.features(images(2, 10))), D(features), kind).backward()
+    assert x_adv.grad is None
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for name, p in D.named_parameters() if "bias" not in name)
+    assert all(p.grad is None for p in [*D.encoder[0].parameters(), *vae.parameters()])
+    D.zero_grad()
+
+
+def test_eq_9_gradient_against_finite_differences():
+    """d/dx of the generator's loss through heads, SAM and VAE, in double precision."""
+    torch.manual_seed(0)
+    D, vae = pixel_gan.PixelDiscriminator(load_sam("toy/sam").double()).double().eval(), VAE("toy/sdxl").double()
+    x = vae.encode(images(1).double()).requires_grad_()
+    loss = lambda x: pixel_gan.generator_loss(D(D.features(vae.decode(x))), "logistic")  # noqa: E731
+    (gradient,) = torch.autograd.grad(loss(x), x)
+    direction, h = torch.randn_like(x), 1e-5
+    with torch.no_grad():
+        difference = (loss(x + h * direction) - loss(x - h * direction)) / (2 * h)
+    assert (gradient * direction).sum().item() == pytest.approx(difference.item(), rel=1e-5)
+
+
+def test_a_step_along_eq_9_raises_D(parts):
+    D, vae = parts
+    x = vae.encode(images(4)).requires_grad_()
+    logits = D.eval()(D.features(vae.decode(x)))
+    (gradient,) = torch.autograd.grad(pixel_gan.generator_loss(logits, "logistic"), x)
+    with torch.no_grad():
+        after = D(D.features(vae.decode(x - 0.5 * gradient / gradient.abs().max())))
+    D.train()
+    assert after.mean() > logits.mean()
+
+
+def test_eq_10_optimum_on_two_points():
+    """Reals take the points with probabilities p, fakes with q: the best logistic logit is log p/q (Eq. 10, logistic)."""
+    p, q = (0.8, 0.2), (0.3, 0.7)
+    reals, fakes = torch.tensor([0] * 8 + [1] * 2), torch.tensor([0] * 3 + [1] * 7)
+    logit = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logit], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = pixel_gan.discriminator_loss(logit[reals][:, None], logit[fakes][:, None], "logistic")
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    for i in range(2):
+        assert logit[i].item() == pytest.approx(math.log(p[i] / q[i]), abs=1e-3)
+
+
+def test_hinge_by_hand():
+    real, fake = torch.tensor([[2.0], [0.5]]), torch.tensor([[-3.0], [0.25]])
+    assert pixel_gan.discriminator_loss(real, fake).item() == pytest.approx((0 + 0.5) / 2 + (0 + 1.25) / 2)
+    assert pixel_gan.generator_loss(fake).item() == pytest.approx(1.375)
+    assert pixel_gan.accuracy(real, fake).item() == pytest.approx(0.75)
+
+
+def test_features_are_segment_anythings_own(parts):
+    """The last level is what ImageEncoderViT.forward returns; there is a level per global-attention block besides."""
+    D, _ = parts
+    x = images(2)
+    features = D.features(x)
+    torch.testing.assert_close(features[-1], D.encoder[0](pixel_gan.sam_input(x, 64)))
+    assert len(features) == 1 + sum(block.window_size == 0 for block in D.encoder[0].blocks)
+
+
+def test_heads_learn_to_tell_real_from_blurred(parts):
+    torch.manual_seed(0)
+    D = pixel_gan.PixelDiscriminator(parts[0].encoder[0])
+    optimizer = torch.optim.Adam(D.parameters(), lr=2e-3)
+    blur = lambda x: torch.nn.functional.avg_pool2d(x, 5, 1, 2)  # noqa: E731
+    for step in range(15):
+        x = images(8, 8 * step)
+        optimizer.zero_grad()
+        pixel_gan.discriminator_loss(D(D.features(x)), D(D.features(blur(x)))).backward()
+        optimizer.step()
+    with torch.no_grad():
+        x = images(32, 5000)
+        assert pixel_gan.accuracy(D(D.features(x)), D(D.features(blur(x)))) > 0.9

@@ -1,0 +1,114 @@
+"""The toy world: its checker is exact, its splits are disjoint, its weights are what a diffusers user expects."""
+
+import warnings
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+import metrics
+from diffusion import guided, sample_generators
+from models import VAE, PromptEncoder, generate, load_denoiser
+from toy import world
+
+
+def scenes(n, split="test", start=0):
+    pairs = [world.scene(i, split) for i in range(start, start + n)]
+    return torch.stack([world.render(s) for s, _ in pairs]), [c for _, c in pairs], [s for s, _ in pairs]
+
+
+def test_checker_reads_rendered_scenes_exactly():
+    images, captions, truth = scenes(300)
+    assert [found == s for found, s in zip(world.detect(images), truth)] == [True] * 300
+    whole, attributes = world.judge(images, captions)
+    assert all(whole) and len(attributes) == 9
+
+
+def test_checker_reads_vae_reconstructions():
+    images, captions, _ = scenes(200)
+    vae = VAE("toy/sdxl")
+    with torch.no_grad():
+        _, attributes = world.judge(vae.decode(vae.encode(images)), captions)
+    for name, values in attributes.items():
+        assert sum(values) / len(values) >= 0.97, name
+
+
+def test_checker_refuses_wrong_captions_noise_and_mush():
+    images, captions, _ = scenes(100)
+    whole, _ = world.judge(images, captions[1:] + captions[:1])
+    assert sum(whole) <= 2
+    for broken in (torch.randn_like(images), torch.nn.functional.avg_pool2d(images, 15, 1, 7)):
+        assert sum(world.judge(broken, captions)[0]) <= 5
+
+
+def test_each_attribute_is_checked():
+    scene = world.Scene("gray", "plain", (world.Object("circle", "red", "large", "striped", 0), world.Object("ring", "blue", "small", "plain", 1)))
+    image = world.render(scene)[None]
+    true = "a large striped red circle left of a small plain blue ring on a plain gray background"
+    assert world.judge(image, [true])[0] == [True]
+    wrong = [
+        ("large", "small"),
+        ("striped", "dotted"),
+        ("red", "green"),
+        ("circle", "square"),
+        ("left of", "above"),
+        ("plain gray", "checkered gray"),
+    ]
+    for word, other in [*wrong, ("gray", "tan"), (" left of a small plain blue ring", "")]:
+        assert world.judge(image, [true.replace(word, other, 1)])[0] == [False], other
+    assert world.judge(image, ["a ring and a circle"])[0] == [True]
+    with pytest.raises(ValueError, match="elephant"):
+        world.judge(image, ["a red elephant"])
+
+
+def test_evaluation_never_meets_training():
+    """No prompt and no scene of the first 1,000 test indices occurs in 20,000 training ones."""
+    train = [world.scene(i) for i in range(20_000)]
+    test = [world.scene(i, "test") for i in range(1000)]
+    assert not {c for _, c in train} & {c for _, c in test}
+    assert not {s.key() for s, _ in train} & {s.key() for s, _ in test}
+
+
+def test_pipeline_loads_and_agrees_with_ours():
+    """StableDiffusionXLPipeline on toy/sdxl draws what our sampler draws, guided, from the same noise."""
+    _, prompts, _ = scenes(3)
+    pipeline = StableDiffusionXLPipeline.from_pretrained("toy/sdxl", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = sample_generators(0, 0, range(3), "sample")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = (
+            pipeline(prompts, num_inference_steps=20, guidance_scale=3.0, generator=generators, height=64, width=64, output_type="pt").images * 2 - 1
+        )
+    encoder, vae = PromptEncoder("toy/sdxl", 64), VAE("toy/sdxl")
+    teacher = guided(load_denoiser("toy/sdxl"), encoder.null(), 3.0)
+    ours = generate(teacher, encoder, vae, prompts, 20, 0, ode=True)
+    assert (ours.clamp(-1, 1) - theirs).abs().mean() < 0.02
+
+
+def test_frechet_and_recall_by_other_routes():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(4000, 3, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 2.0, 0.5])
+    b = torch.randn(4000, 3, generator=generator, dtype=torch.float64) + 1
+    # For axis-aligned Gaussians: sum of (m - n)² + (s - r)².
+    assert metrics.frechet(a, b) == pytest.approx(3 + 0 + 1 + 0.25, rel=0.08)
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    cluster = torch.cat([torch.randn(200, 2, generator=generator), torch.randn(200, 2, generator=generator) + 100])
+    precision, recall = metrics.precision_recall(cluster[:200] + 0.01, cluster)
+    assert precision > 0.95 and 0.45 < recall < 0.52  # one of two modes is missing
+
+
+def test_saturation_contrast_diversity_by_hand():
+    image = torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)  # RGB 1, .5, 0
+    assert metrics.saturation(image) == pytest.approx(1.0)
+    assert metrics.contrast(image) == pytest.approx(0.0, abs=1e-6)
+    half = torch.cat([-torch.ones(1, 3, 2, 4), torch.ones(1, 3, 2, 4)], 2)
+    assert metrics.contrast(half) == pytest.approx(0.5, rel=0.05)  # luminances 0 and 1
+    assert metrics.diversity(torch.cat([half, -half]), 2) == pytest.approx(1.0)
+
+
+def test_clip_prefers_the_right_caption():
+    images, captions, _ = scenes(64)
+    clip = metrics.Clip("toy/clip")
+    features = clip.features(images)
+    assert clip.score(features, captions) > clip.score(features, captions[1:] + captions[:1]) + 0.1

@@ -1,0 +1,188 @@
+"""Algorithm 1 as it runs: who moves when, what stays frozen, ranks, resuming, and what sampling makes of the student."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+
+import checkpoint
+import train
+from config import Config
+from diffusion import sample_generators
+from models import VAE, PromptEncoder, generate, load_denoiser, load_sam
+
+SMALL = {"iterations": 3, "batch_size": 4, "preview_every": 0, "log_every": 1, "save_every": 1000}
+
+
+def metrics_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def student(run):
+    return load_file(checkpoint.newest(run) / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def flags(**settings):
+    return [part for k, v in {**SMALL, **settings}.items() for part in ([f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]))]
+
+
+def launch(*argv, ranks=1):
+    """Start train.py as its user does, with torchrun for several ranks."""
+    program = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(
+        [*program, "train.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.mark.parametrize("ttur", [1, 2, 5])
+def test_updates_per_network(ttur, tmp_path, monkeypatch):
+    """Algorithm 1, line 12: in 10 loops G moves 10 / TTUR times, the score estimator and D 10 times; Eq. 11 follows each move of G."""
+    moves, pulls, real_update, real_pull = {}, [], train.update, train.score_estimator.pull
+    names = {}
+
+    def update(module, optimizer, loss, *rest):
+        before = [p.detach().clone() for p in module.parameters()]
+        result = real_update(module, optimizer, loss, *rest)
+        changed = any(not torch.equal(b, p) for b, p in zip(before, module.parameters()))
+        name = names.setdefault(id(module), len(names))
+        moves[name] = moves.get(name, 0) + changed
+        return result
+
+    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train.score_estimator, "pull", lambda *a: (pulls.append(1), real_pull(*a)))
+    run = train.train(Config(**{**SMALL, "iterations": 10, "batch_size": 2}, ttur=ttur, out=str(tmp_path / "run")))
+    assert sorted(moves.values()) == sorted([10 // ttur, 10, 10])
+    assert len(pulls) == 10 // ttur
+    logged = metrics_of(run)[-1]
+    assert (logged["loops"], logged["generator_updates"], logged["samples"]) == (10, 10 // ttur, 20)
+
+
+@pytest.mark.parametrize("reading", ["a", "b"])
+def test_frozen_networks_stay_bit_identical(reading, tmp_path, monkeypatch):
+    kept = {}
+    for name in ("load_denoiser", "VAE", "load_sam", "PromptEncoder"):
+        real = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *a, real=real, name=name: kept.setdefault(name, []).append(real(*a)) or kept[name][-1])
+    run = train.train(Config(**SMALL, adv_reading=reading, out=str(tmp_path / "run")))
+    teacher, G, fake = kept["load_denoiser"]
+    pairs = [(teacher.net, load_denoiser("toy/sdxl").net), (kept["VAE"][0], VAE("toy/sdxl")), (kept["load_sam"][0], load_sam("toy/sam"))]
+    pairs += zip(kept["PromptEncoder"][0].encoders, PromptEncoder("toy/sdxl", 64).encoders)
+    for used, fresh in pairs:
+        assert all(torch.equal(a, b) for a, b in zip(used.state_dict().values(), fresh.state_dict().values()))
+    for moved in (G, fake):
+        assert any(not torch.equal(a, b) for a, b in zip(moved.net.parameters(), teacher.net.parameters()))
+    saved = student(run)
+    assert all(torch.equal(saved[k], v) for k, v in G.net.state_dict().items())
+
+
+def test_losses_reach_their_own_steps(tmp_path, monkeypatch):
+    """The DM loss sees only steps 999, 749, 499 of G; the adversarial loss only 249 (timestep-aware, 3.3)."""
+    with_gradient, real = [], train.load_denoiser
+
+    def load(*args):
+        denoiser = real(*args)
+        call = type(denoiser).__call__
+
+        class Watched(type(denoiser)):
+            def __call__(self, x_t, t, c):
+                if torch.is_grad_enabled():
+                    with_gradient.append((id(self), t.unique().tolist()))
+                return call(self, x_t, t, c)
+
+        denoiser.__class__ = Watched
+        loaded.append(denoiser)
+        return denoiser
+
+    loaded = []
+    monkeypatch.setattr(train, "load_denoiser", load)
+    train.train(Config(**{**SMALL, "iterations": 12, "batch_size": 2}, out=str(tmp_path / "run")))
+    steps = [t[0] for who, t in with_gradient if who == id(loaded[1])]
+    assert set(steps[0::2]) == {999, 749, 499} and set(steps[1::2]) == {249}
+    assert not [who for who, _ in with_gradient if who == id(loaded[0])]  # the teacher never
+
+
+def test_non_finite_update_is_skipped_and_ten_end_the_run(tmp_path, monkeypatch):
+    real, calls = train.score_estimator.loss, []
+
+    def loss(*args):
+        calls.append(1)
+        return real(*args) * float("nan")
+
+    monkeypatch.setattr(train.score_estimator, "loss", loss)
+    run = tmp_path / "run"
+    with pytest.raises(train.UserError, match="10 loops in a row"):
+        train.train(Config(**{**SMALL, "iterations": 50, "batch_size": 2, "log_every": 100}, out=str(run), gan_weight=0, ema=1))
+    progress = json.loads((checkpoint.newest(run) / "progress.json").read_text())
+    assert len(calls) == 10 and progress["skipped_updates"] == 10 and progress["generator_updates"] == 10
+    assert all(torch.isfinite(v).all() for v in student(run).values())
+
+
+def test_two_ranks_are_one(tmp_path):
+    """2 gloo ranks x 8, sharded by FSDP2, take the same 5 steps as 1 rank x 16; Eq. 11 therefore holds on shards as well."""
+    processes = [launch(*flags(iterations=5, batch_size=16, ema=0.9, out=tmp_path / f"r{n}"), ranks=n) for n in (1, 2)]
+    for p in processes:
+        out, _ = p.communicate(timeout=400)
+        assert p.returncode == 0, out[-3000:]
+    one, two = metrics_of(tmp_path / "r1"), metrics_of(tmp_path / "r2")
+    assert len(one) == len(two) == 5
+    for a, b in zip(one, two):
+        for key in ("dm_loss", "adv_loss", "fake_loss", "d_loss"):
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=2e-6), (a["loops"], key)
+    weights = [student(tmp_path / f"r{n}") for n in (1, 2)]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, atol=2e-4, rtol=1e-3)
+
+
+def test_resume_after_kill(tmp_path):
+    """kill -9 in the middle, then --resume: the same weights as a run that was left alone."""
+    settings = {"iterations": 8, "save_every": 3}
+    whole = launch(*flags(**settings, out=tmp_path / "whole"))
+    broken = launch(*flags(**{**settings, "iterations": 500}, out=tmp_path / "broken"))
+    deadline = time.time() + 300
+    while not (tmp_path / "broken" / "checkpoint-000003").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    broken.send_signal(signal.SIGKILL)
+    broken.communicate()
+    assert whole.communicate(timeout=300) and whole.returncode == 0
+    resumed = launch(*flags(**settings, out=tmp_path / "broken", resume=True))
+    out, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, out[-3000:]
+    a, b = student(tmp_path / "whole"), student(tmp_path / "broken")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert [m["loops"] for m in metrics_of(tmp_path / "broken")] == list(range(1, 9))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run, with a learning rate that moves the student visibly."""
+    return train.train(Config(**SMALL, lr=3e-4, gan_weight=0, out=str(tmp_path_factory.mktemp("runs") / "short")))
+
+
+def test_plain_diffusers_draws_the_same_picture(trained):
+    """The student in StableDiffusionXLPipeline with LCMScheduler, guidance 0 and the same per-image generator."""
+    prompts = ["a red circle", "a large blue ring above a green square"]
+    unet = UNet2DConditionModel.from_pretrained(checkpoint.newest(trained) / "unet")
+    pipeline = StableDiffusionXLPipeline.from_pretrained("toy/sdxl", unet=unet, torch_dtype=torch.float32)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=4)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = sample_generators(3, 0, range(2), "sample")
+    theirs = pipeline(prompts, num_inference_steps=4, guidance_scale=0.0, generator=generators, height=64, width=64, output_type="pt").images
+    G = load_denoiser("toy/sdxl", unet=checkpoint.newest(trained) / "unet")
+    ours = generate(G, PromptEncoder("toy/sdxl", 64), VAE("toy/sdxl"), prompts, 4, 3)
+    assert ((ours.clamp(-1, 1) + 1) / 2 - theirs).abs().max() < 2 / 255
+
+
+def test_picture_does_not_depend_on_the_batch(trained):
+    G = load_denoiser("toy/sdxl", unet=checkpoint.newest(trained) / "unet")
+    encoder, vae, prompts = PromptEncoder("toy/sdxl", 64), VAE("toy/sdxl"), ["a red circle", "a blue ring", "a green square"]
+    whole = generate(G, encoder, vae, prompts, 4, 0, batch=3)
+    for batch in (1, 2):
+        assert (generate(G, encoder, vae, prompts, 4, 0, batch=batch) - whole).abs().max() < 2 / 255
+    assert torch.allclose(generate(G, encoder, vae, prompts[2:], 4, 0, first=2)[0], whole[2], atol=2 / 255)
