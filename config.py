@@ -17,6 +17,7 @@ class Config:
     iterations: int = 400  # loops of Algorithm 1; the generator moves in every TTUR-th
     batch_size: int = 16  # global: over all ranks
     student_steps: int = 4  # K, the student's sampling steps: 4 or 8
+    dm_steps: str = "high"  # student steps that the DM loss trains: high = all but the last (timestep-aware), or all
     ttur: int = 1  # loops per generator update (Algorithm 1, line 12)
     ema: float = 0.99  # lambda of Eq. 11; 1 = no pull
     gan_weight: float = 0.01  # lambda of Algorithm 1, line 16; 0 = no Pixel-GAN
@@ -46,6 +47,7 @@ PRESETS = {"toy": {}}
 CHOICES = {
     "stage": (1,),
     "student_steps": (4, 8),
+    "dm_steps": ("high", "all"),
     "gan_loss": ("hinge", "logistic"),
     "adv_reading": ("a", "b"),
     "gan_reals": ("raw", "vae"),

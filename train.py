@@ -20,19 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import checkpoint
 import data
 import dmd
-import metrics
+import monitor
 import pixel_gan
 import score_estimator
 from config import parse
-from diffusion import backward_simulation, guided, rand, randn, renoise, sample_generators, sample_ode, times
+from diffusion import backward_simulation, guided, rand, randn, renoise, sample_generators, times
 from models import VAE, PromptEncoder, UserError, load_denoiser, load_sam, shard
-
 
 GIVE_UP_AFTER = 10  # loops in a row with a non-finite loss or gradient
 
@@ -47,7 +44,11 @@ def train(config):
     source = data.source(config.data, config.resolution, config.seed)
     encoder = PromptEncoder(config.model, config.resolution, device, dtype)
     vae = VAE(config.model, device)
-    latent = torch.empty(config.batch_size // ranks, vae.channels, config.resolution // vae.factor, config.resolution // vae.factor, device=device)
+    side, rest = divmod(config.resolution, vae.factor)
+    if rest or side % 4:
+        raise UserError(f"--resolution {config.resolution} must be a multiple of {4 * vae.factor}")
+    share = config.batch_size // ranks
+    latent = torch.empty(share, vae.channels, side, side, device=device)
 
     teacher = load_denoiser(config.model, device, dtype)  # μ_real
     teacher.net.to(dtype).eval().requires_grad_(False)
@@ -75,12 +76,11 @@ def train(config):
     progress = {"loops": 0, "generator_updates": 0, "samples": 0, "passes": 0, "skipped_updates": 0, "seconds": 0.0}
     if config.resume and (newest := checkpoint.newest(run)):
         progress = checkpoint.load(newest, players)
-    log = Log(run, rank, config.iterations, progress)
-    preview = Preview(config, source, encoder, vae, teacher, guided_teacher, latent, device) if config.preview_every else None
+    log = monitor.Log(run, rank, config.iterations, progress)
+    preview = monitor.Preview(config, source, encoder, vae, teacher, guided_teacher, latent, device) if config.preview_every else None
 
     S = teacher.schedule.steps(config.student_steps)  # τ_K > ... > τ_1
     last = len(S) - 1
-    share = config.batch_size // ranks
     firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
     batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
     bad_loops, began = 0, time.time() - progress["seconds"]
@@ -92,10 +92,10 @@ def train(config):
         passes_before = G.passes + fake.passes + teacher.passes
         ok, logged = True, {}
 
-        # Lines 5-10. The timestep-aware part: x, for the DM loss, starts from any student step but the last.
+        # Lines 5-10. The timestep-aware part: x, for the DM loss, starts from any student step but the last (3.3).
         rollout = draw("rollout")
         z = randn(rollout, latent)
-        i = int(np.random.default_rng([config.seed, loop]).integers(last))
+        i = int(np.random.default_rng([config.seed, loop]).integers(last if config.dm_steps == "high" else last + 1))
         x_tau = backward_simulation(G, z, c, S, rollout, 0, i)
         updates_G = loop % config.ttur == 0  # line 12
         with torch.set_grad_enabled(updates_G):
@@ -111,7 +111,7 @@ def train(config):
         x = x.detach()  # line 20, before the rest of the rollout re-uses it
 
         if D is not None:  # lines 9, 11: x_adv at the last step, whose input is a detached rollout (Eq. 8)
-            x_last = backward_simulation(G, renoise(G.schedule, x, S, i + 1, rollout), c, S, rollout, i + 1, last)
+            x_last = x_tau if i == last else backward_simulation(G, renoise(G.schedule, x, S, i + 1, rollout), c, S, rollout, i + 1, last)
             if config.adv_reading == "a":  # Eq. 9: finish the rollout, re-noise x_0, denoise again
                 x_0 = backward_simulation(G, x_last, c, S, rollout, last)
                 x_last = renoise(G.schedule, x_0, S, last, rollout)
@@ -127,8 +127,7 @@ def train(config):
                 logged["adv_loss"] = L_adv.detach()
 
         if updates_G:  # lines 17-18
-            loss = sum(logged.values())
-            logged["g_norm"], stepped = update(*players["G"], loss, config.clip_grad)
+            logged["g_norm"], stepped = update(*players["G"], sum(logged.values()), config.clip_grad)
             if stepped:
                 score_estimator.pull(fake.net.parameters(), G.net.parameters(), config.ema)  # Eq. 11
                 progress["generator_updates"] += 1
@@ -163,11 +162,11 @@ def train(config):
             "seconds": time.time() - began,
         }
         if loop % config.log_every == 0 or loop == config.iterations:
-            logged |= health(x_real, x, x_adv if D is not None else None, vae, teacher, L_fake, t, eps, c)
-            log.write(progress, average(logged, ranks))
+            logged |= monitor.health(x_real, x, x_adv if D is not None else None, vae, teacher, L_fake, t, eps, c)
+            log.write(progress, monitor.average(logged, ranks))
         log.bar(loop, logged)
         if preview and (loop % config.preview_every == 0 or loop == config.iterations):
-            log.write(progress, preview.draw(run / f"preview-{loop:06d}.png", G, S, rank))
+            log.write(progress, preview.draw(run / f"preview-{loop:06d}.png", G, rank))
         bad_loops = 0 if ok else bad_loops + 1
         if loop % config.save_every == 0 or loop == config.iterations or bad_loops == GIVE_UP_AFTER:
             checkpoint.save(run, players, progress)
@@ -200,99 +199,6 @@ def average_gradients(module, ranks):
         for p in module.parameters():
             dist.all_reduce(p.grad)
             p.grad /= ranks
-
-
-# -------------------------------------------------------------------------------------- looking at a run
-
-
-@torch.no_grad()
-def health(x_real, x, x_adv, vae, teacher, L_fake, t, eps, c):
-    """Signals that tell a healthy run from one about to collapse; the README explains each."""
-    latent_real = vae.encode(x_real)
-    x = x if x_adv is None else x_adv.detach()
-    image = vae.decode(x)
-    return {
-        "score_lag": L_fake.detach() / score_estimator.loss(teacher, latent_real, t, eps, c),
-        "latent_mean_gap": x.mean() - latent_real.mean(),
-        "latent_std_ratio": x.std() / latent_real.std(),
-        "saturation": metrics.saturation(image),
-        "saturation_real": metrics.saturation(x_real),
-        "contrast": metrics.contrast(image),
-        "contrast_real": metrics.contrast(x_real),
-    }
-
-
-class Preview:
-    """A picture per visit: fixed prompts and noise, a row each for the teacher, the undistilled teacher and the student."""
-
-    def __init__(self, config, source, encoder, vae, teacher, guided_teacher, latent, device, columns=8, per_prompt=4):
-        self.prompts, self.columns, self.per_prompt, self.vae = source.prompts(columns), columns, per_prompt, vae
-        self.c = encoder.encode(self.prompts)
-        self.c_same = {k: v[:2].repeat_interleave(per_prompt, 0) for k, v in self.c.items()}
-        self.like, self.seed = latent[:1], config.seed
-        self.S, n = teacher.schedule.steps(config.student_steps), config.student_steps
-        self.teacher_rows = [
-            vae.decode(sample_ode(guided_teacher, randn(self.generators("preview", columns), self.like), self.c, 50)),
-            vae.decode(self.rollout(guided_teacher, self.c, "preview", columns)),
-        ]
-        self.labels = ["teacher, 50 steps", f"undistilled, {n} steps", f"student, {n} steps"]
-
-    def generators(self, purpose, n):
-        return sample_generators(self.seed, 0, range(n), purpose)
-
-    def rollout(self, denoiser, c, purpose, n):
-        generators = self.generators(purpose, n)
-        return backward_simulation(denoiser, randn(generators, self.like), c, self.S, generators)
-
-    def draw(self, path, G, S, rank):
-        """Write the grid (rank 0) and return the student's diversity: two prompts, several noises each."""
-        with torch.no_grad():
-            student = self.vae.decode(self.rollout(G, self.c, "preview", self.columns))
-            same = self.vae.decode(self.rollout(G, self.c_same, "diversity", 2 * self.per_prompt))
-        if rank == 0:
-            data.save_grid(path, [*self.teacher_rows, student], self.labels, self.prompts)
-        return {"diversity": metrics.diversity(same, self.per_prompt)}
-
-
-class Log:
-    """metrics.jsonl, TensorBoard scalars and the progress bar; rank 0 alone writes."""
-
-    def __init__(self, run, rank, total, progress):
-        self.path, self.on = run / "metrics.jsonl", rank == 0
-        if self.on:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["loops"] <= progress["loops"]]
-            self.path.write_text("".join(line + "\n" for line in kept))
-            self.board = SummaryWriter(run / "tensorboard", purge_step=progress["loops"] + 1)
-        self.progress = tqdm(initial=progress["loops"], total=total, disable=not self.on, desc="stage 1", mininterval=2)
-
-    def write(self, progress, values):
-        if self.on:
-            values = {k: round(float(v), 6) for k, v in values.items()}
-            with self.path.open("a") as f:
-                f.write(json.dumps(progress | values) + "\n")
-            for k, v in values.items():
-                self.board.add_scalar(k, v, progress["loops"])
-
-    def bar(self, loop, values):
-        shown = {k: f"{float(v):.3f}" for k, v in values.items() if k in ("dm_loss", "adv_loss", "fake_loss", "d_accuracy")}
-        self.progress.set_postfix(shown, refresh=False)
-        self.progress.update(loop - self.progress.n)
-
-    def close(self):
-        self.progress.close()
-        if self.on:
-            self.board.close()
-
-
-def average(values, ranks):
-    """Mean over ranks of a dict of scalars (the same keys on every rank)."""
-    stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32).cpu() for v in values.values()])
-    if ranks > 1:
-        stacked = stacked.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(stacked)
-        stacked /= ranks
-    return dict(zip(values, stacked.tolist()))
 
 
 # ------------------------------------------------------------------------------------------- set-up
@@ -347,7 +253,7 @@ def main():
         run = train(config)
     except UserError as e:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"\nerror: {e}", file=sys.stderr)
+            print(f"\nerror: {str(e).split('UserError: ')[-1].strip()}", file=sys.stderr)  # a loader process sends its traceback along
         sys.exit(2)
     finally:
         if dist.is_initialized():

@@ -29,6 +29,7 @@ TABLES = {
     "main": {
         "Flash-DMD": (FULL, SEEDS),
         "pure DM, no Pixel-GAN (`--gan-weight 0`)": (FULL | {"--gan-weight": 0}, SEEDS),
+        "pure DM at every step (`--gan-weight 0 --dm-steps all`)": (FULL | {"--gan-weight": 0, "--dm-steps": "all"}, SEEDS),
         "no EMA pull (`--ema 1`)": (FULL | {"--ema": 1}, SEEDS),
     },
     "variants": {

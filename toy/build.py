@@ -8,6 +8,7 @@ An interrupted part goes on where it stopped (its state lies in toy/.build). Eac
 
 import argparse
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -30,21 +31,21 @@ from toy import world
 logging.set_verbosity_error()  # a CLIP's text half loads with a page of "unexpected" vision weights
 HERE = Path(__file__).parent
 MAX_TOKENS = 32
-TEACHER_STEPS = 7000
+TEACHER_STEPS = 6500
 GUIDANCE = 3.0
 
 
 # ----------------------------------------------------------------------------------------------- shared
 
 
-def scenes(start, count, split="train"):
+def scenes(start, count, split="wide"):
     """-> images (count, 3, 64, 64) in [-1, 1], captions, masks (count, 64, 64) of scenes start .. start + count - 1."""
     pairs = [world.scene(i, split) for i in range(start, start + count)]
     return torch.stack([world.render(s) for s, _ in pairs]), [c for _, c in pairs], torch.stack([world.labels(s) for s, _ in pairs])
 
 
-def fit(name, modules, loss, steps, lr, weight_decay=0.0, ema=0.999):
-    """AdamW with warm-up and cosine decay on loss(step) -> scalar; leaves the EMA of the weights in `modules`.
+def fit(name, modules, loss, steps, lr, weight_decay=0.0, ema=0.999, last=0.01):
+    """AdamW with warm-up and cosine decay to last * lr on loss(step) -> scalar; leaves the EMA of the weights in `modules`.
 
     Saves its state every 250 steps and goes on from it.
     """
@@ -61,9 +62,9 @@ def fit(name, modules, loss, steps, lr, weight_decay=0.0, ema=0.999):
     bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
     for step in bar:
         torch.manual_seed(step)
-        rate = min(1.0, (step + 1) / 100) * 0.5 * (1 + torch.tensor(step / steps * torch.pi).cos().item())
+        rate = min(1.0, (step + 1) / 100) * (last + (1 - last) * 0.5 * (1 + math.cos(step / steps * math.pi)))
         for group in optimizer.param_groups:
-            group["lr"] = lr * max(rate, 0.01)
+            group["lr"] = lr * rate
         value = loss(step)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
@@ -223,25 +224,43 @@ def build_teacher():
         addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=text["pooled"].shape[-1] + 6 * 16,
     )
-    count, batch = 32768, 48
-    latents, captions = torch.empty(count, 4, 16, 16), []
-    for i in tqdm(range(0, count, 256), desc="latents", mininterval=5):
-        images, texts, _ = scenes(i, 256)
-        latents[i : i + 256] = vae.encode(images)
-        captions += texts
     teacher = Denoiser(unet, schedule)
 
-    def loss(step):
-        which = torch.randint(count, (batch,))
-        x_0, t, eps = latents[which], torch.randint(1000, (batch,)), torch.randn(batch, 4, 16, 16)
-        c = prompt_encoder.encode([captions[i] for i in which])
-        kept = (torch.rand(batch) >= 0.1).float()  # classifier-free guidance's dropout: the null prompt is zeros
-        c = {"tokens": c["tokens"] * kept[:, None, None], "pooled": c["pooled"] * kept[:, None], "size": c["size"]}
-        x_0_hat = teacher(add_noise(schedule, x_0, t, eps), t, c)
-        return (schedule.weight(t) * (x_0_hat - x_0) ** 2).mean()  # = the squared error of eps
+    def latents_of(split, count):
+        latents, captions = torch.empty(count, 4, 16, 16), []
+        for i in tqdm(range(0, count, 128), desc=f"latents, {split}", mininterval=5):
+            images, texts, _ = scenes(i, 128, split)
+            latents[i : i + 128] = vae.encode(images)
+            captions += texts
+        return latents, captions
+
+    def learn(name, split, steps, batch, lr, boost, **kwargs):
+        """eps-prediction with guidance's dropout on one split; boost adds an x_0 error where eps' own weight (SNR) is small.
+
+        What the caption decides (which object, which colour) is decided at high noise, where SNR is 1/100.
+        """
+        latents, captions = latents_of(split, 32768)
+
+        def loss(step):
+            which = torch.randint(len(latents), (batch,))
+            x_0, t, eps = latents[which], torch.randint(1000, (batch,)), torch.randn(batch, 4, 16, 16)
+            c = prompt_encoder.encode([captions[i] for i in which])
+            kept = (torch.rand(batch) >= 0.1).float()  # the null prompt is zeros
+            c = {"tokens": c["tokens"] * kept[:, None, None], "pooled": c["pooled"] * kept[:, None], "size": c["size"]}
+            x_0_hat = teacher(add_noise(schedule, x_0, t, eps), t, c)
+            snr = schedule.weight(t)
+            return ((snr + boost * (20 * snr).clamp(max=1)) * (x_0_hat - x_0) ** 2).mean()
+
+        fit(name, [unet], loss, steps, lr, **kwargs)
 
     began = time.time()
-    fit("teacher", [unet], loss, steps=TEACHER_STEPS, lr=1e-3)
+    first = HERE / ".build" / "teacher-first.pt"
+    if not first.exists():
+        learn("teacher, wide", "wide", 3250, 48, 1e-3, boost=0, last=0.55, ema=0)
+        torch.save(unet.state_dict(), first)
+    unet.load_state_dict(torch.load(first, weights_only=True))
+    learn("teacher", "train", TEACHER_STEPS, 32, 8e-4, boost=1)
+    first.unlink()
     unet.eval().requires_grad_(False)
     scheduler = EulerDiscreteScheduler(
         beta_start=schedule.beta_start, beta_end=schedule.beta_end, beta_schedule="scaled_linear", timestep_spacing="trailing"

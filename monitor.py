@@ -1,0 +1,106 @@
+"""Is the run healthy? Signals logged beside the losses, preview pictures, metrics.jsonl and TensorBoard.
+
+The README's table "What a run logs" says what each signal means and where it should lie.
+"""
+
+import json
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import data
+import metrics
+import score_estimator
+from diffusion import backward_simulation, randn, sample_generators, sample_ode
+
+
+@torch.no_grad()
+def health(x_real, x, x_adv, vae, teacher, L_fake, t, eps, c):
+    """Signals that tell a healthy run from one about to collapse; the README explains each."""
+    latent_real = vae.encode(x_real)
+    x = x if x_adv is None else x_adv.detach()
+    image = vae.decode(x)
+    return {
+        "score_lag": L_fake.detach() / score_estimator.loss(teacher, latent_real, t, eps, c),
+        "latent_mean_gap": x.mean() - latent_real.mean(),
+        "latent_std_ratio": x.std() / latent_real.std(),
+        "saturation": metrics.saturation(image),
+        "saturation_real": metrics.saturation(x_real),
+        "contrast": metrics.contrast(image),
+        "contrast_real": metrics.contrast(x_real),
+    }
+
+
+class Preview:
+    """A picture per visit: fixed prompts and noise, a row each for the teacher, the undistilled teacher and the student."""
+
+    def __init__(self, config, source, encoder, vae, teacher, guided_teacher, latent, device, columns=8, per_prompt=4):
+        self.prompts, self.columns, self.per_prompt, self.vae = source.prompts(columns), columns, per_prompt, vae
+        self.c = encoder.encode(self.prompts)
+        self.c_same = {k: v[:2].repeat_interleave(per_prompt, 0) for k, v in self.c.items()}
+        self.like, self.seed = latent[:1], config.seed
+        self.S, n = teacher.schedule.steps(config.student_steps), config.student_steps
+        self.teacher_rows = [
+            vae.decode(sample_ode(guided_teacher, randn(self.generators("preview", columns), self.like), self.c, 50)),
+            vae.decode(self.rollout(guided_teacher, self.c, "preview", columns)),
+        ]
+        self.labels = ["teacher, 50 steps", f"undistilled, {n} steps", f"student, {n} steps"]
+
+    def generators(self, purpose, n):
+        return sample_generators(self.seed, 0, range(n), purpose)
+
+    def rollout(self, denoiser, c, purpose, n):
+        generators = self.generators(purpose, n)
+        return backward_simulation(denoiser, randn(generators, self.like), c, self.S, generators)
+
+    def draw(self, path, G, rank):
+        """Write the grid (rank 0) and return the student's diversity: two prompts, several noises each."""
+        with torch.no_grad():
+            student = self.vae.decode(self.rollout(G, self.c, "preview", self.columns))
+            same = self.vae.decode(self.rollout(G, self.c_same, "diversity", 2 * self.per_prompt))
+        if rank == 0:
+            data.save_grid(path, [*self.teacher_rows, student], self.labels, self.prompts)
+        return {"diversity": metrics.diversity(same, self.per_prompt)}
+
+
+class Log:
+    """metrics.jsonl, TensorBoard scalars and the progress bar; rank 0 alone writes."""
+
+    def __init__(self, run, rank, total, progress):
+        self.path, self.on = run / "metrics.jsonl", rank == 0
+        if self.on:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if json.loads(line)["loops"] <= progress["loops"]]
+            self.path.write_text("".join(line + "\n" for line in kept))
+            self.board = SummaryWriter(run / "tensorboard", purge_step=progress["loops"] + 1)
+        self.progress = tqdm(initial=progress["loops"], total=total, disable=not self.on, desc="stage 1", mininterval=2)
+
+    def write(self, progress, values):
+        if self.on:
+            values = {k: round(float(v), 6) for k, v in values.items()}
+            with self.path.open("a") as f:
+                f.write(json.dumps(progress | values) + "\n")
+            for k, v in values.items():
+                self.board.add_scalar(k, v, progress["loops"])
+
+    def bar(self, loop, values):
+        shown = {k: f"{float(v):.3f}" for k, v in values.items() if k in ("dm_loss", "adv_loss", "fake_loss", "d_accuracy")}
+        self.progress.set_postfix(shown, refresh=False)
+        self.progress.update(loop - self.progress.n)
+
+    def close(self):
+        self.progress.close()
+        if self.on:
+            self.board.close()
+
+
+def average(values, ranks):
+    """Mean over ranks of a dict of scalars (the same keys on every rank)."""
+    stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32).cpu() for v in values.values()])
+    if ranks > 1:
+        stacked = stacked.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(stacked)
+        stacked /= ranks
+    return dict(zip(values, stacked.tolist()))
