@@ -93,8 +93,9 @@ def barrier():
 
 def find_run(name=""):
     """A run folder that holds a checkpoint: the named one, or else the newest under runs/. -> (folder, its config as a dict)."""
-    runs = [Path(name)] if name else sorted(Path("runs").glob("*"), key=lambda p: p.stat().st_mtime)
+    runs = [Path(name)] if name else Path("runs").glob("*")
     whole = [p for p in runs if (p / "config.json").is_file() and newest(p)]
+    whole.sort(key=lambda p: (newest(p) / "progress.json").stat().st_mtime)
     if not whole:
         what = f"{name} holds no checkpoint" if name else "no run with a checkpoint under runs/"
         raise UserError(f"{what}: train one first (python train.py --stage 1)")

@@ -2,8 +2,10 @@
 
 import argparse
 import inspect
+import json
 import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 
 @dataclass
@@ -71,7 +73,17 @@ def parse(argv=None):
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, default=None, help=f"{notes[f.name]} (default: {f.default})".replace("%", "%%"), **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    saved = Path(given.get("out", "")) / "config.json"
+    if given.get("resume") and given.get("out") and saved.is_file():  # a run goes on with its own settings, but for the flags given
+        before = json.loads(saved.read_text())
+        given = {k: v for k, v in before.items() if k not in ("preset", "overwrite", "renoise")} | {"renoise": tuple(before["renoise"])} | given
     config = Config(**{**PRESETS[given.get("preset", "toy")], **given})
+    for name in ("seed", "workers", "gan_weight", "preview_every", "weight_decay"):
+        if getattr(config, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} must not be negative")
+    for name in ("lr", "fake_lr", "d_lr", "clip_grad"):
+        if getattr(config, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive")
     for name in ("iterations", "batch_size", "ttur", "save_every", "log_every", "resolution"):
         if getattr(config, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")

@@ -21,10 +21,10 @@ from toy import world
 
 def source(name, resolution, seed=0):
     """ "toy" or a folder -> a source. Raises UserError for a folder that cannot be trained on."""
-    if name == "toy":
+    if str(name) == "toy":
         if resolution != world.SIZE:
             raise UserError(f"the toy world's images are {world.SIZE} pixels wide, --resolution says {resolution}")
-        return Toy()
+        return Toy(seed)
     return ImageFolder(name, resolution, seed)
 
 
@@ -32,10 +32,12 @@ class Toy:
     """Scenes of the toy world, drawn on the fly."""
 
     judge = staticmethod(world.judge)
-    bad = ()
+
+    def __init__(self, seed):
+        self.first = seed * 10**7  # every seed has scenes of its own
 
     def __getitem__(self, i):
-        scene, caption = world.scene(i)
+        scene, caption = world.scene(self.first + i)
         return world.render(scene), caption
 
     def prompts(self, n):
@@ -50,7 +52,7 @@ class ImageFolder:
     """A folder in the Hugging Face ImageFolder convention: images, and metadata.jsonl with "file_name" and "text" per line.
 
     Every epoch is shuffled anew by (seed, epoch). Images are resized by their short side and cropped at the centre. An
-    unreadable one is replaced by the next, and its name added to `bad`; more than 5 % of them raise UserError.
+    unreadable one is replaced by the next, and its name added to `bad`; more than 5 % of them, as one process sees it, raise UserError.
     """
 
     judge = held_out = None
@@ -61,11 +63,11 @@ class ImageFolder:
         if not table.is_file():
             raise UserError(f'{path} has no metadata.jsonl (one line per image: {{"file_name": ..., "text": ...}})')
         self.rows = []
-        for number, line in enumerate(table.read_text().splitlines(), 1):
+        for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
             if line.strip():
                 try:
                     row = json.loads(line)
-                    self.rows.append((row["file_name"], row["text"].strip()))
+                    self.rows.append((str(row["file_name"]), row["text"].strip()))
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise UserError(f'{table}, line {number}: needs "file_name" and "text" (a caption)') from None
                 if not self.rows[-1][1]:
@@ -86,7 +88,7 @@ class ImageFolder:
             try:
                 with Image.open(self.path / name) as image:
                     return self._pixels(image.convert("RGB")), text
-            except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as e:
+            except (OSError, UnidentifiedImageError, Image.DecompressionBombError, EOFError, ValueError, SyntaxError) as e:
                 self._skip(name, e)
 
     def _skip(self, name, why):

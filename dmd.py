@@ -40,7 +40,7 @@ def gradient(teacher, fake, x, t, eps, c):
     """Eq. 4 with DMD's weight: g = w_t (s_fake - s_real), w_t = (σ_t²/α_t) / mean|x - x0_real|, per sample.
 
     That is g = (x0_fake - x0_real) / mean|x - x0_real|: of one size at every noise level. (B, C, h, w).
-    ASSUMPTION: the weight is DMD's (Flash-DMD prints none). A sample whose g is not finite contributes nothing.
+    ASSUMPTION: the weight is DMD's (Flash-DMD prints none). Elements of g that are not finite contribute nothing.
     """
     difference, x0_real = score_difference(teacher, fake, x, t, eps, c)
     w_t = fake.schedule.sigma(t) ** 2 / fake.schedule.alpha(t) / (x.float() - x0_real).abs().mean((1, 2, 3), keepdim=True)

@@ -63,26 +63,26 @@ def main():
     parser.add_argument("--json", help="write the metrics to this file too")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         if args.num < 8:
             raise UserError("--num must be at least 8: the metrics compare distributions")
         config, unet = {"model": args.model, "data": Config.data, "resolution": Config.resolution, "clip": Config.clip}, None
-        steps, trained = args.steps or (50 if args.teacher else 4), not (args.teacher or args.undistilled)
+        trained = not (args.teacher or args.undistilled)
+        steps = args.steps if args.steps is not None else 50 if args.teacher else 4
         if trained:
             run, config = checkpoint.find_run(args.run)
-            steps, unet = args.steps or config["student_steps"], checkpoint.newest(run) / "unet"
+            steps, unet = config["student_steps"] if args.steps is None else args.steps, checkpoint.newest(run) / "unet"
         if steps < 1:
             raise UserError("--steps must be at least 1")
         model = config["model"]
-        encoder, vae, clip = PromptEncoder(model, config["resolution"], device, dtype), VAE(model, device), metrics.Clip(config["clip"], device)
+        encoder, vae, clip = PromptEncoder(model, config["resolution"], device), VAE(model, device), metrics.Clip(config["clip"], device)
         source = data.source(config["data"], config["resolution"])
         if source.held_out is None:
             raise UserError(f"{config['data']} has no held-out part to evaluate on")
-        denoiser = load_denoiser(model, device, dtype, unet)
-        denoiser.net.to(dtype).eval()
-        teacher = load_denoiser(model, device, dtype)
-        teacher.net.to(dtype).eval()
+        denoiser = load_denoiser(model, device, unet=unet)
+        denoiser.net.eval()
+        teacher = load_denoiser(model, device)
+        teacher.net.eval()
         teacher = guided(teacher, encoder.null(), args.guidance)
         nfe = steps if trained else steps * (2 if args.guidance != 1 else 1)
         result = evaluate(
@@ -94,6 +94,7 @@ def main():
     text = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}, indent=2)
     print(text)
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(text + "\n")
 
 

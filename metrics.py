@@ -17,7 +17,7 @@ class Clip:
     """A CLIP folder (toy/clip) or hub name: images -> features, (images, prompts) -> CLIP scores."""
 
     def __init__(self, path, device="cpu"):
-        path = folder(path)
+        path, self.device = folder(path), torch.device(device)
         self.model = load_part(CLIPModel, path).float().to(device).eval().requires_grad_(False)
         self.tokenizer = load_part(CLIPTokenizer, path)
         config = Path(path) / "preprocessor_config.json"

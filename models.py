@@ -6,6 +6,7 @@ Everything that knows about SDXL's classes lives here; the losses see callables 
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -26,14 +27,14 @@ class UserError(Exception):
     """A mistake of the user's: the scripts print its one line and exit with status 2."""
 
 
-def folder(path, *parts):
+def folder(path, *parts, hub=True):
     """A local folder that must hold `parts` (files or folders), searched from here and from the project; or a hub name, as it is.
 
     Raises UserError for a folder that is missing or half-written.
     """
     found = next((p for p in (Path(path), HERE / path) if p.is_dir()), None)
     if found is None:
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).startswith(("toy/", "runs/")):
+        if hub and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).startswith(("toy/", "runs/")):
             return str(path)
         raise UserError(f"no such folder: {path} (give a diffusers pipeline folder, such as toy/sdxl)")
     for part in parts:
@@ -46,7 +47,7 @@ def load_part(cls, path, sub="", **kwargs):
     try:
         return cls.from_pretrained(path, subfolder=sub, **kwargs)
     except Exception as e:  # the libraries raise OSError, ValueError, SafetensorError, ...: all mean that this part cannot be read
-        raise UserError(f"cannot read {sub} of {path}: {str(e).strip().splitlines()[0]}") from None
+        raise UserError(f"cannot read {sub} of {path}: {(str(e).strip() or type(e).__name__).splitlines()[0]}") from None
 
 
 class Denoiser:
@@ -92,11 +93,15 @@ class PromptEncoder:
         self.tokenizers = [load_part(CLIPTokenizer, path, f"tokenizer{n}") for n in ("", "_2")]
         classes = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
         self.encoders = [load_part(cls, path, f"text_encoder{n}").to(device, dtype).eval().requires_grad_(False) for n, cls in classes.items()]
-        self.size, self.device = image_size, device
+        self.size, self.device, self.warned = image_size, device, False
 
     @torch.no_grad()
     def encode(self, prompts):
-        """prompts: a list of B strings. Warns of a prompt that is cut off at the encoders' length."""
+        """prompts: a list of B strings. Warns, once, of a prompt that is cut off at the encoders' length."""
+        if not self.warned and any(map(self.too_long, prompts)):
+            self.warned = True
+            long, length = next(filter(self.too_long, prompts)), self.tokenizers[0].model_max_length
+            print(f"warning: prompts are cut off after {length} tokens, the first of them: {long[:60]!r} ...", file=sys.stderr)
         states, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.encoders):
             tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
@@ -145,20 +150,29 @@ def load_sam(path, device="cpu"):
         kind = re.search(r"vit_[blh]", Path(path).name)
         if not Path(path).is_file() or not kind:
             raise UserError(f"no SAM checkpoint at {path} (expected a file named like sam_vit_b_01ec64.pth)")
-        encoder = sam_model_registry[kind[0]](checkpoint=str(path)).image_encoder
+        build = lambda: sam_model_registry[kind[0]](checkpoint=str(path)).image_encoder  # noqa: E731
     else:
-        where = Path(folder(path, "config.json", "image_encoder.safetensors"))
-        encoder = ImageEncoderViT(**json.loads((where / "config.json").read_text()), norm_layer=nn.LayerNorm)
-        encoder.load_state_dict({k: v.float() for k, v in load_file(where / "image_encoder.safetensors").items()})
+        where = Path(folder(path, "config.json", "image_encoder.safetensors", hub=False))
+
+        def build():
+            encoder = ImageEncoderViT(**json.loads((where / "config.json").read_text()), norm_layer=nn.LayerNorm)
+            encoder.load_state_dict({k: v.float() for k, v in load_file(where / "image_encoder.safetensors").items()})
+            return encoder
+
+    try:
+        encoder = build()
+    except Exception as e:
+        raise UserError(f"cannot read the SAM image encoder in {path}: {(str(e).strip() or type(e).__name__).splitlines()[0]}") from None
     return encoder.to(device).eval().requires_grad_(False)
 
 
 def shard(net, dtype):
     """FSDP2 in place: fp32 weights, gradients and optimizer state sharded over all ranks, computing in `dtype`."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # a cast would round t to bf16
+    settings = {"mp_policy": policy, "reshard_after_forward": True}  # Eq. 11 reads the shards after a forward pass
     for block in [*net.down_blocks, net.mid_block, *net.up_blocks]:
-        fully_shard(block, mp_policy=policy)
-    return fully_shard(net, mp_policy=policy)
+        fully_shard(block, **settings)
+    return fully_shard(net, **settings)
 
 
 @torch.no_grad()
@@ -175,5 +189,5 @@ def generate(denoiser, encoder, vae, prompts, steps, seed, first=0, batch=64, od
         generators = sample_generators(seed, 0, range(first + i, first + i + len(part)), "sample")
         z = randn(generators, torch.empty(len(part), vae.channels, side, side, device=encoder.device))
         x_0 = sample_ode(denoiser, z, c, steps) if ode else backward_simulation(denoiser, z, c, denoiser.schedule.steps(steps), generators)
-        pictures.append(vae.decode(x_0).cpu())
+        pictures.append(vae.decode(x_0).clamp(-1, 1).cpu())
     return torch.cat(pictures)

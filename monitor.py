@@ -17,15 +17,17 @@ from diffusion import backward_simulation, randn, sample_generators, sample_ode
 
 
 @torch.no_grad()
-def health(x_real, x, x_adv, vae, teacher, L_fake, t, eps, c):
-    """Signals that tell a healthy run from one about to collapse; the README explains each."""
+def health(x_real, x_0, vae, teacher, L_fake, t, eps, c):
+    """Signals that tell a healthy run from one about to collapse; the README explains each.
+
+    x_real: the batch's images; x_0: finished samples of the generator, latents; t, eps, c: what L_fake (Eq. 6) was taken at.
+    """
     latent_real = vae.encode(x_real)
-    x = x if x_adv is None else x_adv.detach()
-    image = vae.decode(x)
+    image = vae.decode(x_0).clamp(-1, 1)
     return {
         "score_lag": L_fake.detach() / score_estimator.loss(teacher, latent_real, t, eps, c),
-        "latent_mean_gap": x.mean() - latent_real.mean(),
-        "latent_std_ratio": x.std() / latent_real.std(),
+        "latent_mean_gap": x_0.mean() - latent_real.mean(),
+        "latent_std_ratio": x_0.std() / latent_real.std(),
         "saturation": metrics.saturation(image),
         "saturation_real": metrics.saturation(x_real),
         "contrast": metrics.contrast(image),
@@ -72,7 +74,7 @@ class Log:
         self.path, self.on = run / "metrics.jsonl", rank == 0
         if self.on:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["loops"] <= progress["loops"]]
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["loops"] <= progress["loops"]]  # a kill may tear the last
             self.path.write_text("".join(line + "\n" for line in kept))
             self.board = SummaryWriter(run / "tensorboard", purge_step=progress["loops"] + 1)
         self.progress = tqdm(initial=progress["loops"], total=total, disable=not self.on, desc="stage 1", mininterval=2)

@@ -5,7 +5,7 @@
 
     D      SAM encoder (frozen) -> a small head per feature level (ω, trained) -> maps of logits
     V      VAE decoder (frozen)
-    x_adv  the generator's clean estimate at the last, least noisy student step, which only this loss trains
+    x_adv  the generator's clean estimate at the last, least noisy student step, which this loss alone trains by default
 
 NOTE: the paper prints Eq. 9 as an ascent direction, and the second term of Eq. 10 as +log D(fake); these are the logistic
 losses they stand for. Algorithm 1, line 25 asks for the hinge pair, which is the default here.

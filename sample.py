@@ -17,8 +17,8 @@ import data
 from models import VAE, PromptEncoder, UserError, generate, load_denoiser
 
 
-def read_prompts(args, config, encoder):
-    """The prompts asked for; the data source's own where none are. Raises UserError for an empty one; warns of a long one."""
+def read_prompts(args, config):
+    """The prompts asked for; the data source's own where none are. Raises UserError for an empty one."""
     if args.prompts:
         if not Path(args.prompts).is_file():
             raise UserError(f"no such prompt file: {args.prompts}")
@@ -30,8 +30,6 @@ def read_prompts(args, config, encoder):
     for prompt in prompts:
         if not prompt.strip():
             raise UserError("--prompt is empty: say what to draw")
-        if encoder.too_long(prompt):
-            print(f"warning: cut off after {encoder.tokenizers[0].model_max_length} tokens: {prompt[:60]!r} ...", file=sys.stderr)
     return prompts
 
 
@@ -49,21 +47,20 @@ def main():
     args = parser.parse_args()
     try:
         run, config = checkpoint.find_run(args.run)
-        steps = args.steps or config["student_steps"]
+        steps = config["student_steps"] if args.steps is None else args.steps
         if min(steps, args.num, args.batch_size) < 1:
             raise UserError("--steps, --num and --batch-size must be at least 1")
         if steps != config["student_steps"]:
             print(f"warning: {run} was trained for {config['student_steps']} steps, not {steps}", file=sys.stderr)
         out = Path(args.out) if args.out else run / f"samples-{datetime.now():%Y%m%d-%H%M%S}"
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"{out} is not empty: give another --out")
+        if out.is_file() or out.exists() and any(out.iterdir()):
+            raise UserError(f"{out} holds something already: give another --out")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = args.model or config["model"]
-        encoder, vae = PromptEncoder(model, config["resolution"], device, dtype), VAE(model, device)
-        G = load_denoiser(model, device, dtype, unet=checkpoint.newest(run) / "unet")
-        G.net.to(dtype).eval()
-        prompts = [p for p in read_prompts(args, config, encoder) for _ in range(args.num)]
+        encoder, vae = PromptEncoder(model, config["resolution"], device), VAE(model, device)
+        G = load_denoiser(model, device, unet=checkpoint.newest(run) / "unet")  # fp32, so that the batch size does not show
+        G.net.eval()
+        prompts = [p for p in read_prompts(args, config) for _ in range(args.num)]
         began = time.time()
         images = generate(G, encoder, vae, prompts, steps, args.seed, batch=args.batch_size)
         seconds = (time.time() - began) / len(prompts)

@@ -76,6 +76,8 @@ def train(config):
     progress = {"loops": 0, "generator_updates": 0, "samples": 0, "passes": 0, "skipped_updates": 0, "seconds": 0.0}
     if config.resume and (newest := checkpoint.newest(run)):
         progress = checkpoint.load(newest, players)
+    if rank == 0:
+        (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     log = monitor.Log(run, rank, config.iterations, progress)
     preview = monitor.Preview(config, source, encoder, vae, teacher, guided_teacher, latent, device) if config.preview_every else None
 
@@ -162,7 +164,9 @@ def train(config):
             "seconds": time.time() - began,
         }
         if loop % config.log_every == 0 or loop == config.iterations:
-            logged |= monitor.health(x_real, x, x_adv if D is not None else None, vae, teacher, L_fake, t, eps, c)
+            if D is None:  # no x_adv was made: finish the rollout to look at it
+                x_adv = backward_simulation(G, renoise(G.schedule, x, S, i + 1, rollout), c, S, rollout, i + 1)
+            logged |= monitor.health(x_real, x_adv.detach(), vae, teacher, L_fake, t, eps, c)
             log.write(progress, monitor.average(logged, ranks))
         log.bar(loop, logged)
         if preview and (loop % config.preview_every == 0 or loop == config.iterations):
@@ -211,40 +215,50 @@ def start_process():
     if cuda:
         torch.cuda.set_device(device)
     if (ranks > 1 or cuda) and not dist.is_initialized():
-        for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "29531", "RANK": "0", "WORLD_SIZE": "1"}.items():
-            os.environ.setdefault(name, value)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}  # without torchrun there is no meeting place
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     return int(os.environ.get("RANK", 0)), ranks, device
 
 
 def open_run(config, rank):
-    """The run folder, made or re-opened, with config.json in it. Refuses to touch a run that it was not told to."""
-    name = [config.out or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}"]
+    """The run folder, made or re-opened. Refuses to touch what it was not told to. Rank 0 looks; all ranks learn what it found."""
+    answer = [None, None]
+    if rank == 0:
+        run = Path(config.out or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
+        answer = [str(run), refusal(config, run)]
+        if not answer[1]:
+            if config.overwrite and not config.resume:
+                shutil.rmtree(run, ignore_errors=True)
+            run.mkdir(parents=True, exist_ok=True)
     if dist.is_initialized():
-        dist.broadcast_object_list(name)
-    run = Path(name[0])
+        dist.broadcast_object_list(answer)
+    if answer[1]:
+        raise UserError(answer[1])
+    return Path(answer[0])
+
+
+def refusal(config, run):
+    """Why this run folder cannot be used as asked, in one line; None where it can."""
+    if config.resume and not config.out:
+        return "--resume needs --out, the run folder to go on with"
+    if run.exists() and not run.is_dir():
+        return f"{run} is a file: give another --out"
     saved = run / "config.json"
     if config.resume:
-        if not config.out:
-            raise UserError("--resume needs --out, the run folder to go on with")
         if not saved.exists():
-            raise UserError(f"nothing to resume in {run}: it has no config.json")
+            return f"nothing to resume in {run}: it has no config.json"
         before = json.loads(saved.read_text())
-        for key in ("model", "student_steps", "resolution", "seed", "batch_size"):
-            if before[key] != getattr(config, key):
-                flag = f"--{key.replace('_', '-')}"
-                raise UserError(f"{run} was trained with {flag} {before[key]}, not {getattr(config, key)}: resume it with its own")
+        for key in ("model", "data", "sam", "student_steps", "resolution", "seed", "batch_size"):
+            old, new = before[key], getattr(config, key)
+            if old != new and Path(str(old)).resolve() != Path(str(new)).resolve():
+                return f"{run} was trained with --{key.replace('_', '-')} {old}, not {new}: resume it with its own"
         if bool(before["gan_weight"]) != bool(config.gan_weight):
-            raise UserError(f"{run} was trained with --gan-weight {before['gan_weight']}: Pixel-GAN cannot be switched on or off by --resume")
-    elif run.exists() and any(run.iterdir()) and not config.overwrite:
-        raise UserError(f"{run} is not empty: pass --resume to go on, or --overwrite to replace it")
-    if rank == 0:
-        if config.overwrite and not config.resume:
-            shutil.rmtree(run, ignore_errors=True)
-        run.mkdir(parents=True, exist_ok=True)
-        saved.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    checkpoint.barrier()
-    return run
+            return f"{run} was trained with --gan-weight {before['gan_weight']}: Pixel-GAN cannot be switched on or off by --resume"
+    elif run.exists() and any(run.iterdir()):
+        if not config.overwrite:
+            return f"{run} is not empty: pass --resume to go on, or --overwrite to replace it"
+        if not saved.exists():
+            return f"{run} is not a run folder (it has no config.json): --overwrite will not delete it"
 
 
 def main():
@@ -252,8 +266,7 @@ def main():
     try:
         run = train(config)
     except UserError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"\nerror: {str(e).split('UserError: ')[-1].strip()}", file=sys.stderr)  # a loader process sends its traceback along
+        print(f"\nerror: {str(e).split('UserError: ')[-1].strip()}", file=sys.stderr)  # a loader process sends its traceback along
         sys.exit(2)
     finally:
         if dist.is_initialized():

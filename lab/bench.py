@@ -57,7 +57,7 @@ def passes(config):
 
     no_grad = torch.no_grad()
     return {
-        "data and prompts": (lambda: encoder.encode([source[i][1] for i in range(n) if source[i][0] is not None]), 1),
+        "data and prompts": (lambda: encoder.encode([caption for _, caption in [source[i] for i in range(n)]]), 1),
         "rollout (G forward)": (no_grad(lambda: G(x, t, c)), 2),
         "G forward, backward": (lambda: backward(G(x, t, c).square().mean(), G.net), 2),
         "teacher, guided": (no_grad(lambda: guided_teacher(x, t, c)), 1),

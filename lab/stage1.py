@@ -16,6 +16,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
+from threading import Lock
 
 from tqdm import tqdm
 
@@ -41,8 +42,8 @@ TABLES = {
 }
 
 
-def key(flags, seed):
-    return " ".join(f"{k} {v}" for k, v in sorted(flags.items())) + f" --seed {seed}"
+def key(flags, seed, num):
+    return " ".join(f"{k} {v}" for k, v in sorted(flags.items())) + f" --seed {seed}, {num} prompts"
 
 
 def run(script, *argv, threads):
@@ -55,7 +56,7 @@ def run(script, *argv, threads):
 
 def measure(flags, seed, num, threads):
     """Train and evaluate one row with one seed -> its metrics, with seconds per loop and the last health signals."""
-    out = RUNS / f"{zlib.crc32(key(flags, seed).encode()):08x}"
+    out = RUNS / f"{zlib.crc32(key(flags, seed, num).encode()):08x}"
     run(
         "train.py",
         "--stage",
@@ -105,7 +106,7 @@ def line(name, results):
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
-def table(results, name):
+def table(results, name, num):
     print(f"\n| {name} | prompts right, % | Fréchet | precision, % | recall, % | CLIP | saturation | contrast |")
     print("| --- |" + " --- |" * len(COLUMNS))
     if name == "main":
@@ -115,7 +116,7 @@ def table(results, name):
         if "baselines" in results:
             print(f"| real scenes | | | | | | {real['saturation']:.3f} | {real['contrast']:.3f} |")
     for label, (flags, seeds) in TABLES[name].items():
-        found = [results["rows"][key(flags, s)] for s in seeds if key(flags, s) in results["rows"]]
+        found = [results["rows"][key(flags, s, num)] for s in seeds if key(flags, s, num) in results["rows"]]
         if found:
             print(line(label, found))
 
@@ -134,18 +135,21 @@ def main():
         if "main" in args.only and "baselines" not in results:
             results["baselines"] = baselines(args.num, os.cpu_count())
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        wanted = [(f, s) for t in args.only for f, seeds in TABLES[t].values() for s in seeds if key(f, s) not in results["rows"]]
+        wanted = [(f, s) for t in args.only for f, seeds in TABLES[t].values() for s in seeds if key(f, s, args.num) not in results["rows"]]
+        lock = Lock()
         with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(wanted), desc="rows") as bar:
 
             def one(flags, seed):
-                results["rows"][key(flags, seed)] = measure(flags, seed, args.num, threads)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-                bar.update()
+                measured = measure(flags, seed, args.num, threads)
+                with lock:
+                    results["rows"][key(flags, seed, args.num)] = measured
+                    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                    bar.update()
 
             for job in [pool.submit(one, *w) for w in wanted]:
                 job.result()
     for name in args.only:
-        table(results, name)
+        table(results, name, args.num)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import data
 import evaluate
 import sample
 import train
-from models import UserError
+from models import PromptEncoder, UserError
 from toy import world
 
 SMALL = ["--iterations", "2", "--batch-size", "2", "--preview-every", "0", "--log-every", "1"]
@@ -55,6 +55,10 @@ def photos(tmp_path):
         (["--sam", "toy/nothing"], "toy/nothing"),
         (["--renoise", "0.9,0.1"], "renoise"),
         (["--ema", "2"], "--ema"),
+        (["--seed", "-1"], "--seed"),
+        (["--lr", "0"], "--lr"),
+        (["--sam", "somebody/sam-huge"], "somebody/sam-huge"),
+        (["--resolution", "66", "--data", "toy"], "64 pixels"),
         (["--iterations", "0"], "--iterations"),
         (["--student-steps", "5"], "student-steps"),
         (["--resume"], "--out"),
@@ -96,6 +100,9 @@ def test_run_folder_is_never_overwritten_unasked(capsys, tmp_path):
     before = (out / "metrics.jsonl").read_text()
     status, line = call(train.main, capsys, *SMALL, "--out", out)
     assert status == 2 and "--resume" in line and "--overwrite" in line
+    for keep in (tmp_path, tmp_path / "file.txt"):  # not run folders: --overwrite must not delete them
+        (tmp_path / "file.txt").write_text("mine")
+        assert call(train.main, capsys, *SMALL, "--out", keep, "--overwrite")[0] == 2 and (tmp_path / "file.txt").exists()
     model = shutil.copytree("toy/sdxl", tmp_path / "other")
     status, line = call(train.main, capsys, *SMALL, "--out", out, "--resume", "--model", model)
     assert status == 2 and "--model" in line and "toy/sdxl" in line
@@ -106,24 +113,49 @@ def test_run_folder_is_never_overwritten_unasked(capsys, tmp_path):
     status, line = call(sample.main, capsys, "--run", out, "--prompt", "a red circle " * 30, "--out", tmp_path / "pictures")
     assert status == 0 and (tmp_path / "pictures" / "00000.png").exists() and "seconds per image" in line
     status, line = call(sample.main, capsys, "--run", out, "--out", tmp_path / "pictures")
-    assert status == 2 and "not empty" in line
+    assert status == 2 and "holds something" in line
     status, _ = call(evaluate.main, capsys, "--run", out, "--num", "16", "--json", tmp_path / "m.json")
     found = json.loads((tmp_path / "m.json").read_text())
     keys = "prompt_accuracy attribute_accuracy frechet precision recall clip_score saturation contrast nfe seconds_per_image num seed real"
     assert status == 0 and sorted(found) == sorted(keys.split()) and found["nfe"] == 4 and found["num"] == 16
 
 
-def test_missing_runs_and_prompts(capsys, tmp_path, monkeypatch):
+def test_bare_commands_take_the_newest_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("old", "new"):
+        assert call(train.main, capsys, *SMALL, "--gan-weight", "0", "--out", f"runs/{name}")[0] == 0
+    assert call(sample.main, capsys, "--run", "runs/old", "--num", "1")[0] == 0
+    status, line = call(sample.main, capsys, "--steps", "4")
+    assert status == 0 and "runs/new/samples" in line
+
+
+def test_resume_keeps_the_runs_settings(capsys, tmp_path):
+    out = tmp_path / "run"
+    assert call(train.main, capsys, *SMALL, "--ttur", "2", "--renoise", "0.1,0.9", "--gan-weight", "0", "--out", out)[0] == 0
+    assert call(train.main, capsys, "--resume", "--out", out, "--iterations", "4")[0] == 0
+    saved = json.loads((out / "config.json").read_text())
+    assert (saved["ttur"], saved["renoise"], saved["gan_weight"], saved["iterations"]) == (2, [0.1, 0.9], 0, 4)
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["generator_updates"] == 2
+
+
+def test_evaluate_teacher_and_undistilled(capsys, tmp_path):
+    for argv, nfe in ((["--teacher", "--steps", "3", "--reference", "teacher"], 6), (["--undistilled", "--guidance", "1"], 4)):
+        assert call(evaluate.main, capsys, *argv, "--num", "8", "--json", tmp_path / "new" / "m.json")[0] == 0
+        assert json.loads((tmp_path / "new" / "m.json").read_text())["nfe"] == nfe
+
+
+def test_missing_runs_and_prompts(capsys, tmp_path):
     assert call(sample.main, capsys, "--run", tmp_path)[0] == 2
     assert call(evaluate.main, capsys, "--run", tmp_path / "none")[0] == 2
     assert call(evaluate.main, capsys, "--teacher", "--model", "toy/none")[0] == 2
 
 
-def test_long_prompt_is_cut_off_with_a_warning():
-    from models import PromptEncoder
-
+def test_long_prompt_is_cut_off_with_a_warning(capsys):
     encoder = PromptEncoder("toy/sdxl", 64)
-    assert encoder.too_long("a red circle " * 30) and not encoder.too_long("a red circle")
+    encoder.encode(["a red circle"])
+    assert "cut off" not in capsys.readouterr().err
+    encoder.encode(["a red circle", "a red circle " * 30])
+    assert "cut off after 32 tokens" in capsys.readouterr().err
 
 
 def test_folder_of_pictures_trains(photos, capsys, tmp_path):

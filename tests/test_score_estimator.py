@@ -1,4 +1,4 @@
-"""Eq. 6's minimiser and Eq. 11, elementwise. (Eq. 11 on sharded weights: test_distributed.py.)"""
+"""Eq. 6's minimiser and Eq. 11, elementwise. (Eq. 11 on sharded weights: test_train.py.)"""
 
 import pytest
 import torch

@@ -63,7 +63,7 @@ def test_each_attribute_is_checked():
 
 def test_evaluation_never_meets_training():
     """No prompt and no scene of the first 1,000 test indices occurs in 20,000 training ones, nor in what VAE, CLIP and SAM saw."""
-    train = [world.scene(i, split) for split in ("train", "wide") for i in range(20_000)]
+    train = [world.scene(i, split) for split in ("train", "pairs", "wide") for i in range(20_000)]
     test = [world.scene(i, "test") for i in range(1000)]
     assert not {c for _, c in train} & {c for _, c in test}
     assert not {s.key() for s, _ in train} & {s.key() for s, _ in test}

@@ -1,6 +1,7 @@
 """Trains the toy's weights from nothing: VAE, CLIP, SDXL-shaped teacher, SAM image encoder.
 
-    python -m toy.build              all parts, in this order; a part already built is kept (--rebuild to train again)
+    python -m toy.build              all parts, in this order; a part already built is kept
+    python -m toy.build --rebuild    forget what is there and train again; if interrupted, go on without --rebuild
     python -m toy.build --only vae   one part
 
 An interrupted part goes on where it stopped (its state lies in toy/.build). Each part adds what it reached to toy/quality.json.
@@ -31,7 +32,6 @@ from toy import world
 logging.set_verbosity_error()  # a CLIP's text half loads with a page of "unexpected" vision weights
 HERE = Path(__file__).parent
 MAX_TOKENS = 32
-TEACHER_STEPS = 6500
 GUIDANCE = 3.0
 
 
@@ -254,13 +254,16 @@ def build_teacher():
         fit(name, [unet], loss, steps, lr, **kwargs)
 
     began = time.time()
-    first = HERE / ".build" / "teacher-first.pt"
-    if not first.exists():
-        learn("teacher, wide", "wide", 3250, 48, 1e-3, boost=0, last=0.55, ema=0)
-        torch.save(unet.state_dict(), first)
-    unet.load_state_dict(torch.load(first, weights_only=True))
-    learn("teacher", "train", TEACHER_STEPS, 32, 8e-4, boost=1)
-    first.unlink()
+    for name, split, steps, batch, lr, kwargs in (
+        ("teacher-1", "wide", 3250, 48, 1e-3, {"boost": 0, "last": 0.55, "ema": 0}),
+        ("teacher-2", "pairs", 4000, 32, 8e-4, {"boost": 1, "last": 0.35, "ema": 0}),
+        ("teacher-3", "train", 5000, 32, 8e-4, {"boost": 1}),
+    ):
+        done = HERE / ".build" / f"{name}.done.pt"
+        if not done.exists():
+            learn(name, split, steps, batch, lr, **kwargs)
+            torch.save(unet.state_dict(), done)
+        unet.load_state_dict(torch.load(done, weights_only=True))
     unet.eval().requires_grad_(False)
     scheduler = EulerDiscreteScheduler(
         beta_start=schedule.beta_start, beta_end=schedule.beta_end, beta_schedule="scaled_linear", timestep_spacing="trailing"
@@ -276,6 +279,8 @@ def build_teacher():
         force_zeros_for_empty_prompt=True,
     )
     pipeline.save_pretrained(where)
+    for done in (HERE / ".build").glob("teacher-*.done.pt"):
+        done.unlink()
 
     for part in (vae.net, unet, *prompt_encoder.encoders):
         part.float()
@@ -347,9 +352,15 @@ def main():
     parser.add_argument("--only", choices=PARTS, help="build this part alone")
     parser.add_argument("--rebuild", action="store_true", help="train parts again that are already there")
     args = parser.parse_args()
+    path = HERE / "quality.json"
+    quality = json.loads(path.read_text()) if path.exists() else {}
+    if args.rebuild:
+        shutil.rmtree(HERE / ".build", ignore_errors=True)
+        quality = {k: v for k, v in quality.items() if args.only not in (None, k)}
+        path.write_text(json.dumps(quality, indent=2) + "\n")
     for name, (folder, build) in PARTS.items():
         if args.only in (None, name):
-            if (HERE / folder).exists() and not args.rebuild:
+            if name in quality and (HERE / folder).exists():  # quality.json is written last
                 print(f"{name}: already built in toy/{folder}")
                 continue
             shutil.rmtree(HERE / folder, ignore_errors=True)

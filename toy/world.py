@@ -5,13 +5,13 @@ shape, colour, size, fill and a place in its cell. Its caption states some of th
 leaves open (places, sizes, fills, backgrounds) is what makes few-step sampling hard; what it states can be
 read back from the pixels, which makes alignment exact.
 
-    scene(i, split)     the i-th scene of "train", "test" or "wide", and its caption
+    scene(i, split)     the i-th scene of "train", "test", "wide" or "pairs", and its caption
     render(scene)       its image, (3, 64, 64) in [-1, 1];  labels(scene) its masks, (64, 64)
     detect(images)      what is in the pixels, by comparing each cell with every object it could hold
     judge(images, prompts)   which of the stated facts are true
 
-Test shares no caption and no scene with the others: they are dealt by a hash of their text. "wide" has up to three
-objects, named in any order: what VAE, CLIP and SAM learn to see is broader than what is drawn.
+Test shares no caption and no scene with the others: they are dealt by a hash of their text. "wide" has up to three objects, named in
+any order, and "pairs" more scenes of two: VAE, CLIP and SAM see the wide world, the teacher passes through both to the world's own.
 """
 
 import itertools
@@ -129,8 +129,9 @@ def labels(scene):
 # split -> (its number in the seed, P(1, 2, 3 objects), reading order, P(size, fill, colour, place, background stated))
 SPLITS = {
     "wide": (0, (0.35, 0.4, 0.25), False, (0.4, 0.4, 0.9, 0.4, 0.5)),
-    "test": (1, (0.45, 0.55, 0.0), True, (0.25, 0.25, 0.9, 0.4, 0.4)),
-    "train": (2, (0.45, 0.55, 0.0), True, (0.25, 0.25, 0.9, 0.4, 0.4)),
+    "pairs": (2, (0.45, 0.55, 0.0), True, (0.25, 0.25, 0.9, 0.4, 0.4)),
+    "train": (3, (0.75, 0.25, 0.0), True, (0.25, 0.25, 0.9, 0.4, 0.4)),
+    "test": (1, (0.75, 0.25, 0.0), True, (0.25, 0.25, 0.9, 0.4, 0.4)),
 }
 
 
