@@ -137,7 +137,7 @@ def test_non_finite_update_is_skipped_and_ten_end_the_run(tmp_path, monkeypatch)
 
 def test_two_ranks_are_one(tmp_path):
     """2 gloo ranks x 8, sharded by FSDP2, take the same 5 steps as 1 rank x 16: losses, and how far the weights moved."""
-    settings = {"iterations": 5, "batch_size": 16, "ema": 0.5}
+    settings = {"iterations": 5, "batch_size": 16, "ema": 0.5, "d_lr": 1e-4}
     processes = [launch(*flags(**settings, out=tmp_path / f"r{n}"), ranks=n) for n in (1, 2)]
     for p in processes:
         out, _ = p.communicate(timeout=400)

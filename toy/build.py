@@ -240,11 +240,13 @@ def build_teacher():
         What the caption decides (which object, which colour) is decided at high noise, where SNR is 1/100.
         """
         latents, captions = latents_of(split, 32768)
+        encoded = [prompt_encoder.encode(captions[i : i + 256]) for i in tqdm(range(0, len(captions), 256), desc=f"captions, {split}", mininterval=5)]
+        conditions = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
 
         def loss(step):
             which = torch.randint(len(latents), (batch,))
             x_0, t, eps = latents[which], torch.randint(1000, (batch,)), torch.randn(batch, 4, 16, 16)
-            c = prompt_encoder.encode([captions[i] for i in which])
+            c = {k: v[which] for k, v in conditions.items()}
             kept = (torch.rand(batch) >= 0.1).float()  # the null prompt is zeros
             c = {"tokens": c["tokens"] * kept[:, None, None], "pooled": c["pooled"] * kept[:, None], "size": c["size"]}
             x_0_hat = teacher(add_noise(schedule, x_0, t, eps), t, c)
@@ -257,7 +259,8 @@ def build_teacher():
     for name, split, steps, batch, lr, kwargs in (
         ("teacher-1", "wide", 3250, 48, 1e-3, {"boost": 0, "last": 0.55, "ema": 0}),
         ("teacher-2", "pairs", 4000, 32, 8e-4, {"boost": 1, "last": 0.35, "ema": 0}),
-        ("teacher-3", "train", 5000, 32, 8e-4, {"boost": 1}),
+        ("teacher-3", "single", 3000, 32, 8e-4, {"boost": 1, "last": 0.4, "ema": 0}),
+        ("teacher-4", "train", 8000, 32, 6e-4, {"boost": 1}),
     ):
         done = HERE / ".build" / f"{name}.done.pt"
         if not done.exists():

@@ -5,13 +5,13 @@ shape, colour, size, fill and a place in its cell. Its caption states some of th
 leaves open (places, sizes, fills, backgrounds) is what makes few-step sampling hard; what it states can be
 read back from the pixels, which makes alignment exact.
 
-    scene(i, split)     the i-th scene of "train", "test", "wide" or "pairs", and its caption
+    scene(i, split)     the i-th scene of "train" or "test" (or "wide", ...), and its caption
     render(scene)       its image, (3, 64, 64) in [-1, 1];  labels(scene) its masks, (64, 64)
     detect(images)      what is in the pixels, by comparing each cell with every object it could hold
     judge(images, prompts)   which of the stated facts are true
 
-Test shares no caption and no scene with the others: they are dealt by a hash of their text. "wide" has up to three objects, named in
-any order, and "pairs" more scenes of two: VAE, CLIP and SAM see the wide world, the teacher passes through both to the world's own.
+Test shares no caption and no scene with the other splits: they are dealt by a hash of their text. "wide" has up to three objects, named
+in any order, and says more; VAE, CLIP and SAM see it, and the teacher comes by way of it, "pairs" and "single" to the world's own.
 """
 
 import itertools
@@ -126,12 +126,13 @@ def labels(scene):
 # --------------------------------------------------------------------------------------------- captions
 
 
-# split -> (its number in the seed, P(1, 2, 3 objects), reading order, P(size, fill, colour, place, background stated))
+# split -> (its number in the seed, P(1, 2, 3 objects), reading order, P(size, fill, colour, place, relation, background, texture stated))
 SPLITS = {
-    "wide": (0, (0.35, 0.4, 0.25), False, (0.4, 0.4, 0.9, 0.4, 0.5)),
-    "pairs": (2, (0.45, 0.55, 0.0), True, (0.25, 0.25, 0.9, 0.4, 0.4)),
-    "train": (3, (0.75, 0.25, 0.0), True, (0.25, 0.25, 0.9, 0.4, 0.4)),
-    "test": (1, (0.75, 0.25, 0.0), True, (0.25, 0.25, 0.9, 0.4, 0.4)),
+    "wide": (0, (0.35, 0.4, 0.25), False, (0.4, 0.4, 0.9, 0.4, 0.6, 0.5, 0.4)),
+    "pairs": (2, (0.45, 0.55, 0.0), True, (0.25, 0.25, 0.9, 0.4, 0.6, 0.4, 0.4)),
+    "single": (3, (0.75, 0.25, 0.0), True, (0.25, 0.25, 0.9, 0.4, 0.6, 0.4, 0.4)),
+    "train": (4, (0.75, 0.25, 0.0), True, (0.25, 0.25, 0.9, 0.0, 0.0, 0.4, 0.0)),
+    "test": (1, (0.75, 0.25, 0.0), True, (0.25, 0.25, 0.9, 0.0, 0.0, 0.4, 0.0)),
 }
 
 
@@ -147,7 +148,7 @@ def caption(scene, rng, split):
 
     "a large red circle left of a striped blue ring on a gray background"
     """
-    _, _, in_order, (p_size, p_fill, p_color, p_place, p_background) = SPLITS[split]
+    _, _, in_order, (p_size, p_fill, p_color, p_place, p_relation, p_background, p_texture) = SPLITS[split]
 
     def phrase(o):
         said = [(o.size, p_size), (o.fill, p_fill), (o.color, p_color)]
@@ -158,12 +159,12 @@ def caption(scene, rng, split):
     relation = relation_of(*cells) if len(cells) == 2 else None
     if len(cells) == 1 and rng.random() < p_place:
         text = f"{phrases[0]} at the {PLACES[cells[0]]}"
-    elif relation and rng.random() < 0.6:
+    elif relation and rng.random() < p_relation:
         text = f"{phrases[0]} {relation} {phrases[1]}"
     else:
         text = " and ".join(phrases if in_order else [phrases[i] for i in rng.permutation(len(phrases))])
     if rng.random() < p_background:
-        texture = f"{scene.texture} " if rng.random() < 0.4 else ""
+        texture = f"{scene.texture} " if rng.random() < p_texture else ""
         text += f" on a {texture}{scene.background} background"
     return text
 
