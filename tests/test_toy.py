@@ -34,7 +34,7 @@ def test_checker_reads_vae_reconstructions():
 
 
 def test_checker_refuses_wrong_captions_noise_and_mush():
-    images, captions, _ = scenes(100)
+    images, captions, _ = scenes(100, "wide")
     whole, _ = world.judge(images, captions[1:] + captions[:1])
     assert sum(whole) <= 2
     for broken in (torch.randn_like(images), torch.nn.functional.avg_pool2d(images, 15, 1, 7)):

@@ -136,8 +136,12 @@ def test_non_finite_update_is_skipped_and_ten_end_the_run(tmp_path, monkeypatch)
 
 
 def test_two_ranks_are_one(tmp_path):
-    """2 gloo ranks x 8, sharded by FSDP2, take the same 5 steps as 1 rank x 16: losses, and how far the weights moved."""
-    settings = {"iterations": 5, "batch_size": 16, "ema": 0.5, "d_lr": 1e-4}
+    """2 gloo ranks x 8, sharded by FSDP2, take the same 5 steps as 1 rank x 16: losses, gradient norms, how far the weights moved.
+
+    Small learning rates: AdamW turns the rounding noise of gradients near zero into whole steps, which at the default rates
+    moves losses by 1e-4 within three loops. adv_loss is a mean of logits of order 1 that crosses zero, hence its absolute bound.
+    """
+    settings = {"iterations": 5, "batch_size": 16, "ema": 0.99, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5}
     processes = [launch(*flags(**settings, out=tmp_path / f"r{n}"), ranks=n) for n in (1, 2)]
     for p in processes:
         out, _ = p.communicate(timeout=400)
@@ -146,7 +150,9 @@ def test_two_ranks_are_one(tmp_path):
     assert len(one) == len(two) == 5
     for a, b in zip(one, two):
         for key in ("dm_loss", "adv_loss", "fake_loss", "d_loss"):
-            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=2e-6), (a["loops"], key)
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=5e-5 if key == "adv_loss" else 2e-6), (a["loops"], key)
+        for key in ("g_norm", "fake_norm"):  # a sum over ranks where a mean belongs would double these, and AdamW would hide it
+            assert b[key] == pytest.approx(a[key], rel=2e-3), (a["loops"], key)
     start = load_denoiser("toy/sdxl").net.state_dict()
     moved = [torch.cat([(student(tmp_path / f"r{n}")[k] - v).flatten() for k, v in start.items()]) for n in (1, 2)]
     assert moved[0].norm() > 0 and (moved[1] - moved[0]).norm() < 0.02 * moved[0].norm()
