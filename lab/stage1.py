@@ -21,7 +21,7 @@ from threading import Lock
 from tqdm import tqdm
 
 RESULTS, RUNS = Path("results/stage1.json"), Path("runs/lab")
-FULL = {"--iterations": 300, "--batch-size": 16, "--ttur": 1}
+FULL = {"--iterations": 300, "--batch-size": 16, "--ttur": 1, "--lr": 1e-5, "--fake-lr": 3e-4, "--ema": 0.99, "--gan-weight": 0.003}
 SHORT = FULL | {"--iterations": 150}
 SEEDS = (0, 1, 2)
 
@@ -38,7 +38,13 @@ TABLES = {
         "renoise high (`--renoise 0.5,0.98`)": (FULL | {"--renoise": "0.5,0.98"}, (0,)),
         "renoise low (`--renoise 0.02,0.5`)": (FULL | {"--renoise": "0.02,0.5"}, (0,)),
     },
-    "sweep": {},
+    "sweep": {
+        "base": (SHORT, (0,)),
+        **{f"`--ema {v}`": (SHORT | {"--ema": v}, (0,)) for v in (0.9, 0.95, 0.999)},
+        **{f"`--gan-weight {v}`": (SHORT | {"--gan-weight": v}, (0,)) for v in (0.01, 0.03)},
+        **{f"`--lr {v}`": (SHORT | {"--lr": v}, (0,)) for v in (5e-6, 2e-5, 5e-5)},
+        **{f"`--fake-lr {v}`": (SHORT | {"--fake-lr": v}, (0,)) for v in (1e-4, 1e-3)},
+    },
 }
 
 
