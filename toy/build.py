@@ -282,6 +282,9 @@ def build_teacher():
         force_zeros_for_empty_prompt=True,
     )
     pipeline.save_pretrained(where)
+    for config in where.glob("*/config.json"):  # diffusers notes the path of this machine there
+        kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+        config.write_text(json.dumps(kept, indent=2) + "\n")
     for done in (HERE / ".build").glob("teacher-*.done.pt"):
         done.unlink()
 
