@@ -44,8 +44,8 @@ def scenes(start, count, split="wide"):
     return torch.stack([world.render(s) for s, _ in pairs]), [c for _, c in pairs], torch.stack([world.labels(s) for s, _ in pairs])
 
 
-def fit(name, modules, loss, steps, lr, weight_decay=0.0, ema=0.999, last=0.01):
-    """AdamW with warm-up and cosine decay to last * lr on loss(step) -> scalar; leaves the EMA of the weights in `modules`.
+def fit(name, modules, loss, steps, lr, weight_decay=0.0):
+    """AdamW with warm-up and cosine decay to lr / 100 on loss(step) -> scalar; leaves the EMA of the weights in `modules`.
 
     Saves its state every 250 steps and goes on from it.
     """
@@ -62,7 +62,7 @@ def fit(name, modules, loss, steps, lr, weight_decay=0.0, ema=0.999, last=0.01):
     bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
     for step in bar:
         torch.manual_seed(step)
-        rate = min(1.0, (step + 1) / 100) * (last + (1 - last) * 0.5 * (1 + math.cos(step / steps * math.pi)))
+        rate = min(1.0, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(step / steps * math.pi)))
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
         value = loss(step)
@@ -71,7 +71,7 @@ def fit(name, modules, loss, steps, lr, weight_decay=0.0, ema=0.999, last=0.01):
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(average, params, 1 - min(ema, step / (step + 10)))
+            torch._foreach_lerp_(average, params, 1 - min(0.999, step / (step + 10)))
         if step % 50 == 0:
             bar.set_postfix(loss=f"{value.item():.4f}")
         if (step + 1) % 250 == 0 and step + 1 < steps:
@@ -220,53 +220,37 @@ def build_teacher():
         attention_head_dim=[2, 4, 4],  # diffusers' name for the number of heads
         use_linear_projection=True,
         cross_attention_dim=text["tokens"].shape[-1],
+        resnet_time_scale_shift="scale_shift",
         addition_embed_type="text_time",
         addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=text["pooled"].shape[-1] + 6 * 16,
     )
     teacher = Denoiser(unet, schedule)
 
-    def latents_of(split, count):
-        latents, captions = torch.empty(count, 4, 16, 16), []
-        for i in tqdm(range(0, count, 128), desc=f"latents, {split}", mininterval=5):
-            images, texts, _ = scenes(i, 128, split)
-            latents[i : i + 128] = vae.encode(images)
-            captions += texts
-        return latents, captions
+    began, count, batch = time.time(), 32768, 32
+    latents, captions = torch.empty(count, 4, 16, 16), []
+    for i in tqdm(range(0, count, 128), desc="latents", mininterval=5):
+        images, texts, _ = scenes(i, 128, "train")
+        latents[i : i + 128] = vae.encode(images)
+        captions += texts
+    encoded = [prompt_encoder.encode(captions[i : i + 256]) for i in tqdm(range(0, count, 256), desc="captions", mininterval=5)]
+    conditions = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
 
-    def learn(name, split, steps, batch, lr, boost, **kwargs):
-        """eps-prediction with guidance's dropout on one split; boost adds an x_0 error where eps' own weight (SNR) is small.
+    def loss(step):
+        """eps-prediction with guidance's dropout, and an x_0 error where eps' own weight (SNR) is small.
 
-        What the caption decides (which object, which colour) is decided at high noise, where SNR is 1/100.
+        What the caption decides (which shape, which colour) is decided at high noise, where SNR is 1/100.
         """
-        latents, captions = latents_of(split, 32768)
-        encoded = [prompt_encoder.encode(captions[i : i + 256]) for i in tqdm(range(0, len(captions), 256), desc=f"captions, {split}", mininterval=5)]
-        conditions = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
+        which = torch.randint(count, (batch,))
+        x_0, t, eps = latents[which], torch.randint(1000, (batch,)), torch.randn(batch, 4, 16, 16)
+        c = {k: v[which] for k, v in conditions.items()}
+        kept = (torch.rand(batch) >= 0.1).float()  # the null prompt is zeros
+        c = {"tokens": c["tokens"] * kept[:, None, None], "pooled": c["pooled"] * kept[:, None], "size": c["size"]}
+        x_0_hat = teacher(add_noise(schedule, x_0, t, eps), t, c)
+        snr = schedule.weight(t)
+        return ((snr + (20 * snr).clamp(max=1)) * (x_0_hat - x_0) ** 2).mean()
 
-        def loss(step):
-            which = torch.randint(len(latents), (batch,))
-            x_0, t, eps = latents[which], torch.randint(1000, (batch,)), torch.randn(batch, 4, 16, 16)
-            c = {k: v[which] for k, v in conditions.items()}
-            kept = (torch.rand(batch) >= 0.1).float()  # the null prompt is zeros
-            c = {"tokens": c["tokens"] * kept[:, None, None], "pooled": c["pooled"] * kept[:, None], "size": c["size"]}
-            x_0_hat = teacher(add_noise(schedule, x_0, t, eps), t, c)
-            snr = schedule.weight(t)
-            return ((snr + boost * (20 * snr).clamp(max=1)) * (x_0_hat - x_0) ** 2).mean()
-
-        fit(name, [unet], loss, steps, lr, **kwargs)
-
-    began = time.time()
-    for name, split, steps, batch, lr, kwargs in (
-        ("teacher-1", "wide", 3250, 48, 1e-3, {"boost": 0, "last": 0.55, "ema": 0}),
-        ("teacher-2", "pairs", 4000, 32, 8e-4, {"boost": 1, "last": 0.35, "ema": 0}),
-        ("teacher-3", "single", 3000, 32, 8e-4, {"boost": 1, "last": 0.4, "ema": 0}),
-        ("teacher-4", "train", 8000, 32, 6e-4, {"boost": 1}),
-    ):
-        done = HERE / ".build" / f"{name}.done.pt"
-        if not done.exists():
-            learn(name, split, steps, batch, lr, **kwargs)
-            torch.save(unet.state_dict(), done)
-        unet.load_state_dict(torch.load(done, weights_only=True))
+    fit("teacher", [unet], loss, steps=14000, lr=1e-3)
     unet.eval().requires_grad_(False)
     scheduler = EulerDiscreteScheduler(
         beta_start=schedule.beta_start, beta_end=schedule.beta_end, beta_schedule="scaled_linear", timestep_spacing="trailing"
@@ -285,8 +269,6 @@ def build_teacher():
     for config in where.glob("*/config.json"):  # diffusers notes the path of this machine there
         kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
         config.write_text(json.dumps(kept, indent=2) + "\n")
-    for done in (HERE / ".build").glob("teacher-*.done.pt"):
-        done.unlink()
 
     for part in (vae.net, unet, *prompt_encoder.encoders):
         part.float()
