@@ -88,9 +88,10 @@ def load_denoiser(model, device="cpu", dtype=torch.float32, unet=None):
 class PromptEncoder:
     """SDXL's two frozen text encoders. encode(prompts) -> c: tokens (B, L, d1 + d2), pooled (B, p), size (B, 6)."""
 
-    def __init__(self, model, image_size, device="cpu", dtype=torch.float32):
-        path = folder(model, "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-        self.tokenizers = [load_part(CLIPTokenizer, path, f"tokenizer{n}") for n in ("", "_2")]
+    def __init__(self, model, image_size, device="cpu", dtype=torch.float32, tokenizers=None):
+        """tokenizers: another folder to take the tokenizers from."""
+        path, words = folder(model, "text_encoder", "text_encoder_2"), folder(tokenizers or model, "tokenizer", "tokenizer_2")
+        self.tokenizers = [load_part(CLIPTokenizer, words, f"tokenizer{n}") for n in ("", "_2")]
         classes = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
         self.encoders = [load_part(cls, path, f"text_encoder{n}").to(device, dtype).eval().requires_grad_(False) for n, cls in classes.items()]
         self.size, self.device, self.warned = image_size, device, False

@@ -1,0 +1,212 @@
+"""Eq. 12 and 13 against densities, finite differences and a hand-derived gradient; the reward model's geometry and layout."""
+
+import math
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+import latent_reward
+from diffusion import Schedule, randn, sample_generators
+from latent_reward import LatentRewardModel
+from models import PromptEncoder, UserError
+
+S = Schedule().steps(4)
+SHAPE = (5, 4, 8, 8)
+
+
+def draw(n, seed=0):
+    return torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).unbind()
+
+
+def test_eq_13_is_the_difference_of_four_log_densities():
+    """H by the shortcut against torch.distributions' normal log densities of both candidates under both policies."""
+    z_win, z_lose, theta, ref = draw(4)
+    alpha, sigma = (torch.full((5, 1, 1, 1), v, dtype=torch.float64) for v in (0.6, 0.8))
+    density = lambda z, x_0: torch.distributions.Normal(alpha * x_0, sigma).log_prob(z).flatten(1).sum(1)  # noqa: E731
+    expected = density(z_win, theta) - density(z_win, ref) - density(z_lose, theta) + density(z_lose, ref)
+    torch.testing.assert_close(latent_reward.advantage(z_win, z_lose, theta, ref, alpha, sigma), expected)
+    ours = latent_reward.log_density(z_win, theta, alpha, sigma) - latent_reward.log_density(z_win, ref, alpha, sigma)
+    torch.testing.assert_close(ours, density(z_win, theta) - density(z_win, ref))
+
+
+def test_eq_12_gradient():
+    """Against central differences in x0_theta, and on a scalar policy z_s ~ N(α θ, σ²) against dL/dθ = -β σ(-βH) (z^w - z^l) α/σ²."""
+    z_win, z_lose, theta, ref = draw(4, seed=1)
+    alpha, sigma, beta = torch.full((5, 1, 1, 1), 0.6), torch.full((5, 1, 1, 1), 0.8), 0.02
+    value = lambda x: latent_reward.loss(latent_reward.advantage(z_win, z_lose, x, ref, alpha, sigma), beta).sum()  # noqa: E731
+    theta.requires_grad_(True)
+    (found,) = torch.autograd.grad(value(theta), theta)
+    for index in [(0, 0, 0, 0), (2, 1, 3, 4), (4, 3, 7, 7)]:
+        step = torch.zeros(SHAPE, dtype=torch.float64)
+        step[index] = 1e-4
+        assert found[index].item() == pytest.approx(((value(theta + step) - value(theta - step)) / 2e-4).item(), rel=1e-5)
+
+    policy, w, low, a, s, b = torch.tensor(0.3, dtype=torch.float64, requires_grad=True), 1.7, -0.4, 0.6, 0.8, 0.5
+    scalar = lambda v: torch.as_tensor(v, dtype=torch.float64).view(1, 1, 1, 1)  # noqa: E731
+    H = latent_reward.advantage(scalar(w), scalar(low), policy.view(1, 1, 1, 1), scalar(0.1), scalar(a), scalar(s))
+    latent_reward.loss(H, b).sum().backward()
+    by_hand = -b / (1 + math.exp(b * H.item())) * (w - low) * a / s**2
+    assert policy.grad.item() == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_at_the_reference_the_loss_is_log_2_and_a_step_parts_the_pair():
+    z_win, z_lose, ref = draw(3, seed=2)
+    theta = ref.clone().requires_grad_(True)
+    alpha, sigma = torch.full((5, 1, 1, 1), 0.6), torch.full((5, 1, 1, 1), 0.8)
+    H = latent_reward.advantage(z_win, z_lose, theta, ref, alpha, sigma)
+    assert H.abs().max() == 0
+    loss = latent_reward.loss(H, 0.02)
+    torch.testing.assert_close(loss, torch.full((5,), math.log(2), dtype=torch.float64))
+    (slope,) = torch.autograd.grad(loss.mean(), theta)
+    margin = lambda x: latent_reward.log_density(z_win, x, alpha, sigma) - latent_reward.log_density(z_lose, x, alpha, sigma)  # noqa: E731
+    assert (margin(theta - 0.1 * slope) > margin(theta)).all()
+
+
+def test_choose_drops_ties():
+    scores = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 3.0, -1.0, 2.0], [0.2, 0.0, 0.9, 0.1]])
+    win, lose, kept = latent_reward.choose(scores, 0.45)
+    assert kept.tolist() == [False, True, False]  # gaps 0, 4, 0.9; 0.45 asks for 0.97
+    assert (win[1], lose[1]) == (1, 2)
+    assert latent_reward.choose(scores, 0.4)[2].tolist() == [False, True, True]  # and 0.4 for 0.85
+
+
+@pytest.mark.parametrize("carry", ["random", "best"])
+def test_candidates_share_their_start_and_differ_in_noise(carry):
+    """Against G written by hand: z_s - α G(z_t) is fresh standard noise times σ; the chain goes on from one of the candidates."""
+    schedule, seen = Schedule(), []
+
+    def G(x_t, t, c):
+        return 0.3 * x_t + 0.1
+
+    def R(z_s, s, c):
+        seen.append((z_s, s))
+        return z_s.mean((1, 2, 3)) * 50
+
+    G.schedule = schedule
+    generators = sample_generators(0, 1, range(5), "rl")
+    z, c = randn(generators, torch.empty(SHAPE)), {"pooled": torch.zeros(5, 2)}
+    pool = latent_reward.rollout(G, R, z, c, c, S, 2, 4, carry, generators)
+    assert [i for i, *_ in pool] == [0, 1] and pool[0][1] is z
+    noises = []
+    for (i, z_t, z_s, scores), (judged, s) in zip(pool, seen):
+        assert set(s.tolist()) == {int(S[i + 1])}  # R looks at the candidates' own level
+        assert torch.equal(judged.unflatten(0, (5, 4)), z_s) and scores.shape == (5, 4)
+        level = S[i + 1].expand(5)
+        noise = (z_s - (schedule.alpha(level) * G(z_t, None, None))[:, None]) / schedule.sigma(level)[:, None]
+        assert noise.std() == pytest.approx(1, abs=0.05) and abs(noise.mean()) < 0.05
+        noises.append(noise.flatten(2))
+        assert (torch.cdist(noises[-1], noises[-1]) + 100 * torch.eye(4)).min() > 10  # four different ones
+    z_1 = pool[1][1]
+    same = (pool[0][2] == z_1[:, None]).all((2, 3, 4))
+    assert (same.sum(1) == 1).all()
+    if carry == "best":
+        assert torch.equal(same.int().argmax(1), pool[0][3].argmax(1))
+
+
+def test_joint_training_holds_where_rl_alone_drifts():
+    """A policy z_s ~ N(α θ, σ²) with reward <v, z_s>: Eq. 12 alone moves θ along v without end, at a steady pace;
+    with a distillation pull of strength κ towards θ_ref beside each update it stays within lr_rl · g / (lr · κ) of it, g the largest RL gradient."""
+    alpha, sigma = torch.full((64, 1, 1, 1), 0.6), torch.full((64, 1, 1, 1), 0.8)
+    v = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(3))
+    ref, beta, lr, kappa = torch.zeros(1, 4, 2, 2), 0.002, 2.0, 0.05
+
+    def distances(joint, updates=400):
+        generator, theta, path, largest = torch.Generator().manual_seed(4), ref.clone(), [], 0.0
+        for _ in range(updates):
+            theta.requires_grad_(True)
+            z_s = alpha[:, None] * theta.detach() + sigma[:, None] * torch.randn(64, 4, 4, 2, 2, generator=generator)
+            win, lose, kept = latent_reward.choose((z_s * v).flatten(2).sum(2), 0.45)
+            rows = torch.arange(64)
+            H = latent_reward.advantage(z_s[rows, win], z_s[rows, lose], theta.expand(64, -1, -1, -1), ref, alpha, sigma)
+            (slope,) = torch.autograd.grad((latent_reward.loss(H, beta) * kept).sum() / kept.sum(), theta)
+            largest = max(largest, slope.norm().item())
+            theta = (theta - lr * slope).detach()
+            if joint:
+                theta = theta - kappa * (theta - ref)
+            path.append(theta.norm().item())
+        return path, largest
+
+    alone, _ = distances(joint=False)
+    assert alone[399] > 1.7 * alone[199] > 1.7 * 1.7 * alone[99]  # twice the updates, about twice as far
+    together, largest = distances(joint=True)
+    bound = lr * largest * (1 - kappa) / kappa
+    assert max(together) <= bound * 1.001
+    assert max(together[200:]) < 1.2 * max(together[:200])  # it has stopped
+    assert alone[399] > 5 * max(together)
+
+
+# ------------------------------------------------------------------------------------ the reward model
+
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def test_full_size_geometry():
+    """SDXL's own UNet, on the meta device: 3520 features are projected to 1280, from where LPO takes them."""
+    with torch.device("meta"):
+        R = LatentRewardModel(UNet2DConditionModel(**SDXL), None, 1280)
+        c = {"tokens": torch.empty(2, 77, 2048), "pooled": torch.empty(2, 1280), "size": torch.empty(2, 6)}
+        features = R.features(torch.empty(2, 4, 128, 128), torch.empty(2, dtype=torch.long), c)
+    assert [tuple(f.shape) for f in features] == [(2, 320), (2, 640), (2, 1280), (2, 1280)]
+    assert tuple(R.visual_projection.weight.shape) == (1280, 3520) and R.visual_projection.bias is None
+    names = {name.split(".")[0] for name, _ in R.unet.named_parameters()}
+    assert names == {"conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A reward model folder in the published layout: the toy's UNet, up blocks and all, its text encoders, a random projection."""
+    path = tmp_path_factory.mktemp("lrm")
+    UNet2DConditionModel.from_pretrained("toy/sdxl/unet").save_pretrained(path / "unet")
+    encoder = PromptEncoder("toy/sdxl", 64)
+    for name, net in zip(("text_encoder", "text_encoder_2"), encoder.encoders):
+        net.save_pretrained(path / name)
+    weight = torch.randn(64, 32 + 64 + 96 + 96, generator=torch.Generator().manual_seed(0))
+    torch.save({"visual_projection": {"weight": weight}, "logit_scale": 2.0}, path / "state_dict.pt")
+    return path, weight
+
+
+def test_published_layout(small):
+    """A folder without tokenizers of its own is read with the pipeline's; hooks on the UNet's own forward see the same features."""
+    path, weight = small
+    R = LatentRewardModel.from_pretrained(path, 64, tokenizers="toy/sdxl")
+    assert torch.equal(R.visual_projection.weight, weight) and R.logit_scale == 2.0
+    z_t, t, prompts = torch.randn(3, 4, 16, 16), torch.tensor([749, 499, 20]), ["a red circle", "a ring", "a large blue square"]
+    c = R.encoder.encode(prompts)
+
+    whole, seen = UNet2DConditionModel.from_pretrained(path / "unet").eval(), []
+    for block in whole.down_blocks:
+        last = block.attentions[-1] if getattr(block, "has_cross_attention", False) else block.resnets[-1]
+        last.register_forward_hook(lambda _m, _i, out: seen.append(out if isinstance(out, torch.Tensor) else out[0]))
+    whole.mid_block.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    with torch.no_grad():
+        whole(z_t, t, c["tokens"], added_cond_kwargs={"text_embeds": c["pooled"], "time_ids": c["size"]})
+        for found, expected in zip(R.features(z_t, t, c), seen, strict=True):
+            torch.testing.assert_close(found, expected.mean((2, 3)))
+
+        scores = R.score(z_t, t, prompts)
+        order = [2, 0, 1]
+        torch.testing.assert_close(R.score(z_t[order], t[order], [prompts[i] for i in order]), scores[order])
+        torch.testing.assert_close(torch.cat([R.score(z_t[i : i + 1], t[i : i + 1], prompts[i : i + 1]) for i in range(3)]), scores)
+    assert scores.abs().max() <= math.exp(2.0)
+
+
+def test_half_written_folder(small, tmp_path):
+    with pytest.raises(UserError, match="state_dict.pt"):
+        (tmp_path / "unet").mkdir()
+        (tmp_path / "text_encoder").mkdir()
+        (tmp_path / "text_encoder_2").mkdir()
+        LatentRewardModel.from_pretrained(tmp_path, 64)
