@@ -16,7 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from models import UserError
 
@@ -54,14 +60,17 @@ def save(run, players, progress):
     barrier()
 
 
-def load(path, players):
-    """Fill players {name: (module, optimizer)} from a checkpoint folder and return its progress."""
-    state = _state(players)
+def load(path, players, optimizers=True):
+    """Fill players {name: (module, optimizer)} from a checkpoint folder and return its progress; without `optimizers`, modules alone."""
+    state = _state(players, optimizers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(state, checkpoint_id=Path(path) / "state", no_dist=not dist.is_initialized())
     for name, (module, optimizer) in players.items():
-        set_state_dict(module, optimizer, model_state_dict=state[name]["model"], optim_state_dict=state[name]["optimizer"])
+        if "model" in state[name]:
+            set_model_state_dict(module, state[name]["model"])
+        if optimizers:
+            set_optimizer_state_dict(module, optimizer, state[name]["optimizer"])
     return json.loads((Path(path) / "progress.json").read_text())
 
 
@@ -73,11 +82,13 @@ def save_diffusers(path, net, weights):
     save_file({k: v.contiguous() for k, v in weights.items()}, path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
-def _state(players):
-    out = {}
+def _state(players, optimizers=True):
+    out, seen = {}, []
     for name, (module, optimizer) in players.items():
-        model, optim = get_state_dict(module, optimizer)
-        out[name] = {"model": model, "optimizer": optim}
+        out[name] = {"optimizer": get_optimizer_state_dict(module, optimizer)} if optimizers else {}
+        if module not in seen:  # in stage 2 the generator has two optimizers
+            out[name]["model"] = get_model_state_dict(module)
+            seen.append(module)
     return out
 
 
@@ -91,12 +102,15 @@ def barrier():
 # ------------------------------------------------------------------------------------ finding a trained student
 
 
-def find_run(name=""):
-    """A run folder that holds a checkpoint: the named one, or else the newest under runs/. -> (folder, its config as a dict)."""
+def find_run(name="", stage=None):
+    """A run folder that holds a checkpoint: the named one, or else the newest under runs/ (of one stage). -> (folder, its config as a dict)."""
     runs = [Path(name)] if name else Path("runs").glob("*")
     whole = [p for p in runs if (p / "config.json").is_file() and newest(p)]
+    if stage is not None:
+        whole = [p for p in whole if json.loads((p / "config.json").read_text())["stage"] == stage]
     whole.sort(key=lambda p: (newest(p) / "progress.json").stat().st_mtime)
     if not whole:
-        what = f"{name} holds no checkpoint" if name else "no run with a checkpoint under runs/"
+        kind = f"stage-{stage} checkpoint" if stage else "checkpoint"
+        what = f"{name} holds no {kind}" if name else f"no run with a {kind} under runs/"
         raise UserError(f"{what}: train one first (python train.py --stage 1)")
     return whole[-1], json.loads((whole[-1] / "config.json").read_text())

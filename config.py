@@ -11,7 +11,7 @@ from pathlib import Path
 @dataclass
 class Config:
     preset: str = "toy"  # a row of PRESETS; flags given beside it override it
-    stage: int = 1  # 1: distillation (Algorithm 1, lines 1-26)
+    stage: int = 1  # 1: distillation (Algorithm 1, lines 1-26); 2: the same, joined by preference optimisation (lines 27-32)
     model: str = "toy/sdxl"  # the teacher: a diffusers pipeline folder, or a hub name
     data: str = "toy"  # "toy", or a folder of images with metadata.jsonl (file_name, text)
     resolution: int = 64  # side of the square training images, pixels
@@ -35,6 +35,16 @@ class Config:
     d_lr: float = 1e-3  # discriminator heads'
     weight_decay: float = 0.01  # of all three
     clip_grad: float = 10.0  # largest gradient norm of G and of the score estimator
+    init: str = ""  # stage 2: the stage-1 run to go on from; default the newest
+    reward: str = ""  # stage 2: folder of the latent reward model; default "lrm" beside the model (toy/lrm)
+    rl_ratio: int = 5  # stage 2: preference updates per distillation update; --iterations counts both
+    rl_steps: str = "high"  # stage 2: student steps whose candidates are judged: high = the two noisiest, or all
+    candidates: int = 4  # stage 2: k, candidates per step
+    carry: str = "random"  # stage 2: the candidate that the next step starts from: random, or best
+    pair_threshold: float = 0.45  # stage 2: a pair is kept when the softmax over best and worst is this far apart
+    beta: float = 0.05  # stage 2: beta of Eq. 12; H is a sum over dimensions
+    rl_lr: float = 1e-5  # stage 2: learning rate of the preference updates
+    rl_only: bool = False  # stage 2: no distillation beside it (the paper's post-training)
     seed: int = 0  # of the whole run
     save_every: int = 200  # loops between checkpoints
     preview_every: int = 100  # loops between preview pictures; 0 = none
@@ -47,7 +57,9 @@ class Config:
 PRESETS = {"toy": {}}
 
 CHOICES = {
-    "stage": (1,),
+    "stage": (1, 2),
+    "rl_steps": ("high", "all"),
+    "carry": ("random", "best"),
     "student_steps": (4, 8),
     "dm_steps": ("high", "all"),
     "gan_loss": ("hinge", "logistic"),
@@ -81,12 +93,16 @@ def parse(argv=None):
     for name in ("seed", "workers", "gan_weight", "preview_every", "weight_decay"):
         if getattr(config, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
-    for name in ("lr", "fake_lr", "d_lr", "clip_grad"):
+    for name in ("lr", "fake_lr", "d_lr", "rl_lr", "beta", "clip_grad"):
         if getattr(config, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive")
-    for name in ("iterations", "batch_size", "ttur", "save_every", "log_every", "resolution"):
+    for name in ("iterations", "batch_size", "ttur", "save_every", "log_every", "resolution", "rl_ratio"):
         if getattr(config, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if config.candidates < 2:
+        parser.error("--candidates must be at least 2: a pair needs a best and a worst")
+    if not 0 <= config.pair_threshold < 1:
+        parser.error("--pair-threshold must lie in [0, 1)")
     if not 0 <= config.ema <= 1:
         parser.error("--ema must lie in [0, 1]")
     return config

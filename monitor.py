@@ -70,14 +70,14 @@ class Preview:
 class Log:
     """metrics.jsonl, TensorBoard scalars and the progress bar; rank 0 alone writes."""
 
-    def __init__(self, run, rank, total, progress):
+    def __init__(self, run, rank, config, progress):
         self.path, self.on = run / "metrics.jsonl", rank == 0
         if self.on:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["loops"] <= progress["loops"]]  # a kill may tear the last
             self.path.write_text("".join(line + "\n" for line in kept))
             self.board = SummaryWriter(run / "tensorboard", purge_step=progress["loops"] + 1)
-        self.progress = tqdm(initial=progress["loops"], total=total, disable=not self.on, desc="stage 1", mininterval=2)
+        self.progress = tqdm(initial=progress["loops"], total=config.iterations, disable=not self.on, desc=f"stage {config.stage}", mininterval=2)
 
     def write(self, progress, values):
         if self.on:
@@ -88,7 +88,9 @@ class Log:
                 self.board.add_scalar(k, v, progress["loops"])
 
     def bar(self, loop, values):
-        shown = {k: f"{float(v):.3f}" for k, v in values.items() if k in ("dm_loss", "adv_loss", "fake_loss", "d_accuracy")}
+        shown = {
+            k: f"{float(v):.3f}" for k, v in values.items() if k in ("dm_loss", "adv_loss", "fake_loss", "d_accuracy", "reward", "kl_to_reference")
+        }
         self.progress.set_postfix(shown, refresh=False)
         self.progress.update(loop - self.progress.n)
 

@@ -2,8 +2,9 @@
 
     python train.py --stage 1                         one process; on the toy world by default
     torchrun --nproc-per-node 8 train.py --stage 1    FSDP2 over 8 ranks
+    python train.py --stage 2                         goes on from the newest stage-1 run, with preference optimisation
 
-The mathematics lives in dmd.py, score_estimator.py, pixel_gan.py and diffusion.py; this file says in which order it happens.
+The mathematics lives in dmd.py, score_estimator.py, pixel_gan.py, latent_reward.py and diffusion.py; this file says in which order it happens.
 """
 
 import dataclasses
@@ -24,22 +25,26 @@ from torch.distributed.tensor import DTensor
 import checkpoint
 import data
 import dmd
+import latent_reward
 import monitor
 import pixel_gan
 import score_estimator
 from config import parse
 from diffusion import backward_simulation, guided, rand, randn, renoise, sample_generators, times
+from latent_reward import LatentRewardModel
 from models import VAE, PromptEncoder, UserError, load_denoiser, load_sam, shard
 
 GIVE_UP_AFTER = 10  # loops in a row with a non-finite loss or gradient
 
 
 def train(config):
-    """Run stage 1 as `config` says. Returns the run folder. Raises UserError for what a user can mend."""
+    """Run a stage as `config` says. Returns the run folder. Raises UserError for what a user can mend."""
     rank, ranks, device = start_process()
     if config.batch_size % ranks:
         raise UserError(f"--batch-size {config.batch_size} is not divisible by {ranks} ranks")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if config.stage == 2:
+        config = from_stage_1(config)
 
     source = data.source(config.data, config.resolution, config.seed)
     encoder = PromptEncoder(config.model, config.resolution, device, dtype)
@@ -62,7 +67,6 @@ def train(config):
     if config.gan_weight > 0:  # line 3
         torch.manual_seed(config.seed)
         D = pixel_gan.PixelDiscriminator(load_sam(config.sam, device)).to(device)
-    guided_teacher = guided(teacher, encoder.null(), config.guidance)
 
     adam = {"betas": (0.9, 0.999), "weight_decay": config.weight_decay}
     players = {
@@ -71,18 +75,26 @@ def train(config):
     }
     if D is not None:
         players["D"] = (D, torch.optim.AdamW(D.parameters(), lr=config.d_lr, **adam))
+    ref = R = None
+    if config.stage == 2:
+        student = checkpoint.newest(config.init)
+        checkpoint.load(student, players, optimizers=False)
+        ref = load_denoiser(config.model, device, dtype, unet=student / "unet")  # p_ref
+        ref.net.to(dtype).eval().requires_grad_(False)
+        R = LatentRewardModel.from_pretrained(config.reward, config.resolution, config.model, device, dtype)
+        players["G, RL"] = (G.net, torch.optim.AdamW(G.net.parameters(), lr=config.rl_lr, **adam))
+    S = teacher.schedule.steps(config.student_steps)  # τ_K > ... > τ_1
+    cast = Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, encoder.null(), config.guidance), G, fake, D, ref, R, players, S)
 
     run = open_run(config, rank)
-    progress = {"loops": 0, "generator_updates": 0, "samples": 0, "passes": 0, "skipped_updates": 0, "seconds": 0.0}
+    progress = dict.fromkeys(("loops", "generator_updates", "rl_updates", "samples", "passes", "skipped_updates"), 0) | {"seconds": 0.0}
     if config.resume and (newest := checkpoint.newest(run)):
         progress = checkpoint.load(newest, players)
     if rank == 0:
         (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    log = monitor.Log(run, rank, config.iterations, progress)
-    preview = monitor.Preview(config, source, encoder, vae, teacher, guided_teacher, latent, device) if config.preview_every else None
+    log = monitor.Log(run, rank, config, progress)
+    preview = monitor.Preview(config, source, encoder, vae, teacher, cast.guided_teacher, latent, device) if config.preview_every else None
 
-    S = teacher.schedule.steps(config.student_steps)  # τ_K > ... > τ_1
-    last = len(S) - 1
     firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
     batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
     bad_loops, began = 0, time.time() - progress["seconds"]
@@ -91,82 +103,21 @@ def train(config):
         draw = lambda purpose: sample_generators(config.seed, loop, index.tolist(), purpose)  # noqa: B023, E731
         x_real, prompts, index = next(batches)  # line 7
         x_real, c = x_real.to(device), encoder.encode(prompts)
-        passes_before = G.passes + fake.passes + teacher.passes
-        ok, logged = True, {}
+        passes_before, watched = G.passes + fake.passes + teacher.passes, loop % config.log_every == 0 or loop == config.iterations
+        if config.stage == 2 and (config.rl_only or loop % (config.rl_ratio + 1)):  # lines 27-32, r times per update of lines 5-26
+            kind, (logged, moved, ok) = "rl_updates", prefer(cast, prompts, c, draw)
+        else:
+            kind, (logged, moved, ok) = "generator_updates", distil(cast, loop, x_real, c, draw, watched)
 
-        # Lines 5-10. The timestep-aware part: x, for the DM loss, starts from any student step but the last (3.3).
-        rollout = draw("rollout")
-        z = randn(rollout, latent)
-        i = int(np.random.default_rng([config.seed, loop]).integers(last if config.dm_steps == "high" else last + 1))
-        x_tau = backward_simulation(G, z, c, S, rollout, 0, i)
-        updates_G = loop % config.ttur == 0  # line 12
-        with torch.set_grad_enabled(updates_G):
-            x = G(x_tau, times(S[i], x_tau), c)
-
-        if updates_G:  # lines 13-14, Eq. 4
-            noise = draw("renoise")
-            low, high = config.renoise
-            t = teacher.schedule.t_at(low + (high - low) * rand(noise, device))
-            L_dmd = dmd.loss(x, dmd.gradient(guided_teacher, fake, x, t, randn(noise, x), c))
-            L_dmd.backward()
-            logged["dm_loss"] = L_dmd.detach()
-        x = x.detach()  # line 20, before the rest of the rollout re-uses it
-
-        if D is not None:  # lines 9, 11: x_adv at the last step, whose input is a detached rollout (Eq. 8)
-            x_last = x_tau if i == last else backward_simulation(G, renoise(G.schedule, x, S, i + 1, rollout), c, S, rollout, i + 1, last)
-            if config.adv_reading == "a":  # Eq. 9: finish the rollout, re-noise x_0, denoise again
-                x_0 = backward_simulation(G, x_last, c, S, rollout, last)
-                x_last = renoise(G.schedule, x_0, S, last, rollout)
-            with torch.set_grad_enabled(updates_G):
-                x_adv = G(x_last, times(S[last], x_last), c)
-                image = vae.decode(x_adv)
-                features = D.features(image)
-            if updates_G:  # lines 15-16, Eq. 9
-                D.requires_grad_(False)
-                L_adv = pixel_gan.generator_loss(D(features), config.gan_loss)
-                (config.gan_weight * L_adv).backward()
-                D.requires_grad_(True)
-                logged["adv_loss"] = L_adv.detach()
-
-        if updates_G:  # lines 17-18
-            logged["g_norm"], stepped = update(*players["G"], sum(logged.values()), config.clip_grad)
-            if stepped:
-                score_estimator.pull(fake.net.parameters(), G.net.parameters(), config.ema)  # Eq. 11
-                progress["generator_updates"] += 1
-            ok &= stepped
-
-        # Lines 21-24, Eq. 6: the score estimator follows x.
-        noise = draw("fake")
-        t, eps = teacher.schedule.t_at(rand(noise, device)), randn(noise, x)
-        L_fake = score_estimator.loss(fake, x, t, eps, c)
-        L_fake.backward()
-        logged["fake_loss"] = L_fake.detach()
-        logged["fake_norm"], stepped = update(*players["fake"], L_fake, config.clip_grad)
-        ok &= stepped
-
-        if D is not None:  # lines 25-26, Eq. 10: D judges the same pictures, detached
-            reals = vae.decode(vae.encode(x_real)) if config.gan_reals == "vae" else x_real
-            real_logits = D(D.features(reals))
-            fake_logits = D([f.detach() for f in features])
-            L_D = pixel_gan.discriminator_loss(real_logits, fake_logits, config.gan_loss)
-            L_D.backward()
-            average_gradients(D, ranks)
-            logged |= {"d_loss": L_D.detach(), "d_accuracy": pixel_gan.accuracy(real_logits, fake_logits)}
-            _, stepped = update(*players["D"], L_D)
-            ok &= stepped
-
-        passes = G.passes + fake.passes + teacher.passes - passes_before
         progress |= {
             "loops": loop,
+            kind: progress[kind] + moved,
             "samples": progress["samples"] + config.batch_size,
-            "passes": progress["passes"] + passes * ranks,
+            "passes": progress["passes"] + (G.passes + fake.passes + teacher.passes - passes_before) * ranks,
             "skipped_updates": progress["skipped_updates"] + (not ok),
             "seconds": time.time() - began,
         }
-        if loop % config.log_every == 0 or loop == config.iterations:
-            if D is None:  # no x_adv was made: finish the rollout to look at it
-                x_adv = backward_simulation(G, renoise(G.schedule, x, S, i + 1, rollout), c, S, rollout, i + 1)
-            logged |= monitor.health(x_real, x_adv.detach(), vae, teacher, L_fake, t, eps, c)
+        if watched:
             log.write(progress, monitor.average(logged, ranks))
         log.bar(loop, logged)
         if preview and (loop % config.preview_every == 0 or loop == config.iterations):
@@ -178,6 +129,141 @@ def train(config):
             raise UserError(f"{GIVE_UP_AFTER} loops in a row with a non-finite loss or gradient; saved in {run} (lower the learning rates)")
     log.close()
     return run
+
+
+# --------------------------------------------------------------------------- Algorithm 1, one iteration
+
+
+@dataclasses.dataclass
+class Cast:
+    """Who plays in an iteration, and what they share."""
+
+    config: object
+    ranks: int
+    latent: torch.Tensor  # (B, C, h, w) of this rank, empty: shape and device
+    encoder: object
+    vae: object
+    teacher: object  # μ_real, and guided
+    guided_teacher: object
+    G: object
+    fake: object  # μ_fake
+    D: object  # None without Pixel-GAN
+    ref: object  # p_ref, and R: stage 2
+    R: object
+    players: dict  # name -> (module, optimizer)
+    S: torch.Tensor  # τ_K > ... > τ_1
+
+
+def distil(cast, loop, x_real, c, draw, watched):
+    """Lines 5-26: one loop of distribution matching and Pixel-GAN. x_real (B, 3, H, W), c its prompts' condition; draw(purpose):
+    a generator per sample. -> what to log, with the health signals where `watched`; whether G moved; whether every update was finite."""
+    config, G, fake, D, S, players = cast.config, cast.G, cast.fake, cast.D, cast.S, cast.players
+    schedule, last = G.schedule, len(S) - 1
+    ok, moved, logged = True, False, {}
+
+    # Lines 5-10. The timestep-aware part: x, for the DM loss, starts from any student step but the last (3.3).
+    rollout = draw("rollout")
+    z = randn(rollout, cast.latent)
+    i = int(np.random.default_rng([config.seed, loop]).integers(last if config.dm_steps == "high" else last + 1))
+    x_tau = backward_simulation(G, z, c, S, rollout, 0, i)
+    updates_G = loop % config.ttur == 0  # line 12
+    with torch.set_grad_enabled(updates_G):
+        x = G(x_tau, times(S[i], x_tau), c)
+
+    if updates_G:  # lines 13-14, Eq. 4
+        noise = draw("renoise")
+        low, high = config.renoise
+        t = schedule.t_at(low + (high - low) * rand(noise, x.device))
+        L_dmd = dmd.loss(x, dmd.gradient(cast.guided_teacher, fake, x, t, randn(noise, x), c))
+        L_dmd.backward()
+        logged["dm_loss"] = L_dmd.detach()
+    x = x.detach()  # line 20, before the rest of the rollout re-uses it
+
+    if D is not None:  # lines 9, 11: x_adv at the last step, whose input is a detached rollout (Eq. 8)
+        x_last = x_tau if i == last else backward_simulation(G, renoise(schedule, x, S, i + 1, rollout), c, S, rollout, i + 1, last)
+        if config.adv_reading == "a":  # Eq. 9: finish the rollout, re-noise x_0, denoise again
+            x_0 = backward_simulation(G, x_last, c, S, rollout, last)
+            x_last = renoise(schedule, x_0, S, last, rollout)
+        with torch.set_grad_enabled(updates_G):
+            x_adv = G(x_last, times(S[last], x_last), c)
+            image = cast.vae.decode(x_adv)
+            features = D.features(image)
+        if updates_G:  # lines 15-16, Eq. 9
+            D.requires_grad_(False)
+            L_adv = pixel_gan.generator_loss(D(features), config.gan_loss)
+            (config.gan_weight * L_adv).backward()
+            D.requires_grad_(True)
+            logged["adv_loss"] = L_adv.detach()
+
+    if updates_G:  # lines 17-18
+        logged["g_norm"], moved = update(*players["G"], sum(logged.values()), config.clip_grad)
+        if moved:
+            score_estimator.pull(fake.net.parameters(), G.net.parameters(), config.ema)  # Eq. 11
+        ok &= moved
+
+    # Lines 21-24, Eq. 6: the score estimator follows x.
+    noise = draw("fake")
+    t, eps = schedule.t_at(rand(noise, x.device)), randn(noise, x)
+    L_fake = score_estimator.loss(fake, x, t, eps, c)
+    L_fake.backward()
+    logged["fake_loss"] = L_fake.detach()
+    logged["fake_norm"], stepped = update(*players["fake"], L_fake, config.clip_grad)
+    ok &= stepped
+
+    if D is not None:  # lines 25-26, Eq. 10: D judges the same pictures, detached
+        reals = cast.vae.decode(cast.vae.encode(x_real)) if config.gan_reals == "vae" else x_real
+        real_logits = D(D.features(reals))
+        fake_logits = D([f.detach() for f in features])
+        L_D = pixel_gan.discriminator_loss(real_logits, fake_logits, config.gan_loss)
+        L_D.backward()
+        average_gradients(D, cast.ranks)
+        logged |= {"d_loss": L_D.detach(), "d_accuracy": pixel_gan.accuracy(real_logits, fake_logits)}
+        _, stepped = update(*players["D"], L_D)
+        ok &= stepped
+
+    if watched:
+        if D is None:  # no x_adv was made: finish the rollout to look at it
+            x_adv = backward_simulation(G, renoise(schedule, x, S, i + 1, rollout), c, S, rollout, i + 1)
+        logged |= monitor.health(x_real, x_adv.detach(), cast.vae, cast.teacher, L_fake, t, eps, c)
+    return logged, moved, ok
+
+
+def prefer(cast, prompts, c, draw):
+    """Lines 28-31: one update of G by preference (Eq. 12-13). -> what to log, whether G moved, whether it was finite."""
+    config, G, S = cast.config, cast.G, cast.S
+    noise, c_R = draw("rl"), cast.R.encoder.encode(prompts)
+    z, rows = randn(noise, cast.latent), torch.arange(len(prompts), device=cast.latent.device)
+    judged = 2 if config.rl_steps == "high" else len(S) - 1  # the last transition, to 0, has no density
+    pool = latent_reward.rollout(G, cast.R, z, c, c_R, S, judged, config.candidates, config.carry, noise)  # line 28
+    chosen = [latent_reward.choose(scores, config.pair_threshold) for *_, scores in pool]  # line 29
+
+    kept_pairs = torch.stack([kept for *_, kept in chosen]).sum().float()
+    if dist.is_initialized():
+        dist.all_reduce(kept_pairs)
+    total, right, drift = 0.0, 0.0, 0.0
+    for (i, z_t, z_s, _), (win, lose, kept) in zip(pool, chosen, strict=True):  # line 30, Eq. 12-13
+        s = times(S[i + 1], z_t)
+        x0_theta = G(z_t, times(S[i], z_t), c)
+        with torch.no_grad():
+            x0_ref = cast.ref(z_t, times(S[i], z_t), c)
+        alpha_s, sigma_s = G.schedule.alpha(s), G.schedule.sigma(s)
+        H = latent_reward.advantage(z_s[rows, win], z_s[rows, lose], x0_theta, x0_ref, alpha_s, sigma_s)
+        L = (latent_reward.loss(H, config.beta) * kept).sum() * cast.ranks / kept_pairs.clamp(min=1)  # FSDP averages over ranks
+        L.backward()  # a rank without a pair takes part with weight zero
+        total, right = total + L.detach(), right + ((H > 0) & kept).sum()
+        drift = drift + (alpha_s * (x0_theta - x0_ref) / sigma_s).detach().square().mean() / 2
+    norm, ok = update(*cast.players["G, RL"], total, config.clip_grad)  # line 31
+    scores = torch.cat([scores for *_, scores in pool])
+    logged = {
+        "rl_loss": total,
+        "reward": scores.mean(),
+        "reward_gap": (scores.amax(1) - scores.amin(1)).mean(),
+        "kept_pairs": kept_pairs / (cast.ranks * len(pool) * len(rows)),
+        "implicit_accuracy": right * cast.ranks / kept_pairs.clamp(min=1),
+        "kl_to_reference": drift / len(pool),
+        "rl_norm": norm,
+    }
+    return logged, ok, ok
 
 
 # ------------------------------------------------------------------------------------------- one update
@@ -218,6 +304,18 @@ def start_process():
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}  # without torchrun there is no meeting place
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     return int(os.environ.get("RANK", 0)), ranks, device
+
+
+def from_stage_1(config):
+    """The config of a stage-2 run, naming the stage-1 run it starts from: --init, or the newest. Raises UserError for one that does not fit."""
+    run, before = (Path(config.init), None) if config.resume else checkpoint.find_run(config.init, stage=1)
+    before = before or json.loads((run / "config.json").read_text())
+    for key in ("model", "resolution", "student_steps"):
+        if before[key] != getattr(config, key):
+            raise UserError(f"{run} was trained with --{key.replace('_', '-')} {before[key]}, not {getattr(config, key)}")
+    if config.gan_weight and not before["gan_weight"]:
+        raise UserError(f"{run} was trained without Pixel-GAN: pass --gan-weight 0")
+    return dataclasses.replace(config, init=str(run), reward=config.reward or str(Path(config.model).parent / "lrm"))
 
 
 def open_run(config, rank):

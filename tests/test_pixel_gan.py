@@ -109,7 +109,7 @@ def test_heads_learn_to_tell_real_from_blurred(parts):
     D = pixel_gan.PixelDiscriminator(parts[0].encoder[0])
     optimizer = torch.optim.Adam(D.parameters(), lr=5e-3)
     blur = lambda x: torch.nn.functional.avg_pool2d(x, 5, 1, 2)  # noqa: E731
-    for step in range(60):
+    for step in range(100):
         x = images(8, 8 * step)
         optimizer.zero_grad()
         pixel_gan.discriminator_loss(D(D.features(x)), D(D.features(blur(x)))).backward()
