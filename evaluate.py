@@ -18,10 +18,11 @@ import data
 import metrics
 from config import Config
 from diffusion import guided
+from latent_reward import LatentRewardModel
 from models import VAE, PromptEncoder, UserError, generate, load_denoiser
 
 
-def evaluate(denoiser, encoder, vae, clip, source, steps, num, seed, ode, nfe, reference="real", teacher=None):
+def evaluate(denoiser, encoder, vae, clip, source, steps, num, seed, ode, nfe, reference="real", teacher=None, R=None):
     """Metrics of `num` pictures for the source's held-out prompts, as a dict (the keys of --json)."""
     reals, prompts = source.held_out(0, num)
     began = time.time()
@@ -37,7 +38,8 @@ def evaluate(denoiser, encoder, vae, clip, source, steps, num, seed, ode, nfe, r
         "frechet": metrics.frechet(features, features_ref),
         "precision": precision,
         "recall": recall,
-        "clip_score": clip.score(features, prompts),
+        "clip_score": clip.score(features, prompts).mean().item(),
+        "reward": R.judge(vae.encode(images.to(clip.device)), prompts).mean().item() if R else None,
         "saturation": metrics.saturation(images),
         "contrast": metrics.contrast(images),
         "nfe": nfe,
@@ -60,6 +62,7 @@ def main():
     parser.add_argument("--num", type=int, default=1000, help="held-out prompts (default: 1000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reference", choices=("real", "teacher"), default="real", help="what Fréchet distance, precision and recall compare with")
+    parser.add_argument("--reward", help='folder of the latent reward model (default: the run\'s, or "lrm" beside the model, if there is one)')
     parser.add_argument("--json", help="write the metrics to this file too")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,9 +87,11 @@ def main():
         teacher = load_denoiser(model, device)
         teacher.net.eval()
         teacher = guided(teacher, encoder.null(), args.guidance)
+        reward = Path(args.reward or config.get("reward") or Path(model).parent / "lrm")
+        R = LatentRewardModel.from_pretrained(reward, config["resolution"], model, device) if args.reward or reward.is_dir() else None
         nfe = steps if trained else steps * (2 if args.guidance != 1 else 1)
         result = evaluate(
-            denoiser if trained else teacher, encoder, vae, clip, source, steps, args.num, args.seed, args.teacher, nfe, args.reference, teacher
+            denoiser if trained else teacher, encoder, vae, clip, source, steps, args.num, args.seed, args.teacher, nfe, args.reference, teacher, R
         )
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -88,6 +88,12 @@ class LatentRewardModel(nn.Module):
         """R(z_t, t, prompt), (B,), of B prompts as strings."""
         return self(z_t, t, self.encoder.encode(prompts))
 
+    @torch.no_grad()
+    def judge(self, x_0, prompts, batch=128):
+        """R of finished, clean latents x_0 (N, C, h, w), at t = 1: (N,) on the CPU."""
+        parts = [(x_0[i : i + batch], prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
+        return torch.cat([self.score(x, torch.ones(len(x), dtype=torch.long, device=x.device), p).cpu() for x, p in parts])
+
 
 def bradley_terry(score_win, score_lose):
     """-log σ(R(z^w) - R(z^l)), the mean over pairs: what R is trained with, both latents noised to one shared t. Scalar."""

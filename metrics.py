@@ -36,10 +36,10 @@ class Clip:
 
     @torch.no_grad()
     def score(self, features, prompts):
-        """Mean cosine similarity between image features (N, d) and their N prompts."""
+        """CLIP scores (N,): the cosine of image features (N, d) with their N prompts'."""
         tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(features.device)
         text = self.model.text_projection(self.model.text_model(**tokens)[1])
-        return F.cosine_similarity(features, text).mean().item()
+        return F.cosine_similarity(features, text)
 
 
 def frechet(a, b):

@@ -14,6 +14,7 @@ import data
 import metrics
 import score_estimator
 from diffusion import backward_simulation, randn, sample_generators, sample_ode
+from models import generate
 
 
 @torch.no_grad()
@@ -67,6 +68,51 @@ class Preview:
         return {"diversity": metrics.diversity(same, self.per_prompt)}
 
 
+class HeldOut:
+    """Stage 2's judges, on fixed held-out prompts: the reward, and two that preference optimisation never sees.
+
+    Reward up while a held-out judge falls by more than its standard error, three previews in a row, is reward hacking.
+    """
+
+    def __init__(self, config, source, encoder, vae, R, n=64):
+        self.config, self.judge_prompts, self.encoder, self.vae, self.R = config, source.judge, encoder, vae, R
+        self.prompts = source.held_out(0, n)[1] if source.held_out else source.prompts(n)
+        self.clip, self.history = metrics.Clip(config.clip, encoder.device), []
+
+    def look(self, G):
+        """Mean reward, CLIP score and, where the source can judge, the share of prompts met, as "held_out_..."."""
+        images = generate(G, self.encoder, self.vae, self.prompts, self.config.student_steps, self.config.seed).to(self.encoder.device)
+        seen = {
+            "reward": self.R.judge(self.vae.encode(images), self.prompts),
+            "clip_score": self.clip.score(self.clip.features(images), self.prompts).cpu(),
+        }
+        if self.judge_prompts:
+            seen["prompt_accuracy"] = torch.tensor(self.judge_prompts(images, self.prompts)[0]).float()
+        self.history.append({k: (v.mean().item(), v.std().item() / len(v) ** 0.5) for k, v in seen.items()})
+        return {f"held_out_{k}": mean for k, (mean, _) in self.history[-1].items()}
+
+    def warning(self):
+        return hacking(self.history)
+
+
+def hacking(history):
+    """One line that names the numbers where the last three previews look like reward hacking; else None.
+
+    history: per preview a dict judge -> (mean, standard error), "reward" among them.
+    """
+    last = history[-4:]
+    steps = list(zip(last, last[1:]))
+    for judge in last[-1]:
+        if (
+            judge != "reward"
+            and len(steps) == 3
+            and all(b["reward"][0] > a["reward"][0] and b[judge][0] < a[judge][0] - a[judge][1] for a, b in steps)
+        ):
+            rewards, judged = (", ".join(f"{h[k][0]:.3f}" for h in last) for k in ("reward", judge))
+            return f"warning: reward hacking? The reward rises ({rewards}), the held-out {judge} falls ({judged}): raise --beta or lower --rl-ratio"
+    return None
+
+
 class Log:
     """metrics.jsonl, TensorBoard scalars and the progress bar; rank 0 alone writes."""
 
@@ -93,6 +139,10 @@ class Log:
         }
         self.progress.set_postfix(shown, refresh=False)
         self.progress.update(loop - self.progress.n)
+
+    def warn(self, line):
+        if self.on and line:
+            self.progress.write(line)
 
     def close(self):
         self.progress.close()

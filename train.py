@@ -94,6 +94,7 @@ def train(config):
         (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     log = monitor.Log(run, rank, config, progress)
     preview = monitor.Preview(config, source, encoder, vae, teacher, cast.guided_teacher, latent, device) if config.preview_every else None
+    held_out = monitor.HeldOut(config, source, encoder, vae, R) if preview and R else None
 
     firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
     batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
@@ -121,7 +122,8 @@ def train(config):
             log.write(progress, monitor.average(logged, ranks))
         log.bar(loop, logged)
         if preview and (loop % config.preview_every == 0 or loop == config.iterations):
-            log.write(progress, preview.draw(run / f"preview-{loop:06d}.png", G, rank))
+            log.write(progress, preview.draw(run / f"preview-{loop:06d}.png", G, rank) | (held_out.look(G) if held_out else {}))
+            log.warn(held_out and held_out.warning())
         bad_loops = 0 if ok else bad_loops + 1
         if loop % config.save_every == 0 or loop == config.iterations or bad_loops == GIVE_UP_AFTER:
             checkpoint.save(run, players, progress)

@@ -116,7 +116,7 @@ def test_run_folder_is_never_overwritten_unasked(capsys, tmp_path):
     assert status == 2 and "holds something" in line
     status, _ = call(evaluate.main, capsys, "--run", out, "--num", "16", "--json", tmp_path / "m.json")
     found = json.loads((tmp_path / "m.json").read_text())
-    keys = "prompt_accuracy attribute_accuracy frechet precision recall clip_score saturation contrast nfe seconds_per_image num seed real"
+    keys = "prompt_accuracy attribute_accuracy frechet precision recall clip_score reward saturation contrast nfe seconds_per_image num seed real"
     assert status == 0 and sorted(found) == sorted(keys.split()) and found["nfe"] == 4 and found["num"] == 16
 
 
