@@ -102,12 +102,10 @@ def hacking(history):
     """
     last = history[-4:]
     steps = list(zip(last, last[1:]))
+    if len(steps) < 3 or not all(after["reward"][0] > before["reward"][0] for before, after in steps):
+        return None
     for judge in last[-1]:
-        if (
-            judge != "reward"
-            and len(steps) == 3
-            and all(b["reward"][0] > a["reward"][0] and b[judge][0] < a[judge][0] - a[judge][1] for a, b in steps)
-        ):
+        if judge != "reward" and all(after[judge][0] < before[judge][0] - before[judge][1] for before, after in steps):
             rewards, judged = (", ".join(f"{h[k][0]:.3f}" for h in last) for k in ("reward", judge))
             return f"warning: reward hacking? The reward rises ({rewards}), the held-out {judge} falls ({judged}): raise --beta or lower --rl-ratio"
     return None
