@@ -104,6 +104,10 @@ def train(config):
         draw = lambda purpose: sample_generators(config.seed, loop, index.tolist(), purpose)  # noqa: B023, E731
         x_real, prompts, index = next(batches)  # line 7
         x_real, c = x_real.to(device), encoder.encode(prompts)
+        left = 1 - (1 - config.lr_end) * (loop - 1) / config.iterations
+        for name, rate in (("G", config.lr), ("G, RL", config.rl_lr)):
+            for group in players[name][1].param_groups if name in players else ():
+                group["lr"] = rate * left
         passes_before, watched = G.passes + fake.passes + teacher.passes, loop % config.log_every == 0 or loop == config.iterations
         if config.stage == 2 and (config.rl_only or loop % (config.rl_ratio + 1)):  # lines 27-32, r times per update of lines 5-26
             kind, (logged, moved, ok) = "rl_updates", prefer(cast, prompts, c, draw)
@@ -348,7 +352,7 @@ def refusal(config, run):
         if not saved.exists():
             return f"nothing to resume in {run}: it has no config.json"
         before = json.loads(saved.read_text())
-        for key in ("model", "data", "sam", "student_steps", "resolution", "seed", "batch_size"):
+        for key in ("stage", "model", "data", "sam", "student_steps", "resolution", "seed", "batch_size"):
             old, new = before[key], getattr(config, key)
             if old != new and Path(str(old)).resolve() != Path(str(new)).resolve():
                 return f"{run} was trained with --{key.replace('_', '-')} {old}, not {new}: resume it with its own"
