@@ -20,9 +20,12 @@ from threading import Lock
 
 from tqdm import tqdm
 
+from config import Config
+
 RESULTS, RUNS = Path("results/stage1.json"), Path("runs/lab")
-FULL = {"--iterations": 300, "--batch-size": 16, "--ttur": 1, "--lr": 1e-5, "--fake-lr": 3e-4, "--ema": 0.99, "--gan-weight": 0.003}
-SHORT = FULL | {"--iterations": 150}
+SETTINGS = ("iterations", "batch_size", "ttur", "lr", "lr_end", "fake_lr", "d_lr", "ema", "gan_weight", "dm_steps", "clip_grad", "guidance")
+FULL = {f"--{name.replace('_', '-')}": getattr(Config, name) for name in SETTINGS}  # the defaults, spelt out: they are part of a row's name
+SHORT = FULL | {"--iterations": 200}
 SEEDS = (0, 1, 2)
 
 # table -> row -> (flags beside the defaults, seeds)
