@@ -47,7 +47,7 @@ def scenes(start, count, split="wide"):
     return torch.stack([world.render(s) for s, _ in pairs]), [c for _, c in pairs], torch.stack([world.labels(s) for s, _ in pairs])
 
 
-def fit(name, modules, loss, steps, lr, weight_decay=0.0):
+def fit(name, modules, loss, steps, lr, weight_decay=0.0, seed=0):
     """AdamW with warm-up and cosine decay to lr / 100 on loss(step) -> scalar; leaves the EMA of the weights in `modules`.
 
     Saves its state every 250 steps and goes on from it.
@@ -64,7 +64,7 @@ def fit(name, modules, loss, steps, lr, weight_decay=0.0):
             p.data.copy_(sp), a.copy_(sa)
     bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
     for step in bar:
-        torch.manual_seed(step)
+        torch.manual_seed(seed + step)
         rate = min(1.0, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(step / steps * math.pi)))
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
@@ -260,7 +260,13 @@ def build_teacher():
         snr = schedule.weight(t)
         return ((snr + (20 * snr).clamp(max=1)) * (x_0_hat - x_0) ** 2).mean()
 
-    fit("teacher", [unet], loss, steps=14000, lr=1e-3)
+    first = HERE / ".build" / "teacher-1.done.pt"
+    if not first.exists():
+        fit("teacher-1", [unet], loss, steps=14000, lr=1e-3)
+        torch.save(unet.state_dict(), first)
+    unet.load_state_dict(torch.load(first, weights_only=True))
+    fit("teacher-2", [unet], loss, steps=7000, lr=6e-4, seed=14000)  # a warm restart
+    first.unlink()
     unet.eval().requires_grad_(False)
     scheduler = EulerDiscreteScheduler(
         beta_start=schedule.beta_start, beta_end=schedule.beta_end, beta_schedule="scaled_linear", timestep_spacing="trailing"
