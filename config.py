@@ -16,13 +16,13 @@ class Config:
     data: str = "toy"  # "toy", or a folder of images with metadata.jsonl (file_name, text)
     resolution: int = 64  # side of the square training images, pixels
     out: str = ""  # run folder; default runs/DATE-TIME
-    iterations: int = 300  # loops of Algorithm 1; the generator moves in every TTUR-th
+    iterations: int = 400  # loops of Algorithm 1; the generator moves in every TTUR-th
     batch_size: int = 16  # global: over all ranks
     student_steps: int = 4  # K, the student's sampling steps: 4 or 8
     dm_steps: str = "high"  # student steps that the DM loss trains: high = all but the last (timestep-aware), or all
     ttur: int = 1  # loops per generator update (Algorithm 1, line 12)
-    ema: float = 0.99  # lambda of Eq. 11; 1 = no pull
-    gan_weight: float = 0.003  # lambda of Algorithm 1, line 16; 0 = no Pixel-GAN
+    ema: float = 0.9  # lambda of Eq. 11; 1 = no pull
+    gan_weight: float = 0.01  # lambda of Algorithm 1, line 16; 0 = no Pixel-GAN
     gan_loss: str = "hinge"  # hinge or logistic
     adv_reading: str = "b"  # x_adv: a = re-noised finished rollout (Eq. 9), b = the rollout's last step (Algorithm 1)
     gan_reals: str = "raw"  # what D sees as real: raw images, or their vae round trip
@@ -30,12 +30,12 @@ class Config:
     clip: str = "toy/clip"  # CLIP that evaluation measures with
     guidance: float = 3.0  # the teacher's guidance scale w
     renoise: tuple = (0.02, 0.98)  # LOW,HIGH: the share of the noise range that the DM loss's t is drawn from
-    lr: float = 1e-5  # generator's AdamW learning rate
+    lr: float = 2e-5  # generator's AdamW learning rate
     lr_end: float = 1.0  # share of the generator's rates that is left at the last loop, after a linear decay; 1 = constant
-    fake_lr: float = 3e-4  # score estimator's
+    fake_lr: float = 1e-4  # score estimator's
     d_lr: float = 1e-3  # discriminator heads'
     weight_decay: float = 0.01  # of all three
-    clip_grad: float = 10.0  # largest gradient norm of G and of the score estimator
+    clip_grad: float = 1.0  # largest gradient norm of G and of the score estimator
     init: str = ""  # stage 2: the stage-1 run to go on from; default the newest
     reward: str = ""  # stage 2: folder of the latent reward model; default "lrm" beside the model (toy/lrm)
     rl_ratio: int = 5  # stage 2: preference updates per distillation update; --iterations counts both

@@ -33,20 +33,20 @@ TABLES = {
     "main": {
         "Flash-DMD": (FULL, SEEDS),
         "pure DM, no Pixel-GAN (`--gan-weight 0`)": (FULL | {"--gan-weight": 0}, SEEDS),
-        "pure DM at every step (`--gan-weight 0 --dm-steps all`)": (FULL | {"--gan-weight": 0, "--dm-steps": "all"}, SEEDS),
         "no EMA pull (`--ema 1`)": (FULL | {"--ema": 1}, SEEDS),
     },
     "variants": {
+        "pure DM at every step (`--gan-weight 0 --dm-steps all`)": (FULL | {"--gan-weight": 0, "--dm-steps": "all"}, (0,)),
         "reading (a) of Eq. 9 (`--adv-reading a`)": (FULL | {"--adv-reading": "a"}, (0,)),
         "renoise high (`--renoise 0.5,0.98`)": (FULL | {"--renoise": "0.5,0.98"}, (0,)),
         "renoise low (`--renoise 0.02,0.5`)": (FULL | {"--renoise": "0.02,0.5"}, (0,)),
     },
     "sweep": {
         "base": (SHORT, (0,)),
-        **{f"`--ema {v}`": (SHORT | {"--ema": v}, (0,)) for v in (0.9, 0.95, 0.999)},
-        **{f"`--gan-weight {v}`": (SHORT | {"--gan-weight": v}, (0,)) for v in (0.01, 0.03)},
-        **{f"`--lr {v}`": (SHORT | {"--lr": v}, (0,)) for v in (5e-6, 2e-5, 5e-5)},
-        **{f"`--fake-lr {v}`": (SHORT | {"--fake-lr": v}, (0,)) for v in (1e-4, 1e-3)},
+        **{f"`--ema {v}`": (SHORT | {"--ema": v}, (0,)) for v in (0.8, 0.95, 0.99)},
+        **{f"`--gan-weight {v}`": (SHORT | {"--gan-weight": v}, (0,)) for v in (0.003, 0.03)},
+        **{f"`--lr {v}`": (SHORT | {"--lr": v}, (0,)) for v in (1e-5, 4e-5)},
+        **{f"`--fake-lr {v}`": (SHORT | {"--fake-lr": v}, (0,)) for v in (3e-5, 3e-4)},
     },
 }
 

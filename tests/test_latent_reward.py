@@ -1,15 +1,21 @@
 """Eq. 12 and 13 against densities, finite differences and a hand-derived gradient; the reward model's geometry and layout."""
 
+import json
 import math
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 
+import checkpoint
 import latent_reward
+import train
+from config import Config
 from diffusion import Schedule, randn, sample_generators
 from latent_reward import LatentRewardModel
 from models import PromptEncoder, UserError
+from monitor import hacking
 
 S = Schedule().steps(4)
 SHAPE = (5, 4, 8, 8)
@@ -204,9 +210,44 @@ def test_published_layout(small):
     assert scores.abs().max() <= math.exp(2.0)
 
 
+def test_stage_2_alternates_and_resumes(small, tmp_path):
+    """r preference updates to 1 distillation update, counted; the reference stays the stage-1 student, bit for bit; a run
+    stopped half-way and resumed ends with the weights of one that was not. The reward here is real but untrained."""
+    few = {"batch_size": 2, "preview_every": 0, "log_every": 1, "gan_weight": 0.0}
+    first = train.train(Config(iterations=2, out=str(tmp_path / "first"), **few))
+    student = load_file(checkpoint.newest(first) / "unet" / "diffusion_pytorch_model.safetensors")
+    settings = {**few, "stage": 2, "init": str(first), "reward": str(small[0]), "rl_ratio": 2, "pair_threshold": 0.0, "rl_lr": 1e-4}
+
+    whole = train.train(Config(iterations=6, out=str(tmp_path / "whole"), **settings))
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert ["rl_loss" in line for line in lines] == [True, True, False] * 2
+    assert (lines[-1]["rl_updates"], lines[-1]["generator_updates"], lines[-1]["loops"]) == (4, 2, 6)
+    assert lines[0]["rl_loss"] == pytest.approx(math.log(2), rel=1e-4) and lines[0]["kl_to_reference"] == 0  # G = ref
+    assert lines[4]["kl_to_reference"] > 0 and lines[0]["kept_pairs"] == 1
+    again = load_file(checkpoint.newest(first) / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(student[k], again[k]) for k in student)
+
+    half = train.train(Config(iterations=4, out=str(tmp_path / "half"), **settings))
+    train.train(Config(iterations=6, out=str(half), resume=True, **settings))
+    ends = [load_file(checkpoint.newest(run) / "unet" / "diffusion_pytorch_model.safetensors") for run in (whole, half)]
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+    assert any(not torch.equal(ends[0][k], student[k]) for k in student)
+
+
 def test_half_written_folder(small, tmp_path):
     with pytest.raises(UserError, match="state_dict.pt"):
         (tmp_path / "unet").mkdir()
         (tmp_path / "text_encoder").mkdir()
         (tmp_path / "text_encoder_2").mkdir()
         LatentRewardModel.from_pretrained(tmp_path, 64)
+
+
+def test_reward_hacking_is_named():
+    """Reward up and a held-out judge down by more than its standard error three times running; once within it, or a flat reward, is no alarm."""
+    rises = [1.0, 1.2, 1.4, 1.6]
+    history = lambda rewards, judged: [{"reward": (r, 0.1), "prompt_accuracy": (j, 0.05)} for r, j in zip(rewards, judged)]  # noqa: E731
+    line = hacking(history(rises, [0.7, 0.6, 0.5, 0.4]))
+    assert "1.600" in line and "0.400" in line and "prompt_accuracy" in line
+    assert hacking(history(rises, [0.7, 0.6, 0.57, 0.4])) is None
+    assert hacking(history([1.0, 1.2, 1.2, 1.3], [0.7, 0.6, 0.5, 0.4])) is None
+    assert hacking(history(rises[:3], [0.7, 0.6, 0.5])) is None

@@ -63,6 +63,15 @@ def test_updates_per_network(ttur, tmp_path, monkeypatch):
     assert (logged["loops"], logged["generator_updates"], logged["samples"]) == (10, 10 // ttur, 20)
 
 
+def test_generator_rate_decays_linearly(tmp_path, monkeypatch):
+    rates, real = [], train.update
+    monkeypatch.setattr(
+        train, "update", lambda module, optimizer, *a: (rates.append(optimizer.param_groups[0]["lr"]), real(module, optimizer, *a))[1]
+    )
+    train.train(Config(**{**SMALL, "iterations": 4, "batch_size": 2}, lr=1e-5, fake_lr=2e-5, lr_end=0.2, gan_weight=0, out=str(tmp_path / "run")))
+    assert rates[0::2] == pytest.approx([1e-5, 0.8e-5, 0.6e-5, 0.4e-5]) and rates[1::2] == [2e-5] * 4
+
+
 @pytest.mark.parametrize("settings", [{"adv_reading": "a", "gan_loss": "logistic", "gan_reals": "vae"}, {"dm_steps": "all", "preview_every": 2}])
 def test_frozen_networks_stay_bit_identical(settings, tmp_path, monkeypatch):
     kept = {}
