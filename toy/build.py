@@ -383,7 +383,7 @@ def build_lrm():
     whole = {k: v.clone() for k, v in unet.state_dict().items()}
     encoder = PromptEncoder(HERE / "sdxl", world.SIZE)
     reward = LatentRewardModel(unet, encoder, encoder.encoders[1].config.projection_dim)
-    batch, count = 32, 16384
+    batch, count = 32, 8192
     better, worse, captions = pairs(count, "train")
     encoded = [encoder.encode(captions[i : i + 256]) for i in range(0, count, 256)]
     conditions = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
@@ -398,7 +398,7 @@ def build_lrm():
         return bradley_terry(*scores(better[which], worse[which], {k: v[which] for k, v in conditions.items()}, t))
 
     began = time.time()
-    fit("lrm", [reward], loss, steps=2000, lr=5e-4, weight_decay=0.01)
+    fit("lrm", [reward], loss, steps=1500, lr=5e-4, weight_decay=0.01)
     reward.eval().requires_grad_(False)
     better, worse, captions = pairs(512, "test")
     c, right = encoder.encode(captions), {}
