@@ -22,7 +22,7 @@ class Config:
     dm_steps: str = "high"  # student steps that the DM loss trains: high = all but the last (timestep-aware), or all
     ttur: int = 1  # loops per generator update (Algorithm 1, line 12)
     ema: float = 0.9  # lambda of Eq. 11; 1 = no pull
-    gan_weight: float = 0.01  # lambda of Algorithm 1, line 16; 0 = no Pixel-GAN
+    gan_weight: float = 0.03  # lambda of Algorithm 1, line 16; 0 = no Pixel-GAN
     gan_loss: str = "hinge"  # hinge or logistic
     adv_reading: str = "b"  # x_adv: a = re-noised finished rollout (Eq. 9), b = the rollout's last step (Algorithm 1)
     gan_reals: str = "raw"  # what D sees as real: raw images, or their vae round trip

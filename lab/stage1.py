@@ -87,18 +87,17 @@ def measure(flags, seed, num, threads):
     return metrics | {"seconds_per_loop": last["seconds"] / last["loops"], "score_lag": last["score_lag"], "skipped_updates": last["skipped_updates"]}
 
 
-def baselines(num, threads):
-    made = {}
-    for name, argv in {
-        "teacher, 50 steps": ("--teacher", "--steps", 50),
-        "undistilled, 4 steps, guided": ("--undistilled", "--steps", 4),
-        "undistilled, 4 steps, unguided": ("--undistilled", "--steps", 4, "--guidance", 1),
-    }.items():
-        path = RESULTS.with_name("baseline.json")
-        run("evaluate.py", *argv, "--num", num, "--json", path, threads=threads)
-        made[name] = json.loads(path.read_text())
-        path.unlink()
-    return made
+BASELINES = {
+    "teacher, 50 steps": ("--teacher", "--steps", 50),
+    "undistilled, 4 steps, guided": ("--undistilled", "--steps", 4),
+    "undistilled, 4 steps, unguided": ("--undistilled", "--steps", 4, "--guidance", 1),
+}
+
+
+def measure_baseline(name, num, threads):
+    path = RUNS / f"{zlib.crc32(name.encode()):08x}.json"
+    run("evaluate.py", *BASELINES[name], "--num", num, "--json", path, threads=threads)
+    return json.loads(path.read_text())
 
 
 COLUMNS = ("prompt_accuracy", "frechet", "precision", "recall", "clip_score", "saturation", "contrast")
@@ -119,10 +118,11 @@ def table(results, name, num):
     print(f"\n| {name} | prompts right, % | Fréchet | precision, % | recall, % | CLIP | saturation | contrast |")
     print("| --- |" + " --- |" * len(COLUMNS))
     if name == "main":
-        for label, metrics in results.get("baselines", {}).items():
-            print(line(label, [metrics]))
-            real = metrics["real"]
-        if "baselines" in results:
+        for label in BASELINES:
+            if label in results["baselines"]:
+                print(line(label, [results["baselines"][label]]))
+        if results["baselines"]:
+            real = next(iter(results["baselines"].values()))["real"]
             print(f"| real scenes | | | | | | {real['saturation']:.3f} | {real['contrast']:.3f} |")
     for label, (flags, seeds) in TABLES[name].items():
         found = [results["rows"][key(flags, s, num)] for s in seeds if key(flags, s, num) in results["rows"]]
@@ -137,26 +137,24 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
     parser.add_argument("--print", action="store_true", help="print the tables and train nothing")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"baselines": {}, "rows": {}}
     if not args.print:
         RESULTS.parent.mkdir(exist_ok=True)
-        threads = max(1, os.cpu_count() // args.jobs)
-        if "main" in args.only and "baselines" not in results:
-            results["baselines"] = baselines(args.num, os.cpu_count())
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        wanted = [(f, s) for t in args.only for f, seeds in TABLES[t].values() for s in seeds if key(f, s, args.num) not in results["rows"]]
-        lock = Lock()
-        with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(wanted), desc="rows") as bar:
+        threads, lock = max(1, os.cpu_count() // args.jobs), Lock()
+        jobs = {("baselines", name): (measure_baseline, name) for name in BASELINES if "main" in args.only}
+        jobs |= {("rows", key(f, s, args.num)): (measure, f, s) for t in args.only for f, seeds in TABLES[t].values() for s in seeds}
+        missing = {where: job for where, job in jobs.items() if where[1] not in results[where[0]]}
+        with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(missing), desc="rows") as bar:
 
-            def one(flags, seed):
-                measured = measure(flags, seed, args.num, threads)
+            def one(where, job):
+                measured = job[0](*job[1:], args.num, threads)
                 with lock:
-                    results["rows"][key(flags, seed, args.num)] = measured
+                    results[where[0]][where[1]] = measured
                     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
                     bar.update()
 
-            for job in [pool.submit(one, *w) for w in wanted]:
-                job.result()
+            for done in [pool.submit(one, *entry) for entry in missing.items()]:
+                done.result()
     for name in args.only:
         table(results, name, args.num)
 
