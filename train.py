@@ -321,7 +321,10 @@ def from_stage_1(config):
             raise UserError(f"{run} was trained with --{key.replace('_', '-')} {before[key]}, not {getattr(config, key)}")
     if config.gan_weight and not before["gan_weight"]:
         raise UserError(f"{run} was trained without Pixel-GAN: pass --gan-weight 0")
-    return dataclasses.replace(config, init=str(run), reward=config.reward or str(Path(config.model).parent / "lrm"))
+    reward = config.reward or str(Path(config.model).parent / "lrm")
+    if not any((root / reward).is_dir() for root in (Path(), Path(__file__).parent)):
+        raise UserError(f"no latent reward model in {reward}: name its folder with --reward")
+    return dataclasses.replace(config, init=str(run), reward=reward)
 
 
 def open_run(config, rank):
