@@ -7,9 +7,11 @@
 Randomness and data follow from (seed, iteration), so nothing else needs saving.
 """
 
+import dataclasses
 import json
 import shutil
 import warnings
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -99,7 +101,7 @@ def barrier():
         torch.cuda.synchronize()
 
 
-# ------------------------------------------------------------------------------------ finding a trained student
+# ------------------------------------------------------------------------------------------------- run folders
 
 
 def find_run(name="", stage=None):
@@ -114,3 +116,59 @@ def find_run(name="", stage=None):
         what = f"{name} holds no {kind}" if name else f"no run with a {kind} under runs/"
         raise UserError(f"{what}: train one first (python train.py --stage 1)")
     return whole[-1], json.loads((whole[-1] / "config.json").read_text())
+
+
+def from_stage_1(config):
+    """The config of a stage-2 run, naming the stage-1 run it starts from: --init, or the newest. Raises UserError for one that does not fit."""
+    run, before = (Path(config.init), None) if config.resume else find_run(config.init, stage=1)
+    before = before or json.loads((run / "config.json").read_text())
+    for key in ("model", "resolution", "student_steps"):
+        if before[key] != getattr(config, key):
+            raise UserError(f"{run} was trained with --{key.replace('_', '-')} {before[key]}, not {getattr(config, key)}")
+    if config.gan_weight and not before["gan_weight"]:
+        raise UserError(f"{run} was trained without Pixel-GAN: pass --gan-weight 0")
+    reward = config.reward or str(Path(config.model).parent / "lrm")
+    if not any((root / reward).is_dir() for root in (Path(), Path(__file__).parent)):
+        raise UserError(f"no latent reward model in {reward}: name its folder with --reward")
+    return dataclasses.replace(config, init=str(run), reward=reward)
+
+
+def open_run(config, rank):
+    """The run folder, made or re-opened. Refuses to touch what it was not told to. Rank 0 looks; all ranks learn what it found."""
+    answer = [None, None]
+    if rank == 0:
+        run = Path(config.out or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
+        answer = [str(run), refusal(config, run)]
+        if not answer[1]:
+            if config.overwrite and not config.resume:
+                shutil.rmtree(run, ignore_errors=True)
+            run.mkdir(parents=True, exist_ok=True)
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    if answer[1]:
+        raise UserError(answer[1])
+    return Path(answer[0])
+
+
+def refusal(config, run):
+    """Why this run folder cannot be used as asked, in one line; None where it can."""
+    if config.resume and not config.out:
+        return "--resume needs --out, the run folder to go on with"
+    if run.exists() and not run.is_dir():
+        return f"{run} is a file: give another --out"
+    saved = run / "config.json"
+    if config.resume:
+        if not saved.exists():
+            return f"nothing to resume in {run}: it has no config.json"
+        before = json.loads(saved.read_text())
+        for key in ("stage", "model", "data", "sam", "student_steps", "resolution", "seed", "batch_size"):
+            old, new = before[key], getattr(config, key)
+            if old != new and Path(str(old)).resolve() != Path(str(new)).resolve():
+                return f"{run} was trained with --{key.replace('_', '-')} {old}, not {new}: resume it with its own"
+        if bool(before["gan_weight"]) != bool(config.gan_weight):
+            return f"{run} was trained with --gan-weight {before['gan_weight']}: Pixel-GAN cannot be switched on or off by --resume"
+    elif run.exists() and any(run.iterdir()):
+        if not config.overwrite:
+            return f"{run} is not empty: pass --resume to go on, or --overwrite to replace it"
+        if not saved.exists():
+            return f"{run} is not a run folder (it has no config.json): --overwrite will not delete it"

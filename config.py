@@ -31,7 +31,6 @@ class Config:
     guidance: float = 3.0  # the teacher's guidance scale w
     renoise: tuple = (0.02, 0.98)  # LOW,HIGH: the share of the noise range that the DM loss's t is drawn from
     lr: float = 2e-5  # generator's AdamW learning rate
-    lr_end: float = 1.0  # share of the generator's rates that is left at the last loop, after a linear decay; 1 = constant
     fake_lr: float = 1e-4  # score estimator's
     d_lr: float = 1e-3  # discriminator heads'
     weight_decay: float = 0.01  # of all three
@@ -104,7 +103,6 @@ def parse(argv=None):
         parser.error("--candidates must be at least 2: a pair needs a best and a worst")
     if not 0 <= config.pair_threshold < 1:
         parser.error("--pair-threshold must lie in [0, 1)")
-    for name in ("ema", "lr_end"):
-        if not 0 <= getattr(config, name) <= 1:
-            parser.error(f"--{name.replace('_', '-')} must lie in [0, 1]")
+    if not 0 <= config.ema <= 1:
+        parser.error("--ema must lie in [0, 1]")
     return config

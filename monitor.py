@@ -39,15 +39,15 @@ def health(x_real, x_0, vae, teacher, L_fake, t, eps, c):
 class Preview:
     """A picture per visit: fixed prompts and noise, a row each for the teacher, the undistilled teacher and the student."""
 
-    def __init__(self, config, source, encoder, vae, teacher, guided_teacher, latent, device, columns=8, per_prompt=4):
-        self.prompts, self.columns, self.per_prompt, self.vae = source.prompts(columns), columns, per_prompt, vae
-        self.c = encoder.encode(self.prompts)
+    def __init__(self, cast, source, columns=8, per_prompt=4):
+        self.prompts, self.columns, self.per_prompt, self.vae = source.prompts(columns), columns, per_prompt, cast.vae
+        self.c = cast.encoder.encode(self.prompts)
         self.c_same = {k: v[:2].repeat_interleave(per_prompt, 0) for k, v in self.c.items()}
-        self.like, self.seed = latent[:1], config.seed
-        self.S, n = teacher.schedule.steps(config.student_steps), config.student_steps
+        self.like, self.seed, self.S, n = cast.latent[:1], cast.config.seed, cast.S, len(cast.S)
+        z = randn(self.generators("preview", columns), self.like)
         self.teacher_rows = [
-            vae.decode(sample_ode(guided_teacher, randn(self.generators("preview", columns), self.like), self.c, 50)),
-            vae.decode(self.rollout(guided_teacher, self.c, "preview", columns)),
+            self.vae.decode(sample_ode(cast.guided_teacher, z, self.c, 50)),
+            self.vae.decode(self.rollout(cast.guided_teacher, self.c, "preview", columns)),
         ]
         self.labels = ["teacher, 50 steps", f"undistilled, {n} steps", f"student, {n} steps"]
 
@@ -74,16 +74,17 @@ class HeldOut:
     Reward up while a held-out judge falls by more than its standard error, three previews in a row, is reward hacking.
     """
 
-    def __init__(self, config, source, encoder, vae, R, n=64):
-        self.config, self.judge_prompts, self.encoder, self.vae, self.R = config, source.judge, encoder, vae, R
+    def __init__(self, cast, source, n=64):
+        self.cast, self.judge_prompts = cast, source.judge
         self.prompts = source.held_out(0, n)[1] if source.held_out else source.prompts(n)
-        self.clip, self.history = metrics.Clip(config.clip, encoder.device), []
+        self.clip, self.history = metrics.Clip(cast.config.clip, cast.encoder.device), []
 
     def look(self, G):
         """Mean reward, CLIP score and, where the source can judge, the share of prompts met, as "held_out_..."."""
-        images = generate(G, self.encoder, self.vae, self.prompts, self.config.student_steps, self.config.seed).to(self.encoder.device)
+        cast = self.cast
+        images = generate(G, cast.encoder, cast.vae, self.prompts, len(cast.S), cast.config.seed).to(cast.latent.device)
         seen = {
-            "reward": self.R.judge(self.vae.encode(images), self.prompts),
+            "reward": cast.R.judge(cast.vae.encode(images), self.prompts),
             "clip_score": self.clip.score(self.clip.features(images), self.prompts).cpu(),
         }
         if self.judge_prompts:

@@ -10,11 +10,8 @@ The mathematics lives in dmd.py, score_estimator.py, pixel_gan.py, latent_reward
 import dataclasses
 import json
 import os
-import shutil
 import sys
 import time
-from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,59 +39,21 @@ def train(config):
     rank, ranks, device = start_process()
     if config.batch_size % ranks:
         raise UserError(f"--batch-size {config.batch_size} is not divisible by {ranks} ranks")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if config.stage == 2:
-        config = from_stage_1(config)
-
+        config = checkpoint.from_stage_1(config)
     source = data.source(config.data, config.resolution, config.seed)
-    encoder = PromptEncoder(config.model, config.resolution, device, dtype)
-    vae = VAE(config.model, device)
-    side, rest = divmod(config.resolution, vae.factor)
-    if rest or side % 4:
-        raise UserError(f"--resolution {config.resolution} must be a multiple of {4 * vae.factor}")
-    share = config.batch_size // ranks
-    latent = torch.empty(share, vae.channels, side, side, device=device)
+    cast = assemble(config, ranks, device)
+    G, players, share = cast.G, cast.players, len(cast.latent)
 
-    teacher = load_denoiser(config.model, device, dtype)  # μ_real
-    teacher.net.to(dtype).eval().requires_grad_(False)
-    G = load_denoiser(config.model, device, dtype)  # line 1
-    fake = load_denoiser(config.model, device, dtype)  # line 2
-    for player in (G, fake):
-        player.net.train()
-        if ranks > 1 or device.type == "cuda":
-            shard(player.net, dtype)
-    D = None
-    if config.gan_weight > 0:  # line 3
-        torch.manual_seed(config.seed)
-        D = pixel_gan.PixelDiscriminator(load_sam(config.sam, device)).to(device)
-
-    adam = {"betas": (0.9, 0.999), "weight_decay": config.weight_decay}
-    players = {
-        "G": (G.net, torch.optim.AdamW(G.net.parameters(), lr=config.lr, **adam)),
-        "fake": (fake.net, torch.optim.AdamW(fake.net.parameters(), lr=config.fake_lr, **adam)),
-    }
-    if D is not None:
-        players["D"] = (D, torch.optim.AdamW(D.parameters(), lr=config.d_lr, **adam))
-    ref = R = None
-    if config.stage == 2:
-        student = checkpoint.newest(config.init)
-        checkpoint.load(student, players, optimizers=False)
-        ref = load_denoiser(config.model, device, dtype, unet=student / "unet")  # p_ref
-        ref.net.to(dtype).eval().requires_grad_(False)
-        R = LatentRewardModel.from_pretrained(config.reward, config.resolution, config.model, device, dtype)
-        players["G, RL"] = (G.net, torch.optim.AdamW(G.net.parameters(), lr=config.rl_lr, **adam))
-    S = teacher.schedule.steps(config.student_steps)  # τ_K > ... > τ_1
-    cast = Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, encoder.null(), config.guidance), G, fake, D, ref, R, players, S)
-
-    run = open_run(config, rank)
+    run = checkpoint.open_run(config, rank)
     progress = dict.fromkeys(("loops", "generator_updates", "rl_updates", "samples", "passes", "skipped_updates"), 0) | {"seconds": 0.0}
     if config.resume and (newest := checkpoint.newest(run)):
         progress = checkpoint.load(newest, players)
     if rank == 0:
         (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     log = monitor.Log(run, rank, config, progress)
-    preview = monitor.Preview(config, source, encoder, vae, teacher, cast.guided_teacher, latent, device) if config.preview_every else None
-    held_out = monitor.HeldOut(config, source, encoder, vae, R) if preview and R else None
+    preview = monitor.Preview(cast, source) if config.preview_every else None
+    held_out = monitor.HeldOut(cast, source) if preview and cast.R else None
 
     firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
     batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
@@ -103,12 +62,8 @@ def train(config):
     for loop in range(progress["loops"] + 1, config.iterations + 1):  # line 4
         draw = lambda purpose: sample_generators(config.seed, loop, index.tolist(), purpose)  # noqa: B023, E731
         x_real, prompts, index = next(batches)  # line 7
-        x_real, c = x_real.to(device), encoder.encode(prompts)
-        left = 1 - (1 - config.lr_end) * (loop - 1) / config.iterations
-        for name, rate in (("G", config.lr), ("G, RL", config.rl_lr)):
-            for group in players[name][1].param_groups if name in players else ():
-                group["lr"] = rate * left
-        passes_before, watched = G.passes + fake.passes + teacher.passes, loop % config.log_every == 0 or loop == config.iterations
+        x_real, c = x_real.to(device), cast.encoder.encode(prompts)
+        passes_before, watched = cast.passes(), loop % config.log_every == 0 or loop == config.iterations
         if config.stage == 2 and (config.rl_only or loop % (config.rl_ratio + 1)):  # lines 27-32, r times per update of lines 5-26
             kind, (logged, moved, ok) = "rl_updates", prefer(cast, prompts, c, draw)
         else:
@@ -118,7 +73,7 @@ def train(config):
             "loops": loop,
             kind: progress[kind] + moved,
             "samples": progress["samples"] + config.batch_size,
-            "passes": progress["passes"] + (G.passes + fake.passes + teacher.passes - passes_before) * ranks,
+            "passes": progress["passes"] + (cast.passes() - passes_before) * ranks,
             "skipped_updates": progress["skipped_updates"] + (not ok),
             "seconds": time.time() - began,
         }
@@ -158,6 +113,10 @@ class Cast:
     R: object
     players: dict  # name -> (module, optimizer)
     S: torch.Tensor  # τ_K > ... > τ_1
+
+    def passes(self):
+        """Network passes of the three denoisers on this rank so far, in samples."""
+        return self.G.passes + self.fake.passes + self.teacher.passes
 
 
 def distil(cast, loop, x_real, c, draw, watched):
@@ -312,60 +271,40 @@ def start_process():
     return int(os.environ.get("RANK", 0)), ranks, device
 
 
-def from_stage_1(config):
-    """The config of a stage-2 run, naming the stage-1 run it starts from: --init, or the newest. Raises UserError for one that does not fit."""
-    run, before = (Path(config.init), None) if config.resume else checkpoint.find_run(config.init, stage=1)
-    before = before or json.loads((run / "config.json").read_text())
-    for key in ("model", "resolution", "student_steps"):
-        if before[key] != getattr(config, key):
-            raise UserError(f"{run} was trained with --{key.replace('_', '-')} {before[key]}, not {getattr(config, key)}")
-    if config.gan_weight and not before["gan_weight"]:
-        raise UserError(f"{run} was trained without Pixel-GAN: pass --gan-weight 0")
-    reward = config.reward or str(Path(config.model).parent / "lrm")
-    if not any((root / reward).is_dir() for root in (Path(), Path(__file__).parent)):
-        raise UserError(f"no latent reward model in {reward}: name its folder with --reward")
-    return dataclasses.replace(config, init=str(run), reward=reward)
+def assemble(config, ranks, device):
+    """Algorithm 1, lines 1-3 (and in stage 2 the reference and the reward model) -> Cast. Raises UserError for what does not fit."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    encoder = PromptEncoder(config.model, config.resolution, device, dtype)
+    vae = VAE(config.model, device)
+    side, rest = divmod(config.resolution, vae.factor)
+    if rest or side % 4:
+        raise UserError(f"--resolution {config.resolution} must be a multiple of {4 * vae.factor}")
+    latent = torch.empty(config.batch_size // ranks, vae.channels, side, side, device=device)
 
-
-def open_run(config, rank):
-    """The run folder, made or re-opened. Refuses to touch what it was not told to. Rank 0 looks; all ranks learn what it found."""
-    answer = [None, None]
-    if rank == 0:
-        run = Path(config.out or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
-        answer = [str(run), refusal(config, run)]
-        if not answer[1]:
-            if config.overwrite and not config.resume:
-                shutil.rmtree(run, ignore_errors=True)
-            run.mkdir(parents=True, exist_ok=True)
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    if answer[1]:
-        raise UserError(answer[1])
-    return Path(answer[0])
-
-
-def refusal(config, run):
-    """Why this run folder cannot be used as asked, in one line; None where it can."""
-    if config.resume and not config.out:
-        return "--resume needs --out, the run folder to go on with"
-    if run.exists() and not run.is_dir():
-        return f"{run} is a file: give another --out"
-    saved = run / "config.json"
-    if config.resume:
-        if not saved.exists():
-            return f"nothing to resume in {run}: it has no config.json"
-        before = json.loads(saved.read_text())
-        for key in ("stage", "model", "data", "sam", "student_steps", "resolution", "seed", "batch_size"):
-            old, new = before[key], getattr(config, key)
-            if old != new and Path(str(old)).resolve() != Path(str(new)).resolve():
-                return f"{run} was trained with --{key.replace('_', '-')} {old}, not {new}: resume it with its own"
-        if bool(before["gan_weight"]) != bool(config.gan_weight):
-            return f"{run} was trained with --gan-weight {before['gan_weight']}: Pixel-GAN cannot be switched on or off by --resume"
-    elif run.exists() and any(run.iterdir()):
-        if not config.overwrite:
-            return f"{run} is not empty: pass --resume to go on, or --overwrite to replace it"
-        if not saved.exists():
-            return f"{run} is not a run folder (it has no config.json): --overwrite will not delete it"
+    teacher = load_denoiser(config.model, device, dtype)  # μ_real
+    teacher.net.to(dtype).eval().requires_grad_(False)
+    G = load_denoiser(config.model, device, dtype)  # line 1
+    fake = load_denoiser(config.model, device, dtype)  # line 2
+    for player in (G, fake):
+        player.net.train()
+        if ranks > 1 or device.type == "cuda":
+            shard(player.net, dtype)
+    adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)  # noqa: E731
+    players, D = {"G": (G.net, adam(G.net, config.lr)), "fake": (fake.net, adam(fake.net, config.fake_lr))}, None
+    if config.gan_weight > 0:  # line 3
+        torch.manual_seed(config.seed)
+        D = pixel_gan.PixelDiscriminator(load_sam(config.sam, device)).to(device)
+        players["D"] = (D, adam(D, config.d_lr))
+    ref = R = None
+    if config.stage == 2:
+        student = checkpoint.newest(config.init)
+        checkpoint.load(student, players, optimizers=False)
+        ref = load_denoiser(config.model, device, dtype, unet=student / "unet")  # p_ref
+        ref.net.to(dtype).eval().requires_grad_(False)
+        R = LatentRewardModel.from_pretrained(config.reward, config.resolution, config.model, device, dtype)
+        players["G, RL"] = (G.net, adam(G.net, config.rl_lr))
+    S = teacher.schedule.steps(config.student_steps)  # τ_K > ... > τ_1
+    return Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, encoder.null(), config.guidance), G, fake, D, ref, R, players, S)
 
 
 def main():

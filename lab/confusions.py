@@ -22,7 +22,7 @@ def main():
     images = generate(guided(teacher, encoder.null(), Config.guidance), encoder, vae, prompts, args.steps, seed=0, ode=True)
     right, asked, drawn = Counter(), Counter(), Counter()
     for found, prompt in zip(world.detect(images), prompts):
-        stated, _, _ = world.parse(prompt)
+        stated, _ = world.parse(prompt)
         asked[len(stated)] += 1
         right[len(stated)] += all(map(all, world.check(found, prompt).values()))
         if len(stated) == len(found.objects) == 1:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from config import Config
 
 RESULTS, RUNS = Path("results/stage1.json"), Path("runs/lab")
-SETTINGS = ("iterations", "batch_size", "ttur", "lr", "lr_end", "fake_lr", "d_lr", "ema", "gan_weight", "dm_steps", "clip_grad", "guidance")
+SETTINGS = ("iterations", "batch_size", "ttur", "lr", "fake_lr", "d_lr", "ema", "gan_weight", "dm_steps", "clip_grad", "guidance")
 FULL = {f"--{name.replace('_', '-')}": getattr(Config, name) for name in SETTINGS}  # the defaults, spelt out: they are part of a row's name
 SHORT = FULL | {"--iterations": 200}
 SEEDS = (0, 1, 2)

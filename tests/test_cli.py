@@ -40,7 +40,7 @@ def photos(tmp_path):
     folder.mkdir()
     rows = []
     for i in range(10):
-        scene, caption = world.scene(i, "wide")
+        scene, caption = world.scene(i, "train")
         data.to_pil(world.render(scene)).resize((96, 80)).save(folder / f"{i}.png")
         rows.append({"file_name": f"{i}.png", "text": caption})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

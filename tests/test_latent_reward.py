@@ -190,7 +190,7 @@ def test_published_layout(small):
     path, weight = small
     R = LatentRewardModel.from_pretrained(path, 64, tokenizers="toy/sdxl")
     assert torch.equal(R.visual_projection.weight, weight) and R.logit_scale == 2.0
-    z_t, t, prompts = torch.randn(3, 4, 16, 16), torch.tensor([749, 499, 20]), ["a red circle", "a ring", "a large blue square"]
+    z_t, t, prompts = torch.randn(3, 4, 16, 16), torch.tensor([749, 499, 20]), ["a red circle", "a ring", "a large blue cross"]
     c = R.encoder.encode(prompts)
 
     whole, seen = UNet2DConditionModel.from_pretrained(path / "unet").eval(), []

@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +42,21 @@ GUIDANCE = 3.0
 # ----------------------------------------------------------------------------------------------- shared
 
 
-def scenes(start, count, split="wide"):
-    """-> images (count, 3, 64, 64) in [-1, 1], captions, masks (count, 64, 64) of scenes start .. start + count - 1."""
-    pairs = [world.scene(i, split) for i in range(start, start + count)]
-    return torch.stack([world.render(s) for s, _ in pairs]), [c for _, c in pairs], torch.stack([world.labels(s) for s, _ in pairs])
+@cache
+def scenes(count=32768, split="train"):
+    """-> images (count, 3, 64, 64) in [-1, 1], captions, masks (count, 64, 64) of the split's first scenes."""
+    drawn = [world.scene(i, split) for i in tqdm(range(count), desc=f"scenes, {split}", mininterval=5)]
+    return torch.stack([world.render(s) for s, _ in drawn]), [c for _, c in drawn], torch.stack([world.labels(s) for s, _ in drawn])
 
 
-def fit(name, modules, loss, steps, lr, weight_decay=0.0, seed=0):
+def batch_of(size):
+    """`size` scenes of the training split by chance -> images, captions, masks."""
+    images, captions, masks = scenes()
+    which = torch.randint(len(images), (size,))
+    return images[which], [captions[i] for i in which], masks[which]
+
+
+def fit(name, modules, loss, steps, lr, weight_decay=0.0):
     """AdamW with warm-up and cosine decay to lr / 100 on loss(step) -> scalar; leaves the EMA of the weights in `modules`.
 
     Saves its state every 250 steps and goes on from it.
@@ -64,7 +73,7 @@ def fit(name, modules, loss, steps, lr, weight_decay=0.0, seed=0):
             p.data.copy_(sp), a.copy_(sa)
     bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
     for step in bar:
-        torch.manual_seed(seed + step)
+        torch.manual_seed(step)
         rate = min(1.0, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(step / steps * math.pi)))
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
@@ -120,10 +129,9 @@ def build_vae():
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
     )
-    batch = 16
 
     def loss(step):
-        images, _, _ = scenes(step * batch, batch)
+        images, _, _ = batch_of(16)
         posterior = vae.encode(images).latent_dist
         rebuilt = vae.decode(posterior.sample()).sample
         return F.l1_loss(rebuilt, images) + F.mse_loss(rebuilt, images) + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
@@ -131,7 +139,7 @@ def build_vae():
     began = time.time()
     fit("vae", [vae], loss, steps=2400, lr=2e-3)
     vae.eval().requires_grad_(False)
-    images, captions, _ = scenes(0, 500, "test")
+    images, captions, _ = scenes(500, "test")
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.sample()
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
@@ -161,7 +169,7 @@ def build_tokenizer():
 
 
 def altered(text, generator):
-    """The caption with one fact made false: another colour, shape, size, fill, place or background; or its objects swapped."""
+    """The caption with one fact made false: another colour, shape, size, fill or background."""
     words = text.split(" ")
     kinds = [tuple(world.COLORS), world.SHAPES, tuple(world.SIZES), world.FILLS, tuple(world.BACKGROUNDS)]
     spots = [(i, kind) for i, w in enumerate(words) for kind in kinds if w in kind]
@@ -186,7 +194,7 @@ def build_clip():
     tokens = lambda texts: tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")  # noqa: E731
 
     def loss(step):
-        images, captions, _ = scenes(step * batch, batch)
+        images, captions, _ = batch_of(batch)
         generator = torch.Generator().manual_seed(step)
         wrong = [altered(c, generator) for c in captions]
         out = clip(**tokens(captions + wrong), pixel_values=images)
@@ -194,9 +202,9 @@ def build_clip():
         return (F.cross_entropy(out.logits_per_image, target) + F.cross_entropy(out.logits_per_text[:batch], target)) / 2
 
     began = time.time()
-    fit("clip", [clip], loss, steps=1800, lr=1e-3, weight_decay=0.01)
+    fit("clip", [clip], loss, steps=2400, lr=1e-3, weight_decay=0.01)
     clip.eval().requires_grad_(False)
-    images, captions, _ = scenes(0, 500, "test")
+    images, captions, _ = scenes(500, "test")
     wrong = [altered(c, torch.Generator().manual_seed(i)) for i, c in enumerate(captions)]
     with torch.no_grad():
         logits = clip(**tokens(captions + wrong), pixel_values=images).logits_per_image
@@ -237,13 +245,10 @@ def build_teacher():
     )
     teacher = Denoiser(unet, schedule)
 
-    began, count, batch = time.time(), 32768, 32
-    latents, captions = torch.empty(count, 4, 16, 16), []
-    for i in tqdm(range(0, count, 128), desc="latents", mininterval=5):
-        images, texts, _ = scenes(i, 128, "train")
-        latents[i : i + 128] = vae.encode(images)
-        captions += texts
-    encoded = [prompt_encoder.encode(captions[i : i + 256]) for i in tqdm(range(0, count, 256), desc="captions", mininterval=5)]
+    began, batch = time.time(), 32
+    images, captions, _ = scenes()
+    latents = torch.cat([vae.encode(part) for part in tqdm(images.split(128), desc="latents", mininterval=5)])
+    encoded = [prompt_encoder.encode(captions[i : i + 256]) for i in tqdm(range(0, len(captions), 256), desc="captions", mininterval=5)]
     conditions = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
 
     def loss(step):
@@ -251,7 +256,7 @@ def build_teacher():
 
         What the caption decides (which shape, which colour) is decided at high noise, where SNR is 1/100.
         """
-        which = torch.randint(count, (batch,))
+        which = torch.randint(len(latents), (batch,))
         x_0, t, eps = latents[which], torch.randint(1000, (batch,)), torch.randn(batch, 4, 16, 16)
         c = {k: v[which] for k, v in conditions.items()}
         kept = (torch.rand(batch) >= 0.1).float()  # the null prompt is zeros
@@ -260,13 +265,7 @@ def build_teacher():
         snr = schedule.weight(t)
         return ((snr + (20 * snr).clamp(max=1)) * (x_0_hat - x_0) ** 2).mean()
 
-    first = HERE / ".build" / "teacher-1.done.pt"
-    if not first.exists():
-        fit("teacher-1", [unet], loss, steps=14000, lr=1e-3)
-        torch.save(unet.state_dict(), first)
-    unet.load_state_dict(torch.load(first, weights_only=True))
-    fit("teacher-2", [unet], loss, steps=7000, lr=6e-4, seed=14000)  # a warm restart
-    first.unlink()
+    fit("teacher", [unet], loss, steps=14000, lr=1e-3)
     unet.eval().requires_grad_(False)
     scheduler = EulerDiscreteScheduler(
         beta_start=schedule.beta_start, beta_end=schedule.beta_end, beta_schedule="scaled_linear", timestep_spacing="trailing"
@@ -286,7 +285,7 @@ def build_teacher():
 
     for part in (vae.net, unet, *prompt_encoder.encoders):
         part.float()
-    _, prompts, _ = scenes(0, 200, "test")
+    _, prompts, _ = scenes(200, "test")
     c, z = prompt_encoder.encode(prompts), torch.randn(200, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     generators = [torch.Generator().manual_seed(i) for i in range(200)]
     reached = {}
@@ -320,15 +319,14 @@ def build_sam():
     classes = 1 + 2 * len(world.SHAPES)
     head = nn.Conv2d(SAM["out_chans"], classes * 64, 1)  # a class for each of a patch's 8 x 8 pixels
     segment = lambda images: F.pixel_shuffle(head(encoder(sam_input(images, SAM["img_size"]))), 8)  # noqa: E731
-    batch = 48
 
     def loss(step):
-        images, _, masks = scenes(step * batch, batch)
+        images, _, masks = batch_of(48)
         return F.cross_entropy(segment(images), masks)
 
     began = time.time()
-    fit("sam", [encoder, head], loss, steps=2500, lr=2e-3)
-    images, _, masks = scenes(0, 500, "test")
+    fit("sam", [encoder, head], loss, steps=2000, lr=2e-3)
+    images, _, masks = scenes(500, "test")
     with torch.no_grad():
         guess = segment(images).argmax(1)
     folder = HERE / "sam"
@@ -352,7 +350,7 @@ def spoilt(scene, text, image, other, rng):
         return (gray + rng.uniform(1.5, 2.5) * (image - gray)).clamp(-1, 1)
     if kind == "mixed":
         return image.lerp(other, rng.uniform(0.3, 0.7))
-    stated, _, ground = world.parse(text)
+    stated, ground = world.parse(text)
     spots = [(i, name) for i, facts in enumerate(stated) for name in facts] + [(None, name) for name in ground]
     i, name = spots[rng.integers(len(spots))]
     options = {"shape": world.SHAPES, "color": world.COLORS, "size": world.SIZES, "fill": world.FILLS, "background": world.BACKGROUNDS}[name]

@@ -2,16 +2,13 @@
 
 A scene is a background (colour, texture) with one or two objects on a 2x2 grid of cells; each object has a
 shape, colour, size, fill and a place in its cell. Its caption states some of that, in reading order. What the caption
-leaves open (places, sizes, fills, backgrounds) is what makes few-step sampling hard; what it states can be
+leaves open (places, textures, most sizes and fills) is what makes few-step sampling hard; what it states can be
 read back from the pixels, which makes alignment exact.
 
-    scene(i, split)     the i-th scene of "train", "test" or "wide", and its caption
+    scene(i, split)     the i-th scene of "train" or "test", and its caption; no caption and no scene is in both
     render(scene)       its image, (3, 64, 64) in [-1, 1];  labels(scene) its masks, (64, 64)
     detect(images)      what is in the pixels, by comparing each cell with every object it could hold
     judge(images, prompts)   which of the stated facts are true
-
-Test shares no caption and no scene with the other splits: they are dealt by a hash of their text. "wide" is what VAE, CLIP and
-SAM see: up to three objects anywhere in their cells, named in any order, with places, relations and textures in the captions.
 """
 
 import itertools
@@ -33,13 +30,12 @@ COLORS = {
     "cyan": (0.20, 0.80, 0.85),
 }
 BACKGROUNDS = {"black": (0.10, 0.10, 0.10), "gray": (0.50, 0.50, 0.50), "tan": (0.76, 0.66, 0.50), "navy": (0.10, 0.12, 0.34)}
-SHAPES, FILLS, TEXTURES = ("circle", "square", "triangle", "ring"), ("plain", "striped", "dotted"), ("plain", "checkered")
+SHAPES, FILLS, TEXTURES = ("circle", "cross", "triangle", "ring"), ("plain", "striped", "dotted"), ("plain", "checkered")
 SIZES = {"small": 8, "large": 12}  # radius, pixels
-PLACES = ("top left", "top right", "bottom left", "bottom right")  # cell 0..3, reading order
 SECOND = (0.97, 0.97, 0.97)  # the colour of stripes and dots
 CHECKER = 0.06  # checkered backgrounds: squares of 8 pixels, lighter and darker by this much
-JITTER = 3  # an object's centre lies within +-3 pixels of its cell's centre in "wide";
-PLACED = (-2, 2)  # elsewhere this far from it in x and in y: 4 pixels apart, one latent pixel
+PLACED = (-2, 2)  # an object's centre lies this far from its cell's in x and in y: 4 pixels apart, one latent pixel
+REACH = 3  # how far from a cell's centre, in pixels, the checker looks for objects
 MALFORMED = 0.05  # a cell whose squared distance (summed over RGB, mean over pixels) from its best match exceeds this holds no valid object
 
 
@@ -61,7 +57,7 @@ class Scene:
     objects: tuple  # of Object, in reading order
 
     def key(self):
-        """The scene in words, places inside the cells left out: what the train/test split is dealt by."""
+        """The scene in words, places inside the cells left out: what the splits are dealt by."""
         return " ".join([self.background, self.texture, *(f"{o.size} {o.fill} {o.color} {o.shape} {o.cell}" for o in self.objects)])
 
 
@@ -77,7 +73,7 @@ def stencil(shape, size, fill, dx=0, dy=0):
     r = SIZES[size]
     inside = {
         "circle": x**2 + y**2 < r**2,
-        "square": (abs(x) < 0.85 * r) & (abs(y) < 0.85 * r),
+        "cross": (np.maximum(abs(x), abs(y)) < r) & (np.minimum(abs(x), abs(y)) < 0.38 * r),
         "triangle": (y < 0.8 * r) & (y > -r + 2 * abs(x) * 0.9),
         "ring": (x**2 + y**2 < r**2) & (x**2 + y**2 > (0.5 * r) ** 2),
     }[shape]
@@ -127,51 +123,23 @@ def labels(scene):
 # --------------------------------------------------------------------------------------------- captions
 
 
-# split -> (its number in the seed, P(1, 2, 3 objects), P(size, fill, colour, place, relation, background, texture stated))
-SPLITS = {
-    "wide": (0, (0.35, 0.4, 0.25), (0.4, 0.4, 0.9, 0.4, 0.6, 0.5, 0.4)),
-    "train": (1, (0.75, 0.25, 0.0), (0.25, 0.25, 0.9, 0.0, 0.0, 0.4, 0.0)),
-    "test": (2, (0.75, 0.25, 0.0), (0.25, 0.25, 0.9, 0.0, 0.0, 0.4, 0.0)),
-}
+SPLITS = {"train": 1, "test": 2}  # split -> its number in the seed
+TWO_OBJECTS = 0.15  # the share of scenes with two
+STATED = {"size": 0.25, "fill": 0.25, "color": 0.9, "background": 0.4}  # how often a caption says it; shapes always
 
 
-def random_scene(rng, split):
-    cells = sorted(rng.choice(4, rng.choice([1, 2, 3], p=SPLITS[split][1]), replace=False).tolist())
+def random_scene(rng):
     pick = lambda options: list(options)[rng.integers(len(options))]  # noqa: E731
-    places = range(-JITTER, JITTER + 1) if split == "wide" else PLACED
-    objects = tuple(Object(pick(SHAPES), pick(COLORS), pick(SIZES), pick(FILLS), c, pick(places), pick(places)) for c in cells)
+    cells = sorted(rng.choice(4, 1 + (rng.random() < TWO_OBJECTS), replace=False).tolist())
+    objects = tuple(Object(pick(SHAPES), pick(COLORS), pick(SIZES), pick(FILLS), c, pick(PLACED), pick(PLACED)) for c in cells)
     return Scene(pick(BACKGROUNDS), pick(TEXTURES), objects)
 
 
-def caption(scene, rng, split):
-    """Says every object's shape, and each further fact by chance.
-
-    "a large red circle left of a striped blue ring on a gray background"
-    """
-    _, _, (p_size, p_fill, p_color, p_place, p_relation, p_background, p_texture) = SPLITS[split]
-
-    def phrase(o):
-        said = [(o.size, p_size), (o.fill, p_fill), (o.color, p_color)]
-        return " ".join(["a", *(word for word, p in said if rng.random() < p), o.shape])
-
-    phrases = [phrase(o) for o in scene.objects]
-    cells = [o.cell for o in scene.objects]
-    relation = relation_of(*cells) if len(cells) == 2 else None
-    if len(cells) == 1 and rng.random() < p_place:
-        text = f"{phrases[0]} at the {PLACES[cells[0]]}"
-    elif relation and rng.random() < p_relation:
-        text = f"{phrases[0]} {relation} {phrases[1]}"
-    else:
-        text = " and ".join([phrases[i] for i in rng.permutation(len(phrases))] if split == "wide" else phrases)
-    if rng.random() < p_background:
-        texture = f"{scene.texture} " if rng.random() < p_texture else ""
-        text += f" on a {texture}{scene.background} background"
-    return text
-
-
-def relation_of(a, b):
-    """How cell a lies to cell b: "left of", "above", or None (diagonal, or the reverse)."""
-    return {(0, 1): "left of", (2, 3): "left of", (0, 2): "above", (1, 3): "above"}.get((a, b))
+def caption(scene, rng):
+    """Says every object's shape, and each further fact by chance: "a large red circle and a striped ring on a gray background"."""
+    said = lambda o: [getattr(o, kind) for kind in ("size", "fill", "color") if rng.random() < STATED[kind]]  # noqa: E731
+    text = " and ".join(" ".join(["a", *said(o), o.shape]) for o in scene.objects)
+    return text + (f" on a {scene.background} background" if rng.random() < STATED["background"] else "")
 
 
 def _held_out(text):
@@ -179,13 +147,13 @@ def _held_out(text):
 
 
 def scene(index, split="train"):
-    """-> (Scene, caption), a pure function of (index, split). Test scenes' keys and captions occur in no other split."""
+    """-> (Scene, caption), a pure function of (index, split). Keys and captions of test scenes do not occur in train."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     for attempt in itertools.count():
-        rng = np.random.default_rng([SPLITS[split][0], index, attempt])
-        s = random_scene(rng, split)
-        words = caption(s, rng, split)
+        rng = np.random.default_rng([SPLITS[split], index, attempt])
+        s = random_scene(rng)
+        words = caption(s, rng)
         if {_held_out(s.key()), _held_out(words)} == {split == "test"}:
             return s, words
 
@@ -197,7 +165,7 @@ def scene(index, split="train"):
 def _templates():
     """Every object a cell can hold, colours aside: names, and per template the coverages (m, n, m^2, n^2, m n) of its
     first and second colour, (N, 5 * CELL * CELL)."""
-    span = range(-JITTER, JITTER + 1)
+    span = range(-REACH, REACH + 1)
     names = list(itertools.product(SHAPES, SIZES, FILLS, span, span))
     m, n = torch.from_numpy(np.stack([stencil(*name) for name in names])).flatten(2).unbind(1)
     return names, torch.cat([m, n, m * m, n * n, m * n], 1)
@@ -245,22 +213,17 @@ def detect(images):
 
 
 def parse(text):
-    """A caption of this world -> (list of stated objects as dicts, relation or None, stated background as a dict).
+    """A caption of this world -> its statements: a list of dicts, one per object, and the background's dict.
 
     Raises ValueError for text outside the world's grammar.
     """
-    said, relation, ground = text.strip().lower(), None, {}
-    if m := re.search(r" on an? (?:(plain|checkered) )?(\w+) background$", said):
-        if m[2] not in BACKGROUNDS:
-            raise ValueError(f"not a background of the toy world: {m[2]!r} in {text!r}")
-        ground = {"background": m[2]} | ({"texture": m[1]} if m[1] else {})
-        said = said[: m.start()]
-    if m := re.search(rf" at the ({'|'.join(PLACES)})$", said):
-        relation, said = m[1], said[: m.start()]
-    if m := re.search(r" (left of|above) ", said):
-        relation = m[1]
+    said, ground = text.strip().lower(), {}
+    if m := re.search(r" on an? (\w+) background$", said):
+        if m[1] not in BACKGROUNDS:
+            raise ValueError(f"not a background of the toy world: {m[1]!r} in {text!r}")
+        said, ground = said[: m.start()], {"background": m[1]}
     objects = []
-    for phrase in re.split(r" and | left of | above ", said):
+    for phrase in said.split(" and "):
         article, *words = phrase.split() or [""]
         stated = {}
         for word in words:
@@ -271,7 +234,7 @@ def parse(text):
         if article not in ("a", "an") or "shape" not in stated:
             raise ValueError(f"not in the toy world's grammar: {phrase!r} in {text!r}")
         objects.append(stated)
-    return objects, relation, ground
+    return objects, ground
 
 
 def check(found, text):
@@ -279,7 +242,7 @@ def check(found, text):
 
     Stated objects are matched to found ones so that as many facts as possible hold.
     """
-    stated, relation, ground = parse(text)
+    stated, ground = parse(text)
     candidates = list(found.objects) + [None] * len(stated)
 
     def facts(match):
@@ -287,13 +250,7 @@ def check(found, text):
         for wanted, o in zip(stated, match):
             for kind, value in wanted.items():
                 out.setdefault(kind, []).append(o is not None and getattr(o, kind) == value)
-        if relation in PLACES:
-            out["place"] = [match[0] is not None and PLACES[match[0].cell] == relation]
-        elif relation:
-            out["relation"] = [None not in match[:2] and relation_of(match[0].cell, match[1].cell) == relation]
-        for kind, value in ground.items():
-            out[kind] = [getattr(found, kind) == value]
-        return out
+        return out | {kind: [getattr(found, kind) == value] for kind, value in ground.items()}
 
     return max((facts(m) for m in itertools.permutations(candidates, len(stated))), key=lambda f: sum(map(sum, f.values())))
 
