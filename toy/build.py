@@ -8,15 +8,10 @@ An interrupted part goes on where it stopped (its state lies in toy/.build). Eac
 """
 
 import argparse
-import dataclasses
 import json
-import math
 import shutil
 import time
-from functools import cache
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -28,92 +23,15 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
 
 from diffusion import Schedule, add_noise, backward_simulation, guided, sample_ode
-from latent_reward import LatentRewardModel, bradley_terry
 from models import VAE, Denoiser, PromptEncoder
 from pixel_gan import sam_input
 from toy import world
+from toy.fit import HERE, accuracies, batch_of, fit, forget_path, report, scenes
+from toy.reward import build_lrm
 
 logging.set_verbosity_error()  # a CLIP's text half loads with a page of "unexpected" vision weights
-HERE = Path(__file__).parent
 MAX_TOKENS = 32
 GUIDANCE = 3.0
-
-
-# ----------------------------------------------------------------------------------------------- shared
-
-
-@cache
-def scenes(count=32768, split="train"):
-    """-> images (count, 3, 64, 64) in [-1, 1], captions, masks (count, 64, 64) of the split's first scenes."""
-    drawn = [world.scene(i, split) for i in tqdm(range(count), desc=f"scenes, {split}", mininterval=5)]
-    return torch.stack([world.render(s) for s, _ in drawn]), [c for _, c in drawn], torch.stack([world.labels(s) for s, _ in drawn])
-
-
-def batch_of(size):
-    """`size` scenes of the training split by chance -> images, captions, masks."""
-    images, captions, masks = scenes()
-    which = torch.randint(len(images), (size,))
-    return images[which], [captions[i] for i in which], masks[which]
-
-
-def fit(name, modules, loss, steps, lr, weight_decay=0.0):
-    """AdamW with warm-up and cosine decay to lr / 100 on loss(step) -> scalar; leaves the EMA of the weights in `modules`.
-
-    Saves its state every 250 steps and goes on from it.
-    """
-    params = [p for m in modules for p in m.parameters() if p.requires_grad]
-    average = [p.detach().clone() for p in params]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
-    state, start = HERE / ".build" / f"{name}.pt", 0
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        start = saved["step"]
-        optimizer.load_state_dict(saved["optimizer"])
-        for p, a, sp, sa in zip(params, average, saved["params"], saved["average"], strict=True):
-            p.data.copy_(sp), a.copy_(sa)
-    bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
-    for step in bar:
-        torch.manual_seed(step)
-        rate = min(1.0, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(step / steps * math.pi)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * rate
-        value = loss(step)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(average, params, 1 - min(0.999, step / (step + 10)))
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{value.item():.4f}")
-        if (step + 1) % 250 == 0 and step + 1 < steps:
-            state.parent.mkdir(exist_ok=True)
-            torch.save({"step": step + 1, "optimizer": optimizer.state_dict(), "params": params, "average": average}, state.with_suffix(".tmp"))
-            state.with_suffix(".tmp").replace(state)
-    with torch.no_grad():
-        for p, a in zip(params, average):
-            p.copy_(a)
-    state.unlink(missing_ok=True)
-
-
-def report(part, seconds, **reached):
-    path = HERE / "quality.json"
-    quality = json.loads(path.read_text()) if path.exists() else {}
-    quality[part] = {**{k: round(v, 4) if isinstance(v, float) else v for k, v in reached.items()}, "minutes": round(seconds / 60, 1)}
-    path.write_text(json.dumps(quality, indent=2) + "\n")
-    print(part, quality[part])
-
-
-def forget_path(folder):
-    """Take out of saved configs what diffusers and transformers note there: the path of this machine."""
-    for config in folder.glob("*/config.json"):
-        kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
-        config.write_text(json.dumps(kept, indent=2) + "\n")
-
-
-def accuracies(images, captions):
-    whole, attributes = world.judge(images, captions)
-    return {"prompt_accuracy": sum(whole) / len(whole), **{k: sum(v) / len(v) for k, v in sorted(attributes.items())}}
 
 
 # ------------------------------------------------------------------------------------------- 1. the VAE
@@ -335,85 +253,6 @@ def build_sam():
     save_file({k: v.half().contiguous() for k, v in encoder.state_dict().items()}, folder / "image_encoder.safetensors")
     right = (guess == masks).float()
     report("sam", time.time() - began, pixel_accuracy=right.mean().item(), object_pixel_accuracy=right[masks > 0].mean().item())
-
-
-# ---------------------------------------------------------------------------------- 5. the reward model
-
-
-def spoilt(scene, text, image, other, rng):
-    """A worse picture for the caption: a stated fact made false, or the right picture blurred, over-saturated or mixed with another."""
-    kind = rng.choice(["fact", "blurred", "saturated", "mixed"], p=[0.7, 0.1, 0.1, 0.1])
-    if kind == "blurred":
-        return F.avg_pool2d(F.pad(image[None], (2, 2, 2, 2), mode="reflect"), 5, 1)[0]
-    if kind == "saturated":
-        gray = image.mean(0, keepdim=True)
-        return (gray + rng.uniform(1.5, 2.5) * (image - gray)).clamp(-1, 1)
-    if kind == "mixed":
-        return image.lerp(other, rng.uniform(0.3, 0.7))
-    stated, ground = world.parse(text)
-    spots = [(i, name) for i, facts in enumerate(stated) for name in facts] + [(None, name) for name in ground]
-    i, name = spots[rng.integers(len(spots))]
-    options = {"shape": world.SHAPES, "color": world.COLORS, "size": world.SIZES, "fill": world.FILLS, "background": world.BACKGROUNDS}[name]
-    changed = scene if i is None else scene.objects[i]
-    value = rng.choice([v for v in options if v != getattr(changed, name)])
-    changed = dataclasses.replace(changed, **{name: str(value)})
-    objects = changed.objects if i is None else (*scene.objects[:i], changed, *scene.objects[i + 1 :])
-    return world.render(dataclasses.replace(changed if i is None else scene, objects=objects))
-
-
-def pairs(count, split):
-    """-> latents of better and worse pictures, (count, 4, 16, 16) each, and their captions."""
-    vae, better, worse, captions = VAE(HERE / "sdxl"), [], [], []
-    rng = np.random.default_rng(count)
-    for start in tqdm(range(0, count, 128), desc=f"pairs, {split}", mininterval=5):
-        drawn = [world.scene(i, split) for i in range(start, start + 128)]
-        images = [world.render(s) for s, _ in drawn]
-        bad = [spoilt(s, text, image, other, rng) for (s, text), image, other in zip(drawn, images, images[1:] + images[:1])]
-        better.append(vae.encode(torch.stack(images)))
-        worse.append(vae.encode(torch.stack(bad)))
-        captions += [text for _, text in drawn]
-    return torch.cat(better), torch.cat(worse), captions
-
-
-def build_lrm():
-    folder, schedule = HERE / "lrm", Schedule()
-    unet = UNet2DConditionModel.from_pretrained(HERE / "sdxl" / "unet").float()
-    whole = {k: v.clone() for k, v in unet.state_dict().items()}
-    encoder = PromptEncoder(HERE / "sdxl", world.SIZE)
-    reward = LatentRewardModel(unet, encoder, encoder.encoders[1].config.projection_dim)
-    batch, count = 32, 8192
-    better, worse, captions = pairs(count, "train")
-    encoded = [encoder.encode(captions[i : i + 256]) for i in range(0, count, 256)]
-    conditions = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
-
-    def scores(win, lose, c, t):
-        """Both latents of every pair at the pair's own t, each with noise of its own."""
-        both = add_noise(schedule, torch.cat([win, lose]), t.repeat(2), torch.randn(2 * len(win), 4, 16, 16))
-        return reward(both, t.repeat(2), {k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in c.items()}).chunk(2)
-
-    def loss(step):
-        which, t = torch.randint(count, (batch,)), torch.randint(1, 952, (batch,))
-        return bradley_terry(*scores(better[which], worse[which], {k: v[which] for k, v in conditions.items()}, t))
-
-    began = time.time()
-    fit("lrm", [reward], loss, steps=1500, lr=5e-4, weight_decay=0.01)
-    reward.eval().requires_grad_(False)
-    better, worse, captions = pairs(512, "test")
-    c, right = encoder.encode(captions), {}
-    torch.manual_seed(0)
-    for t in (50, 250, 500, 749):
-        win, lose = scores(better, worse, c, torch.full((512,), t))
-        right[f"right_at_t_{t}"] = (win > lose).float().mean().item()
-    reward.half()
-    whole |= unet.state_dict()  # the published layout has the up blocks, which the reward model drops
-    full = UNet2DConditionModel.from_config(unet.config)
-    full.load_state_dict(whole)
-    full.half().save_pretrained(folder / "unet")
-    for name, net in zip(("text_encoder", "text_encoder_2"), encoder.encoders):
-        net.half().save_pretrained(folder / name)
-    torch.save({"visual_projection": reward.visual_projection.state_dict(), "logit_scale": reward.logit_scale.item()}, folder / "state_dict.pt")
-    forget_path(folder)
-    report("lrm", time.time() - began, parameters=sum(p.numel() for p in reward.parameters()), **right)
 
 
 # ------------------------------------------------------------------------------------------------- main

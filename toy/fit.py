@@ -1,0 +1,88 @@
+"""What the parts of toy/build.py share: the training scenes, the training loop, and the report in toy/quality.json."""
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from toy import world
+
+HERE = Path(__file__).parent
+
+
+@cache
+def scenes(count=32768, split="train"):
+    """-> images (count, 3, 64, 64) in [-1, 1], captions, masks (count, 64, 64) of the split's first scenes."""
+    drawn = [world.scene(i, split) for i in tqdm(range(count), desc=f"scenes, {split}", mininterval=5)]
+    return torch.stack([world.render(s) for s, _ in drawn]), [c for _, c in drawn], torch.stack([world.labels(s) for s, _ in drawn])
+
+
+def batch_of(size):
+    """`size` scenes of the training split by chance -> images, captions, masks."""
+    images, captions, masks = scenes()
+    which = torch.randint(len(images), (size,))
+    return images[which], [captions[i] for i in which], masks[which]
+
+
+def fit(name, modules, loss, steps, lr, weight_decay=0.0):
+    """AdamW with warm-up and cosine decay to lr / 100 on loss(step) -> scalar; leaves the EMA of the weights in `modules`.
+
+    Saves its state every 250 steps and goes on from it.
+    """
+    params = [p for m in modules for p in m.parameters() if p.requires_grad]
+    average = [p.detach().clone() for p in params]
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
+    state, start = HERE / ".build" / f"{name}.pt", 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        start = saved["step"]
+        optimizer.load_state_dict(saved["optimizer"])
+        for p, a, sp, sa in zip(params, average, saved["params"], saved["average"], strict=True):
+            p.data.copy_(sp), a.copy_(sa)
+    bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
+    for step in bar:
+        torch.manual_seed(step)
+        rate = min(1.0, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(step / steps * math.pi)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rate
+        value = loss(step)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, params, 1 - min(0.999, step / (step + 10)))
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{value.item():.4f}")
+        if (step + 1) % 250 == 0 and step + 1 < steps:
+            state.parent.mkdir(exist_ok=True)
+            torch.save({"step": step + 1, "optimizer": optimizer.state_dict(), "params": params, "average": average}, state.with_suffix(".tmp"))
+            state.with_suffix(".tmp").replace(state)
+    with torch.no_grad():
+        for p, a in zip(params, average):
+            p.copy_(a)
+    state.unlink(missing_ok=True)
+
+
+def report(part, seconds, **reached):
+    path = HERE / "quality.json"
+    quality = json.loads(path.read_text()) if path.exists() else {}
+    quality[part] = {**{k: round(v, 4) if isinstance(v, float) else v for k, v in reached.items()}, "minutes": round(seconds / 60, 1)}
+    path.write_text(json.dumps(quality, indent=2) + "\n")
+    print(part, quality[part])
+
+
+def forget_path(folder):
+    """Take out of saved configs what diffusers and transformers note there: the path of this machine."""
+    for config in folder.glob("*/config.json"):
+        kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+        config.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def accuracies(images, captions):
+    whole, attributes = world.judge(images, captions)
+    return {"prompt_accuracy": sum(whole) / len(whole), **{k: sum(v) / len(v) for k, v in sorted(attributes.items())}}
