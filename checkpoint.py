@@ -35,10 +35,10 @@ def newest(run):
     return found[-1] if found else None
 
 
-def save(run, players, progress):
+def save(run, players, progress, export=None):
     """Write a checkpoint of players {name: (module, optimizer)} and progress (a dict with "loops"); older ones are then removed.
 
-    All ranks call it. players["G"] is also written as a diffusers folder.
+    All ranks call it. export(folder, module, weights) writes, on rank 0, what others load of the first player; a diffusers UNet by default.
     """
     final = Path(run) / f"checkpoint-{progress['loops']:06d}"
     aside = final.with_name(final.name + ".tmp")
@@ -50,9 +50,10 @@ def save(run, players, progress):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one process without a process group is what no_dist means
         dcp.save(_state(players), checkpoint_id=aside / "state", no_dist=not dist.is_initialized())
-    whole = get_model_state_dict(players["G"][0], options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    module = next(iter(players.values()))[0]
+    whole = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if first:
-        save_diffusers(aside / "unet", players["G"][0], whole)
+        (export or save_unet)(aside, module, whole)
         (aside / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
@@ -76,12 +77,12 @@ def load(path, players, optimizers=True):
     return json.loads((Path(path) / "progress.json").read_text())
 
 
-def save_diffusers(path, net, weights):
-    """A diffusers model folder: config.json and fp32 safetensors."""
-    path.mkdir(parents=True)
+def save_unet(path, net, weights):
+    """A diffusers model folder, path/unet: config.json and fp32 safetensors."""
+    (path / "unet").mkdir()
     config = dict(net.config) | {"_class_name": "UNet2DConditionModel"}
-    (path / "config.json").write_text(json.dumps(config, indent=2, default=list))
-    save_file({k: v.contiguous() for k, v in weights.items()}, path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    (path / "unet" / "config.json").write_text(json.dumps(config, indent=2, default=list))
+    save_file({k: v.contiguous() for k, v in weights.items()}, path / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 def _state(players, optimizers=True):

@@ -11,7 +11,7 @@ from pathlib import Path
 @dataclass
 class Config:
     preset: str = "toy"  # a row of PRESETS; flags given beside it override it
-    stage: int = 1  # 1: distillation (Algorithm 1, lines 1-26); 2: the same, joined by preference optimisation (lines 27-32)
+    stage: int | str = 1  # 1: distillation (Algorithm 1, lines 1-26); 2: joined by preference optimisation (27-32); reward: trains its judge
     model: str = "toy/sdxl"  # the teacher: a diffusers pipeline folder, or a hub name
     data: str = "toy"  # "toy", or a folder of images with metadata.jsonl (file_name, text)
     resolution: int = 64  # side of the square training images, pixels
@@ -45,6 +45,8 @@ class Config:
     beta: float = 0.05  # stage 2: beta of Eq. 12; H is a sum over dimensions
     rl_lr: float = 1e-5  # stage 2: learning rate of the preference updates
     rl_only: bool = False  # stage 2: no distillation beside it (the paper's post-training)
+    pairs: str = ""  # stage reward: a folder of picture pairs, metadata.jsonl with caption, jpg_0_file_name, jpg_1_file_name, label_0
+    reward_lr: float = 1e-5  # stage reward: learning rate
     seed: int = 0  # of the whole run
     save_every: int = 200  # loops between checkpoints
     preview_every: int = 100  # loops between preview pictures; 0 = none
@@ -57,7 +59,7 @@ class Config:
 PRESETS = {"toy": {}}
 
 CHOICES = {
-    "stage": (1, 2),
+    "stage": (1, 2, "reward"),
     "rl_steps": ("high", "all"),
     "carry": ("random", "best"),
     "student_steps": (4, 8),
@@ -76,12 +78,17 @@ def _range(text):
     return low, high
 
 
+def _stage(text):
+    return int(text) if text.isdigit() else text
+
+
 def parse(argv=None):
     """Command line -> Config: the defaults, then the preset, then the flags given. Exits with status 2 on a bad one."""
     parser = argparse.ArgumentParser(description="Train a few-step student: Flash-DMD, Algorithm 1.")
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": _range if f.type is tuple else f.type, "choices": CHOICES.get(f.name)}
+        kind = {"type": {tuple: _range, int | str: _stage}.get(f.type, f.type), "choices": CHOICES.get(f.name)}
+        kind = {"action": "store_true"} if f.type is bool else kind
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, default=None, help=f"{notes[f.name]} (default: {f.default})".replace("%", "%%"), **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
@@ -93,7 +100,7 @@ def parse(argv=None):
     for name in ("seed", "workers", "gan_weight", "preview_every", "weight_decay"):
         if getattr(config, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
-    for name in ("lr", "fake_lr", "d_lr", "rl_lr", "beta", "clip_grad"):
+    for name in ("lr", "fake_lr", "d_lr", "rl_lr", "reward_lr", "beta", "clip_grad"):
         if getattr(config, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive")
     for name in ("iterations", "batch_size", "ttur", "save_every", "log_every", "resolution", "rl_ratio"):

@@ -13,6 +13,7 @@ First half: R, in the architecture and the folder layout of "Diffusion Model as 
 Step-Level Preference Optimization" (LPO, arXiv 2502.01051; its SDXL model is the paper's). Second half: Eq. 12, 13.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from diffusion import renoise, times
+from diffusion import add_noise, renoise, times
 from models import PromptEncoder, folder, load_part
 
 # ------------------------------------------------------------------------------------ the reward model
@@ -47,6 +48,13 @@ class LatentRewardModel(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1/0.07), CLIP's first guess
 
     @classmethod
+    def from_pipeline(cls, model, image_size, device="cpu"):
+        """An untrained one, fp32: the UNet and the text encoders of pipeline folder `model`, the projection at random."""
+        encoder = PromptEncoder(model, image_size, device)
+        unet = load_part(UNet2DConditionModel, folder(model, "unet"), "unet", low_cpu_mem_usage=False).float()
+        return cls(unet, encoder, encoder.encoders[1].config.projection_dim).to(device)
+
+    @classmethod
     def from_pretrained(cls, path, image_size, tokenizers=None, device="cpu", dtype=torch.float32):
         """A folder with unet/, text_encoder/, text_encoder_2/ and state_dict.pt ({"visual_projection": {"weight"}, "logit_scale"}).
 
@@ -61,6 +69,17 @@ class LatentRewardModel(nn.Module):
         R.visual_projection.load_state_dict(state["visual_projection"])
         R.logit_scale.data = torch.as_tensor(state["logit_scale"]).float()
         return R.to(device, dtype).eval().requires_grad_(False)
+
+    def save_pretrained(self, path, model, half=False):
+        """Write the folder that from_pretrained reads; the up blocks, which the layout has and R does not, are those of pipeline `model`."""
+        path, dtype = Path(path), torch.float16 if half else torch.float32
+        whole = load_part(UNet2DConditionModel, folder(model, "unet"), "unet", low_cpu_mem_usage=False)
+        whole.load_state_dict(whole.state_dict() | {k: v.cpu() for k, v in self.unet.state_dict().items()})
+        (whole.half() if half else whole.float()).save_pretrained(path / "unet")
+        for name, net in zip(("text_encoder", "text_encoder_2"), self.encoder.encoders):
+            copy.deepcopy(net).to("cpu", dtype).save_pretrained(path / name)
+        weight = {"weight": self.visual_projection.weight.detach().to("cpu", dtype)}
+        torch.save({"visual_projection": weight, "logit_scale": self.logit_scale.item()}, path / "state_dict.pt")
 
     def features(self, z_t, t, c):
         """The three down blocks' features and the mid block's, averaged over space: four (B, channels)."""
@@ -95,8 +114,15 @@ class LatentRewardModel(nn.Module):
         return torch.cat([self.score(x, torch.ones(len(x), dtype=torch.long, device=x.device), p).cpu() for x, p in parts])
 
 
+def pair_scores(R, schedule, win, lose, t, eps_win, eps_lose, c):
+    """R of both latents of every pair, noised to the pair's one t (B,) with noise of their own; latents, noise (B, C, h, w). (B,), (B,)."""
+    t = t.repeat(2)
+    z_t = add_noise(schedule, torch.cat([win, lose]), t, torch.cat([eps_win, eps_lose]))
+    return R(z_t, t, {k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in c.items()}).chunk(2)
+
+
 def bradley_terry(score_win, score_lose):
-    """-log σ(R(z^w) - R(z^l)), the mean over pairs: what R is trained with, both latents noised to one shared t. Scalar."""
+    """-log σ(R(z^w) - R(z^l)), the mean over pairs: what R is trained with. Scalar."""
     return -F.logsigmoid(score_win - score_lose).mean()
 
 

@@ -133,9 +133,8 @@ class Log:
                 self.board.add_scalar(k, v, progress["loops"])
 
     def bar(self, loop, values):
-        shown = {
-            k: f"{float(v):.3f}" for k, v in values.items() if k in ("dm_loss", "adv_loss", "fake_loss", "d_accuracy", "reward", "kl_to_reference")
-        }
+        names = ("dm_loss", "adv_loss", "fake_loss", "d_accuracy", "reward", "kl_to_reference", "reward_loss")
+        shown = {k: f"{float(values[k]):.3f}" for k in names if k in values}
         self.progress.set_postfix(shown, refresh=False)
         self.progress.update(loop - self.progress.n)
 

@@ -3,6 +3,7 @@
     python train.py --stage 1                         one process; on the toy world by default
     torchrun --nproc-per-node 8 train.py --stage 1    FSDP2 over 8 ranks
     python train.py --stage 2                         goes on from the newest stage-1 run, with preference optimisation
+    python train.py --stage reward --pairs FOLDER     a latent reward model for stage 2 (train_reward.py)
 
 The mathematics lives in dmd.py, score_estimator.py, pixel_gan.py, latent_reward.py and diffusion.py; this file says in which order it happens.
 """
@@ -16,8 +17,6 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import DTensor
 
 import checkpoint
 import data
@@ -28,8 +27,10 @@ import pixel_gan
 import score_estimator
 from config import parse
 from diffusion import backward_simulation, guided, rand, randn, renoise, sample_generators, times
+from distributed import average_gradients, start_process, update
 from latent_reward import LatentRewardModel
 from models import VAE, PromptEncoder, UserError, load_denoiser, load_sam, shard
+from train_reward import train_reward
 
 GIVE_UP_AFTER = 10  # loops in a row with a non-finite loss or gradient
 
@@ -231,44 +232,7 @@ def prefer(cast, prompts, c, draw):
     return logged, ok, ok
 
 
-# ------------------------------------------------------------------------------------------- one update
-
-
-def update(module, optimizer, loss, max_norm=float("inf")):
-    """One optimizer step on the gradients at hand; none where loss or gradient is not finite. -> (gradient norm, stepped)."""
-    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
-    if dist.is_initialized():  # all ranks skip, or none
-        finite = finite.int()
-        dist.all_reduce(finite, dist.ReduceOp.MIN)
-    if finite:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm, bool(finite)
-
-
-def average_gradients(module, ranks):
-    """Mean gradient over ranks, for D's heads: they are small, so every rank holds them whole."""
-    if ranks > 1:
-        for p in module.parameters():
-            dist.all_reduce(p.grad)
-            p.grad /= ranks
-
-
 # ------------------------------------------------------------------------------------------- set-up
-
-
-def start_process():
-    """-> rank, ranks, device. A process group exists whenever there is more than one rank or a GPU."""
-    ranks, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if (ranks > 1 or cuda) and not dist.is_initialized():
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}  # without torchrun there is no meeting place
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    return int(os.environ.get("RANK", 0)), ranks, device
 
 
 def assemble(config, ranks, device):
@@ -310,7 +274,7 @@ def assemble(config, ranks, device):
 def main():
     config = parse()
     try:
-        run = train(config)
+        run = train_reward(config) if config.stage == "reward" else train(config)
     except UserError as e:
         print(f"\nerror: {str(e).split('UserError: ')[-1].strip()}", file=sys.stderr)  # a loader process sends its traceback along
         sys.exit(2)
@@ -318,7 +282,9 @@ def main():
         if dist.is_initialized():
             dist.destroy_process_group()
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"student in {checkpoint.newest(run)}; sample it with: python sample.py --run {run}")
+        made = checkpoint.newest(run)
+        reward = f"reward model in {made}/lrm; use it with: python train.py --stage 2 --reward {made}/lrm"
+        print(reward if config.stage == "reward" else f"student in {made}; sample it with: python sample.py --run {run}")
 
 
 if __name__ == "__main__":

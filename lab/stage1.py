@@ -3,7 +3,8 @@
     python -m lab.stage1                    what is missing in results/stage1.json; --only main sweep to choose tables
     python -m lab.stage1 --print            the tables from what is there
 
-A row is cached by its flags, so an interrupted call goes on. --jobs N runs N rows at a time, a share of the cores each.
+A row is cached by its flags, so an interrupted call goes on; other teacher weights empty the cache. --jobs N runs N rows at a time, a
+share of the cores each.
 """
 
 import argparse
@@ -137,7 +138,10 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
     parser.add_argument("--print", action="store_true", help="print the tables and train nothing")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"baselines": {}, "rows": {}}
+    weights = zlib.crc32(Path(Config.model, "unet/diffusion_pytorch_model.safetensors").read_bytes())
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if results.get("teacher_crc32") != weights:
+        results = {"teacher_crc32": weights, "baselines": {}, "rows": {}}
     if not args.print:
         RESULTS.parent.mkdir(exist_ok=True)
         threads, lock = max(1, os.cpu_count() // args.jobs), Lock()

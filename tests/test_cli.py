@@ -199,3 +199,21 @@ def test_help_names_every_setting(capsys):
     text = capsys.readouterr().out
     for name in vars(config.Config()):
         assert f"--{name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"label_0": 3}, "line 2: label_0 is 3"),
+        ({"jpg_1_file_name": "gone.png"}, "line 2: no image gone.png"),
+        ({"caption": None}, "line 2: needs caption"),
+    ],
+)
+def test_pairs_that_cannot_be_trained_on(row, words, tmp_path, capsys):
+    good = {"caption": "a ring", "jpg_0_file_name": "a.png", "jpg_1_file_name": "a.png", "label_0": 1}
+    data.to_pil(torch.zeros(3, 64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | row) + "\n")
+    status, line = call(train.main, capsys, "--stage", "reward", "--pairs", tmp_path, "--out", tmp_path / "run", *SMALL)
+    assert status == 2 and words in line and not (tmp_path / "run").exists()
+    status, line = call(train.main, capsys, "--stage", "reward", "--out", tmp_path / "run")
+    assert status == 2 and "--pairs" in line

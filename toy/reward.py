@@ -9,12 +9,11 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
-from diffusion import Schedule, add_noise
-from latent_reward import LatentRewardModel, bradley_terry
-from models import VAE, PromptEncoder
+from diffusion import Schedule
+from latent_reward import LatentRewardModel, bradley_terry, pair_scores
+from models import VAE
 from toy import world
 from toy.fit import HERE, fit, forget_path, report
 
@@ -30,6 +29,14 @@ def spoilt(scene, text, image, other, rng):
     if kind == "mixed":
         return image.lerp(other, rng.uniform(0.3, 0.7))
     stated, ground = world.parse(text)
+    while True:
+        changed = altered(scene, stated, ground, rng)
+        if not all(map(all, world.check(changed, text).values())):  # of two like objects, one may stand in for the other
+            return world.render(changed)
+
+
+def altered(scene, stated, ground, rng):
+    """The scene with one fact that its caption states made false."""
     spots = [(i, name) for i, facts in enumerate(stated) for name in facts] + [(None, name) for name in ground]
     i, name = spots[rng.integers(len(spots))]
     options = {"shape": world.SHAPES, "color": world.COLORS, "size": world.SIZES, "fill": world.FILLS, "background": world.BACKGROUNDS}[name]
@@ -37,7 +44,7 @@ def spoilt(scene, text, image, other, rng):
     value = rng.choice([v for v in options if v != getattr(changed, name)])
     changed = dataclasses.replace(changed, **{name: str(value)})
     objects = changed.objects if i is None else (*scene.objects[:i], changed, *scene.objects[i + 1 :])
-    return world.render(dataclasses.replace(changed if i is None else scene, objects=objects))
+    return dataclasses.replace(changed if i is None else scene, objects=objects)
 
 
 def pairs(count, split):
@@ -55,41 +62,26 @@ def pairs(count, split):
 
 
 def build_lrm():
-    folder, schedule = HERE / "lrm", Schedule()
-    unet = UNet2DConditionModel.from_pretrained(HERE / "sdxl" / "unet").float()
-    whole = {k: v.clone() for k, v in unet.state_dict().items()}
-    encoder = PromptEncoder(HERE / "sdxl", world.SIZE)
-    reward = LatentRewardModel(unet, encoder, encoder.encoders[1].config.projection_dim)
-    batch, count = 32, 8192
-    better, worse, captions = pairs(count, "train")
-    encoded = [encoder.encode(captions[i : i + 256]) for i in range(0, count, 256)]
+    model, schedule, batch = HERE / "sdxl", Schedule(), 32
+    R = LatentRewardModel.from_pipeline(model, world.SIZE)
+    better, worse, captions = pairs(16384, "train")
+    encoded = [R.encoder.encode(captions[i : i + 256]) for i in range(0, len(captions), 256)]
     conditions = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
 
-    def scores(win, lose, c, t):
-        """Both latents of every pair at the pair's own t, each with noise of its own."""
-        both = add_noise(schedule, torch.cat([win, lose]), t.repeat(2), torch.randn(2 * len(win), 4, 16, 16))
-        return reward(both, t.repeat(2), {k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in c.items()}).chunk(2)
-
     def loss(step):
-        which, t = torch.randint(count, (batch,)), torch.randint(1, 952, (batch,))
-        return bradley_terry(*scores(better[which], worse[which], {k: v[which] for k, v in conditions.items()}, t))
+        which, t = torch.randint(len(better), (batch,)), torch.randint(1, 952, (batch,))
+        noise = torch.randn(2, batch, 4, 16, 16)
+        return bradley_terry(*pair_scores(R, schedule, better[which], worse[which], t, *noise, {k: v[which] for k, v in conditions.items()}))
 
     began = time.time()
-    fit("lrm", [reward], loss, steps=1500, lr=5e-4, weight_decay=0.01)
-    reward.eval().requires_grad_(False)
+    fit("lrm", [R], loss, steps=4000, lr=5e-4, weight_decay=0.01)
+    R.eval().requires_grad_(False)
     better, worse, captions = pairs(512, "test")
-    c, right = encoder.encode(captions), {}
+    c, right = R.encoder.encode(captions), {}
     torch.manual_seed(0)
     for t in (50, 250, 500, 749):
-        win, lose = scores(better, worse, c, torch.full((512,), t))
+        win, lose = pair_scores(R, schedule, better, worse, torch.full((512,), t), *torch.randn(2, *better.shape), c)
         right[f"right_at_t_{t}"] = (win > lose).float().mean().item()
-    reward.half()
-    whole |= unet.state_dict()  # the published layout has the up blocks, which the reward model drops
-    full = UNet2DConditionModel.from_config(unet.config)
-    full.load_state_dict(whole)
-    full.half().save_pretrained(folder / "unet")
-    for name, net in zip(("text_encoder", "text_encoder_2"), encoder.encoders):
-        net.half().save_pretrained(folder / name)
-    torch.save({"visual_projection": reward.visual_projection.state_dict(), "logit_scale": reward.logit_scale.item()}, folder / "state_dict.pt")
-    forget_path(folder)
-    report("lrm", time.time() - began, parameters=sum(p.numel() for p in reward.parameters()), **right)
+    R.save_pretrained(HERE / "lrm", model, half=True)
+    forget_path(HERE / "lrm")
+    report("lrm", time.time() - began, parameters=sum(p.numel() for p in R.parameters()), **right)

@@ -1,0 +1,42 @@
+"""Processes and ranks, and an optimizer step that all ranks take or all skip."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def start_process():
+    """-> rank, ranks, device. A process group exists whenever there is more than one rank or a GPU."""
+    ranks, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if (ranks > 1 or cuda) and not dist.is_initialized():
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}  # without torchrun there is no meeting place
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    return int(os.environ.get("RANK", 0)), ranks, device
+
+
+def update(module, optimizer, loss, max_norm=float("inf")):
+    """One optimizer step on the gradients at hand; none where loss or gradient is not finite. -> (gradient norm, stepped)."""
+    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
+    if dist.is_initialized():  # all ranks skip, or none
+        finite = finite.int()
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, bool(finite)
+
+
+def average_gradients(module, ranks):
+    """Mean gradient over ranks, for D's heads: they are small, so every rank holds them whole."""
+    if ranks > 1:
+        for p in module.parameters():
+            dist.all_reduce(p.grad)
+            p.grad /= ranks
