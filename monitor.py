@@ -37,7 +37,7 @@ def health(x_real, x_0, vae, teacher, L_fake, t, eps, c):
 
 
 class Preview:
-    """A picture per visit: fixed prompts and noise, a row each for the teacher, the undistilled teacher and the student."""
+    """A picture per visit: fixed prompts and noise, a row each for the undistilled teacher, the student (in stage 2 also as it came), the teacher."""
 
     def __init__(self, cast, source, columns=8, per_prompt=4):
         self.prompts, self.columns, self.per_prompt, self.vae = source.prompts(columns), columns, per_prompt, cast.vae
@@ -45,11 +45,10 @@ class Preview:
         self.c_same = {k: v[:2].repeat_interleave(per_prompt, 0) for k, v in self.c.items()}
         self.like, self.seed, self.S, n = cast.latent[:1], cast.config.seed, cast.S, len(cast.S)
         z = randn(self.generators("preview", columns), self.like)
-        self.teacher_rows = [
-            self.vae.decode(sample_ode(cast.guided_teacher, z, self.c, 50)),
-            self.vae.decode(self.rollout(cast.guided_teacher, self.c, "preview", columns)),
-        ]
-        self.labels = ["teacher, 50 steps", f"undistilled, {n} steps", f"student, {n} steps"]
+        self.teacher = self.vae.decode(sample_ode(cast.guided_teacher, z, self.c, 50))
+        earlier = {"undistilled": cast.guided_teacher} | ({"stage 1": cast.ref} if cast.ref else {})
+        self.earlier = [self.vae.decode(self.rollout(denoiser, self.c, "preview", columns)) for denoiser in earlier.values()]
+        self.labels = [f"{name}, {n} steps" for name in (*earlier, f"stage {cast.config.stage}")] + ["teacher, 50 steps"]
 
     def generators(self, purpose, n):
         return sample_generators(self.seed, 0, range(n), purpose)
@@ -64,7 +63,7 @@ class Preview:
             student = self.vae.decode(self.rollout(G, self.c, "preview", self.columns))
             same = self.vae.decode(self.rollout(G, self.c_same, "diversity", 2 * self.per_prompt))
         if rank == 0:
-            data.save_grid(path, [*self.teacher_rows, student], self.labels, self.prompts)
+            data.save_grid(path, [*self.earlier, student, self.teacher], self.labels, self.prompts)
         return {"diversity": metrics.diversity(same, self.per_prompt)}
 
 

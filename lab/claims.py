@@ -1,0 +1,104 @@
+"""The paper's claims, measured on the toy world.
+
+    python -m lab.claims --only table4      what is missing in results/claims.json; then the table as Markdown
+    python -m lab.claims --print            the tables from what is there
+
+Rows are cached by their flags, so an interrupted call goes on. Begun with Table 4 (stage 2); the other claims join here.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from config import Config
+from lab import rows
+from lab.stage1 import FULL, SEEDS
+
+RESULTS = Path("results/claims.json")
+RL_UPDATES = 300
+SETTINGS = ("rl_ratio", "rl_steps", "candidates", "carry", "pair_threshold", "beta", "rl_lr", "gan_weight")
+JOINT = {f"--{name.replace('_', '-')}": getattr(Config, name) for name in SETTINGS}
+COLUMNS = ("reward", "prompt_accuracy", "clip_score", "frechet", "recall", "saturation", "minutes")
+
+TABLE4 = {
+    **{f"joint, {r}:1": JOINT | {"--rl-ratio": r} for r in (1, 2, 5, 10)},
+    "RL alone (`--rl-only`)": JOINT | {"--rl-only": True},
+    "joint, 5:1, all noise levels (`--rl-steps all`)": JOINT | {"--rl-steps": "all"},
+    "joint, 5:1, without Pixel-GAN (`--gan-weight 0`)": JOINT | {"--gan-weight": 0},
+}
+
+
+def loops(flags):
+    """--iterations counts updates of either kind."""
+    return RL_UPDATES if "--rl-only" in flags else RL_UPDATES + RL_UPDATES // flags["--rl-ratio"]
+
+
+def student(seed, threads):
+    """The stage-1 run that stage 2 starts from; kept."""
+    out = rows.RUNS / f"stage1-seed{seed}"
+    if not out.exists():
+        rows.command("train.py", "--stage", 1, "--out", out, "--preview-every", 0, "--seed", seed, *rows.flat(FULL), threads=threads)
+    return out
+
+
+def measure(flags, seed, num, threads):
+    """One stage-2 run -> its metrics, minutes, and its held-out judges over the run."""
+    out = rows.folder(name(flags, seed, num))
+    settings = {
+        "--iterations": loops(flags),
+        "--init": student(seed, threads),
+        "--seed": seed,
+        "--preview-every": 60,
+        "--out": out,
+        "--overwrite": True,
+    }
+    rows.command("train.py", "--stage", 2, *rows.flat(flags | settings), threads=threads)
+    rows.command("evaluate.py", "--run", out, "--num", num, "--json", out / "metrics.json", threads=threads)
+    metrics = json.loads((out / "metrics.json").read_text())
+    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    path = [{k: v for k, v in m.items() if k.startswith("held_out") or k == "rl_updates"} for m in logged if "held_out_reward" in m]
+    shutil.rmtree(out)
+    return metrics | {"minutes": logged[-1]["seconds"] / 60, "path": path}
+
+
+def measure_start(which, num, threads):
+    """Stage 1 of a seed, or the teacher."""
+    path = rows.folder(str(which)).with_suffix(".json")
+    what = ("--teacher", "--steps", 50) if which == "teacher" else ("--run", student(which, threads))
+    rows.command("evaluate.py", *what, "--num", num, "--json", path, threads=threads)
+    return json.loads(path.read_text())
+
+
+def name(flags, seed, num):
+    return rows.key(flags, "--seed", seed, f"{num} prompts")
+
+
+def table4(results, num):
+    rows.head("Table 4", COLUMNS)
+    start = {"teacher, 50 steps": ["teacher"], "stage 1": [f"stage 1, seed {s}" for s in SEEDS]}
+    start |= {title: [name(flags, s, num) for s in SEEDS] for title, flags in TABLE4.items()}
+    for title, names in start.items():
+        if found := [results[n] for n in names if n in results]:
+            rows.line(title, found, COLUMNS)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=("table4",), default=("table4",))
+    parser.add_argument("--num", type=int, default=1000, help="held-out prompts per row")
+    parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
+    parser.add_argument("--print", action="store_true", help="print the tables and train nothing")
+    args = parser.parse_args()
+    results = rows.load(RESULTS)
+    if not args.print:
+        starts = {"teacher": "teacher"} | {f"stage 1, seed {s}": s for s in SEEDS}
+        rows.fill(RESULTS, results, {row: lambda threads, w=w: measure_start(w, args.num, threads) for row, w in starts.items()}, args.jobs)
+        chosen = [(flags, seed) for seed in SEEDS for flags in TABLE4.values()]
+        jobs = {name(f, s, args.num): lambda threads, f=f, s=s: measure(f, s, args.num, threads) for f, s in chosen}
+        rows.fill(RESULTS, results, jobs, args.jobs)
+    table4(results, args.num)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Rows of the README's tables: train.py and evaluate.py run as commands, their metrics cached in one JSON file by their flags."""
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+from threading import Lock
+
+from tqdm import tqdm
+
+from config import Config
+
+RUNS = Path("runs/lab")
+HEADINGS = {
+    "prompt_accuracy": "prompts right, %",
+    "frechet": "Fréchet",
+    "precision": "precision, %",
+    "recall": "recall, %",
+    "clip_score": "CLIP",
+    "reward": "reward",
+    "saturation": "saturation",
+    "contrast": "contrast",
+}
+PERCENT = ("prompt_accuracy", "precision", "recall")
+
+
+def command(script, *argv, threads):
+    """Run one of our scripts. Raises RuntimeError with the end of what it printed where it fails."""
+    argv = [sys.executable, script, *map(str, argv)]
+    done = subprocess.run(argv, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(argv)}\n{done.stderr[-2000:]}")
+
+
+def flat(flags):
+    """{"--lr": 1e-5} -> ["--lr", 1e-5]; a switch has the value True."""
+    return [part for k, v in flags.items() for part in ((k,) if v is True else (k, v))]
+
+
+def key(flags, *rest):
+    """What a row is cached by."""
+    return " ".join([*map(str, flat(dict(sorted(flags.items())))), *map(str, rest)])
+
+
+def folder(key):
+    """A run folder of its own for a row."""
+    return RUNS / f"{zlib.crc32(key.encode()):08x}"
+
+
+def load(path):
+    """The cache: {row: metrics}; empty where the toy's teacher is another one than the rows were made with."""
+    weights = zlib.crc32(Path(Config.model, "unet/diffusion_pytorch_model.safetensors").read_bytes())
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("teacher_crc32") == weights else {"teacher_crc32": weights}
+
+
+def fill(path, results, jobs, workers):
+    """Run what is missing. jobs: {row: function(threads) -> metrics}; `workers` at a time, each with its share of the cores."""
+    path.parent.mkdir(exist_ok=True)
+    threads, lock = max(1, os.cpu_count() // workers), Lock()
+    missing = {row: job for row, job in jobs.items() if row not in results}
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(missing), desc="rows") as bar:
+
+        def one(row, job):
+            measured = job(threads)
+            with lock:
+                results[row] = measured
+                path.write_text(json.dumps(results, indent=1) + "\n")
+                bar.update()
+
+        for done in [pool.submit(one, *entry) for entry in missing.items()]:
+            done.result()
+
+
+def head(title, columns):
+    """The first two lines of a Markdown table."""
+    print(f"\n| {title} | " + " | ".join(HEADINGS.get(c, c) for c in columns) + " |")
+    print("| --- |" + " --- |" * len(columns))
+
+
+def line(title, found, columns):
+    """A row of it: the mean over seeds, and each seed's value behind it where there are several."""
+    cells = []
+    for column in columns:
+        values = [r[column] for r in found if r.get(column) is not None]
+        scale, digits = (100, 1) if column in PERCENT else (1, 3)
+        shown = [f"{v * scale:.{digits}f}" for v in [mean(values), *values]] if values else [""]
+        cells.append(shown[0] + (f" ({', '.join(shown[1:])})" if len(values) > 1 else ""))
+    print(f"| {title} | " + " | ".join(cells) + " |")
