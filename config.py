@@ -47,6 +47,7 @@ class Config:
     rl_only: bool = False  # stage 2: no distillation beside it (the paper's post-training)
     pairs: str = ""  # stage reward: a folder of picture pairs, metadata.jsonl with caption, jpg_0_file_name, jpg_1_file_name, label_0
     reward_lr: float = 1e-5  # stage reward: learning rate
+    checkpointing: bool = False  # recompute activations in backward passes: less memory, about a third more time
     seed: int = 0  # of the whole run
     save_every: int = 200  # loops between checkpoints
     preview_every: int = 100  # loops between preview pictures; 0 = none

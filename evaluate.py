@@ -19,7 +19,7 @@ import metrics
 from config import Config
 from diffusion import guided
 from latent_reward import LatentRewardModel
-from models import VAE, PromptEncoder, UserError, generate, load_denoiser
+from models import PromptEncoder, UserError, generate, load_denoiser, load_vae
 
 
 def evaluate(denoiser, encoder, vae, clip, source, steps, num, seed, ode, nfe, reference="real", teacher=None, R=None):
@@ -78,7 +78,7 @@ def main():
         if steps < 1:
             raise UserError("--steps must be at least 1")
         model = config["model"]
-        encoder, vae, clip = PromptEncoder(model, config["resolution"], device), VAE(model, device), metrics.Clip(config["clip"], device)
+        encoder, vae, clip = PromptEncoder(model, config["resolution"], device), load_vae(model, device), metrics.Clip(config["clip"], device)
         source = data.source(config["data"], config["resolution"])
         if source.held_out is None:
             raise UserError(f"{config['data']} has no held-out part to evaluate on")

@@ -126,9 +126,10 @@ class PromptEncoder:
 class VAE(nn.Module):
     """The pipeline's frozen autoencoder, between images in [-1, 1] (B, 3, H, W) and scaled latents (B, C, h, w), in fp32."""
 
-    def __init__(self, model, device="cpu"):
+    def __init__(self, net):
+        """net: an AutoencoderKL."""
         super().__init__()
-        self.net = load_part(AutoencoderKL, folder(model, "vae"), "vae", low_cpu_mem_usage=False).float().to(device).eval().requires_grad_(False)
+        self.net = net.eval().requires_grad_(False)
         self.channels = self.net.config.latent_channels
         self.factor = 2 ** (len(self.net.config.block_out_channels) - 1)
 
@@ -142,6 +143,11 @@ class VAE(nn.Module):
         """V: latents -> images. Gradient passes through it to z, never to its weights."""
         config = self.net.config
         return self.net.decode(z / config.scaling_factor + (config.shift_factor or 0), return_dict=False)[0]
+
+
+def load_vae(model, device="cpu"):
+    """The autoencoder of pipeline folder `model`."""
+    return VAE(load_part(AutoencoderKL, folder(model, "vae"), "vae", low_cpu_mem_usage=False).float()).to(device)
 
 
 def load_sam(path, device="cpu"):

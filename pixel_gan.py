@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0 .. 255, as SAM was trained
 
@@ -28,8 +29,10 @@ class PixelDiscriminator(nn.Module):
     each block with global attention, and from the neck.
     """
 
-    def __init__(self, encoder, width=64):
+    def __init__(self, encoder, width=64, checkpointing=False):
+        """checkpointing: recompute SAM's activations in the backward pass."""
         super().__init__()
+        self.checkpointing = checkpointing
         self.encoder = [encoder]  # in a list: frozen, so not among this module's parameters or its state
         dim, out = encoder.patch_embed.proj.out_channels, encoder.neck[0].out_channels
         self.levels = [i for i, block in enumerate(encoder.blocks) if block.window_size == 0]
@@ -43,7 +46,7 @@ class PixelDiscriminator(nn.Module):
             x = x + encoder.pos_embed
         maps = []
         for i, block in enumerate(encoder.blocks):
-            x = block(x)  # (B, h, w, C)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)  # (B, h, w, C)
             if i in self.levels:
                 maps.append(x.permute(0, 3, 1, 2))
         return [*maps, encoder.neck(x.permute(0, 3, 1, 2))]

@@ -14,7 +14,7 @@ import torch
 
 import checkpoint
 import data
-from models import VAE, PromptEncoder, UserError, generate, load_denoiser
+from models import PromptEncoder, UserError, generate, load_denoiser, load_vae
 
 
 def read_prompts(args, config):
@@ -57,7 +57,7 @@ def main():
             raise UserError(f"{out} holds something already: give another --out")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = args.model or config["model"]
-        encoder, vae = PromptEncoder(model, config["resolution"], device), VAE(model, device)
+        encoder, vae = PromptEncoder(model, config["resolution"], device), load_vae(model, device)
         G = load_denoiser(model, device, unet=checkpoint.newest(run) / "unet")  # fp32, so that the batch size does not show
         G.net.eval()
         prompts = [p for p in read_prompts(args, config) for _ in range(args.num)]

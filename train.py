@@ -29,7 +29,7 @@ from config import parse
 from diffusion import backward_simulation, guided, rand, randn, renoise, sample_generators, times
 from distributed import average_gradients, start_process, update
 from latent_reward import LatentRewardModel
-from models import VAE, PromptEncoder, UserError, load_denoiser, load_sam, shard
+from models import PromptEncoder, UserError, load_denoiser, load_sam, load_vae, shard
 from train_reward import train_reward
 
 GIVE_UP_AFTER = 10  # loops in a row with a non-finite loss or gradient
@@ -239,7 +239,7 @@ def assemble(config, ranks, device):
     """Algorithm 1, lines 1-3 (and in stage 2 the reference and the reward model) -> Cast. Raises UserError for what does not fit."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     encoder = PromptEncoder(config.model, config.resolution, device, dtype)
-    vae = VAE(config.model, device)
+    vae = load_vae(config.model, device)
     side, rest = divmod(config.resolution, vae.factor)
     if rest or side % 4:
         raise UserError(f"--resolution {config.resolution} must be a multiple of {4 * vae.factor}")
@@ -249,6 +249,9 @@ def assemble(config, ranks, device):
     teacher.net.to(dtype).eval().requires_grad_(False)
     G = load_denoiser(config.model, device, dtype)  # line 1
     fake = load_denoiser(config.model, device, dtype)  # line 2
+    if config.checkpointing:
+        for net in (G.net, fake.net, vae.net):
+            net.enable_gradient_checkpointing()
     for player in (G, fake):
         player.net.train()
         if ranks > 1 or device.type == "cuda":
@@ -257,7 +260,7 @@ def assemble(config, ranks, device):
     players, D = {"G": (G.net, adam(G.net, config.lr)), "fake": (fake.net, adam(fake.net, config.fake_lr))}, None
     if config.gan_weight > 0:  # line 3
         torch.manual_seed(config.seed)
-        D = pixel_gan.PixelDiscriminator(load_sam(config.sam, device)).to(device)
+        D = pixel_gan.PixelDiscriminator(load_sam(config.sam, device), checkpointing=config.checkpointing).to(device)
         players["D"] = (D, adam(D, config.d_lr))
     ref = R = None
     if config.stage == 2:

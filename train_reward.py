@@ -17,7 +17,7 @@ import monitor
 from diffusion import rand, randn, sample_generators, times
 from distributed import average_gradients, start_process, update
 from latent_reward import LatentRewardModel, bradley_terry, pair_scores
-from models import VAE, UserError, load_schedule
+from models import UserError, load_schedule, load_vae
 
 LEVELS = (50, 250, 500, 749)  # noise levels at which held-out pairs are judged
 
@@ -31,10 +31,10 @@ def train_reward(config):
     if rest:
         raise UserError(f"--batch-size {config.batch_size} is not divisible by {ranks} ranks")
     source = data.Pairs(config.pairs, config.resolution, config.seed)
-    vae, schedule = VAE(config.model, device), load_schedule(config.model)
+    vae, schedule = load_vae(config.model, device), load_schedule(config.model)
     torch.manual_seed(config.seed)
     R = LatentRewardModel.from_pipeline(config.model, config.resolution, device).train()
-    if device.type == "cuda":
+    if config.checkpointing:
         R.unet.enable_gradient_checkpointing()
     players = {"R": (R, torch.optim.AdamW(R.parameters(), lr=config.reward_lr, weight_decay=config.weight_decay))}
 

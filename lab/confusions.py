@@ -8,7 +8,7 @@ from collections import Counter
 
 from config import Config
 from diffusion import guided
-from models import VAE, PromptEncoder, generate, load_denoiser
+from models import PromptEncoder, generate, load_denoiser, load_vae
 from toy import world
 
 
@@ -17,7 +17,7 @@ def main():
     parser.add_argument("--num", type=int, default=320, help="held-out prompts")
     parser.add_argument("--steps", type=int, default=16, help="guided sampling steps")
     args = parser.parse_args()
-    encoder, vae, teacher = PromptEncoder(Config.model, world.SIZE), VAE(Config.model), load_denoiser(Config.model)
+    encoder, vae, teacher = PromptEncoder(Config.model, world.SIZE), load_vae(Config.model), load_denoiser(Config.model)
     prompts = [world.scene(i, "test")[1] for i in range(args.num)]
     images = generate(guided(teacher, encoder.null(), Config.guidance), encoder, vae, prompts, args.steps, seed=0, ode=True)
     right, asked, drawn = Counter(), Counter(), Counter()

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import pixel_gan
-from models import VAE, load_sam
+from models import load_sam, load_vae
 from toy import world
 
 
 @pytest.fixture(scope="module")
 def parts():
     torch.manual_seed(0)
-    return pixel_gan.PixelDiscriminator(load_sam("toy/sam")), VAE("toy/sdxl")
+    return pixel_gan.PixelDiscriminator(load_sam("toy/sam")), load_vae("toy/sdxl")
 
 
 def images(n, start=0):
@@ -49,7 +49,7 @@ def test_eq_10_gradient_reaches_the_heads_and_nothing_else(parts, kind):
 def test_eq_9_gradient_against_finite_differences():
     """d/dx of the generator's loss through heads, SAM and VAE, in double precision."""
     torch.manual_seed(0)
-    D, vae = pixel_gan.PixelDiscriminator(load_sam("toy/sam").double()).double().eval(), VAE("toy/sdxl").double()
+    D, vae = pixel_gan.PixelDiscriminator(load_sam("toy/sam").double()).double().eval(), load_vae("toy/sdxl").double()
     x = vae.encode(images(1).double()).requires_grad_()
     loss = lambda x: pixel_gan.generator_loss(D(D.features(vae.decode(x))), "logistic")  # noqa: E731
     (gradient,) = torch.autograd.grad(loss(x), x)

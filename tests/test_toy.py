@@ -8,7 +8,7 @@ from diffusers import StableDiffusionXLPipeline
 
 import metrics
 from diffusion import guided, sample_generators
-from models import VAE, PromptEncoder, generate, load_denoiser
+from models import PromptEncoder, generate, load_denoiser, load_vae
 from toy import world
 
 
@@ -26,7 +26,7 @@ def test_checker_reads_rendered_scenes_exactly():
 
 def test_checker_reads_vae_reconstructions():
     images, captions, _ = scenes(200, "train")
-    vae = VAE("toy/sdxl")
+    vae = load_vae("toy/sdxl")
     with torch.no_grad():
         _, attributes = world.judge(vae.decode(vae.encode(images)), captions)
     for name, values in attributes.items():
@@ -80,7 +80,7 @@ def test_pipeline_loads_and_agrees_with_ours():
         theirs = (
             pipeline(prompts, num_inference_steps=20, guidance_scale=3.0, generator=generators, height=64, width=64, output_type="pt").images * 2 - 1
         )
-    encoder, vae = PromptEncoder("toy/sdxl", 64), VAE("toy/sdxl")
+    encoder, vae = PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl")
     teacher = guided(load_denoiser("toy/sdxl"), encoder.null(), 3.0)
     ours = generate(teacher, encoder, vae, prompts, 20, 0, ode=True)
     assert (ours.clamp(-1, 1) - theirs).abs().mean() < 0.02

@@ -16,7 +16,7 @@ import checkpoint
 import train
 from config import Config
 from diffusion import sample_generators
-from models import VAE, PromptEncoder, generate, load_denoiser, load_sam
+from models import PromptEncoder, generate, load_denoiser, load_sam, load_vae
 
 SMALL = {"iterations": 3, "batch_size": 4, "preview_every": 0, "log_every": 1, "save_every": 1000}
 
@@ -66,12 +66,12 @@ def test_updates_per_network(ttur, tmp_path, monkeypatch):
 @pytest.mark.parametrize("settings", [{"adv_reading": "a", "gan_loss": "logistic", "gan_reals": "vae"}, {"dm_steps": "all", "preview_every": 2}])
 def test_frozen_networks_stay_bit_identical(settings, tmp_path, monkeypatch):
     kept = {}
-    for name in ("load_denoiser", "VAE", "load_sam", "PromptEncoder"):
+    for name in ("load_denoiser", "load_vae", "load_sam", "PromptEncoder"):
         real = getattr(train, name)
         monkeypatch.setattr(train, name, lambda *a, real=real, name=name: kept.setdefault(name, []).append(real(*a)) or kept[name][-1])
     run = train.train(Config(**{**SMALL, **settings}, out=str(tmp_path / "run")))
     teacher, G, fake = kept["load_denoiser"]
-    pairs = [(teacher.net, load_denoiser("toy/sdxl").net), (kept["VAE"][0], VAE("toy/sdxl")), (kept["load_sam"][0], load_sam("toy/sam"))]
+    pairs = [(teacher.net, load_denoiser("toy/sdxl").net), (kept["load_vae"][0], load_vae("toy/sdxl")), (kept["load_sam"][0], load_sam("toy/sam"))]
     pairs += zip(kept["PromptEncoder"][0].encoders, PromptEncoder("toy/sdxl", 64).encoders)
     for used, fresh in pairs:
         assert all(torch.equal(a, b) for a, b in zip(used.state_dict().values(), fresh.state_dict().values()))
@@ -80,6 +80,12 @@ def test_frozen_networks_stay_bit_identical(settings, tmp_path, monkeypatch):
     saved = student(run)
     assert all(torch.equal(saved[k], v) for k, v in G.net.state_dict().items())
     assert [p.name for p in sorted(run.glob("*.png"))] == (["preview-000002.png", "preview-000003.png"] if "preview_every" in settings else [])
+
+
+def test_checkpointing_changes_nothing_but_memory(tmp_path):
+    plain, recomputed = (train.train(Config(**SMALL, checkpointing=on, out=str(tmp_path / str(on)))) for on in (False, True))
+    for a, b in zip(student(plain).values(), student(recomputed).values()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_losses_reach_their_own_steps(tmp_path, monkeypatch):
@@ -230,13 +236,13 @@ def test_plain_diffusers_draws_the_same_picture(trained):
     generators = sample_generators(3, 0, range(2), "sample")
     theirs = pipeline(prompts, num_inference_steps=4, guidance_scale=0.0, generator=generators, height=64, width=64, output_type="pt").images
     G = load_denoiser("toy/sdxl", unet=checkpoint.newest(trained) / "unet")
-    ours = generate(G, PromptEncoder("toy/sdxl", 64), VAE("toy/sdxl"), prompts, 4, 3)
+    ours = generate(G, PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl"), prompts, 4, 3)
     assert ((ours.clamp(-1, 1) + 1) / 2 - theirs).abs().max() < 2 / 255
 
 
 def test_picture_does_not_depend_on_the_batch(trained):
     G = load_denoiser("toy/sdxl", unet=checkpoint.newest(trained) / "unet")
-    encoder, vae, prompts = PromptEncoder("toy/sdxl", 64), VAE("toy/sdxl"), ["a red circle", "a blue ring", "a green cross"]
+    encoder, vae, prompts = PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl"), ["a red circle", "a blue ring", "a green cross"]
     whole = generate(G, encoder, vae, prompts, 4, 0, batch=3)
     for batch in (1, 2):
         assert (generate(G, encoder, vae, prompts, 4, 0, batch=batch) - whole).abs().max() < 2 / 255

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
 
 from diffusion import Schedule, add_noise, backward_simulation, guided, sample_ode
-from models import VAE, Denoiser, PromptEncoder
+from models import Denoiser, PromptEncoder, load_vae
 from pixel_gan import sam_input
 from toy import world
 from toy.fit import HERE, accuracies, batch_of, fit, forget_path, report, scenes
@@ -143,7 +143,7 @@ def build_teacher():
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     for name, cls in encoders.items():
         cls.from_pretrained(HERE / "clip").half().save_pretrained(where / name)
-    prompt_encoder, vae, schedule = PromptEncoder(where, world.SIZE), VAE(where), Schedule()
+    prompt_encoder, vae, schedule = PromptEncoder(where, world.SIZE), load_vae(where), Schedule()
     text = prompt_encoder.encode(["a red circle"])
     unet = UNet2DConditionModel(
         sample_size=16,

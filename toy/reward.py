@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from diffusion import Schedule
 from latent_reward import LatentRewardModel, bradley_terry, pair_scores
-from models import VAE
+from models import load_vae
 from toy import world
 from toy.fit import HERE, fit, forget_path, report
 
@@ -49,7 +49,7 @@ def altered(scene, stated, ground, rng):
 
 def pairs(count, split):
     """-> latents of better and worse pictures, (count, 4, 16, 16) each, and their captions."""
-    vae, better, worse, captions = VAE(HERE / "sdxl"), [], [], []
+    vae, better, worse, captions = load_vae(HERE / "sdxl"), [], [], []
     rng = np.random.default_rng(count)
     for start in tqdm(range(0, count, 128), desc=f"pairs, {split}", mininterval=5):
         drawn = [world.scene(i, split) for i in range(start, start + 128)]
