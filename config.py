@@ -53,11 +53,34 @@ class Config:
     preview_every: int = 100  # loops between preview pictures; 0 = none
     log_every: int = 10  # loops between lines of metrics.jsonl
     workers: int = 0  # data-loading processes per rank
+    dry_run: bool = False  # print what the run needs (memory, FLOPs, GPU-hours at SDXL's size) and end; no weights, no GPU
+    gpus: int = 8  # --dry-run: how many
+    gpu_memory: float = 80.0  # --dry-run: GB of each
+    gpu_tflops: float = 400.0  # --dry-run: sustained bf16 TFLOP/s of each
     resume: bool = False  # go on from the newest checkpoint in --out
     overwrite: bool = False  # replace the run in --out
 
 
-PRESETS = {"toy": {}}
+# ASSUMPTION: the paper prints neither learning rates nor loss weights; these are DMD2's (lr, guidance) and the toy's (the rest).
+_SDXL = {
+    "model": "stabilityai/stable-diffusion-xl-base-1.0",
+    "resolution": 1024,
+    "sam": "sam_vit_b_01ec64.pth",
+    "clip": "openai/clip-vit-base-patch32",
+    "guidance": 8.0,
+    "lr": 5e-7,
+    "fake_lr": 2.5e-6,
+    "checkpointing": True,
+}
+PRESETS = {
+    "toy": {},
+    "sdxl-4step": _SDXL | {"batch_size": 64, "iterations": 1000},  # Table 1
+    "sdxl-4step-ttur2": _SDXL | {"batch_size": 64, "iterations": 4000, "ttur": 2},  # Table 1; 8,000 too
+    "sdxl-4step-ttur5": _SDXL | {"batch_size": 64, "iterations": 18000, "ttur": 5},  # Table 1
+    "sdxl-8step": _SDXL | {"batch_size": 48, "iterations": 3000, "ttur": 2, "student_steps": 8},  # Table 6; 6,000 too
+    "sdxl-stage2": _SDXL | {"stage": 2, "batch_size": 64, "iterations": 5000, "rl_lr": 2e-7},  # Tables 3, 4
+    "sdxl-8step-stage2": _SDXL | {"stage": 2, "batch_size": 48, "iterations": 3000, "student_steps": 8, "rl_lr": 2e-7},  # Table 7; 6,000 too
+}
 
 CHOICES = {
     "stage": (1, 2, "reward"),
@@ -101,10 +124,10 @@ def parse(argv=None):
     for name in ("seed", "workers", "gan_weight", "preview_every", "weight_decay"):
         if getattr(config, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
-    for name in ("lr", "fake_lr", "d_lr", "rl_lr", "reward_lr", "beta", "clip_grad"):
+    for name in ("lr", "fake_lr", "d_lr", "rl_lr", "reward_lr", "beta", "clip_grad", "gpu_memory", "gpu_tflops"):
         if getattr(config, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive")
-    for name in ("iterations", "batch_size", "ttur", "save_every", "log_every", "resolution", "rl_ratio"):
+    for name in ("iterations", "batch_size", "ttur", "save_every", "log_every", "resolution", "rl_ratio", "gpus"):
         if getattr(config, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if config.candidates < 2:

@@ -3,6 +3,7 @@
     python train.py --stage 1                         one process; on the toy world by default
     torchrun --nproc-per-node 8 train.py --stage 1    FSDP2 over 8 ranks
     python train.py --stage 2                         goes on from the newest stage-1 run, with preference optimisation
+    python train.py --preset sdxl-4step --dry-run     memory, FLOPs and GPU-hours, without weights or GPU (dry_run.py)
     python train.py --stage reward --pairs FOLDER     a latent reward model for stage 2 (train_reward.py)
 
 The mathematics lives in dmd.py, score_estimator.py, pixel_gan.py, latent_reward.py and diffusion.py; this file says in which order it happens.
@@ -277,6 +278,10 @@ def assemble(config, ranks, device):
 def main():
     config = parse()
     try:
+        if config.dry_run:
+            from dry_run import report  # it imports this file
+
+            return report(config)
         run = train_reward(config) if config.stage == "reward" else train(config)
     except UserError as e:
         print(f"\nerror: {str(e).split('UserError: ')[-1].strip()}", file=sys.stderr)  # a loader process sends its traceback along

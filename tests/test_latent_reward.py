@@ -14,6 +14,7 @@ import latent_reward
 import train
 from config import Config
 from diffusion import Schedule, randn, sample_generators
+from dry_run import SDXL
 from latent_reward import LatentRewardModel
 from models import PromptEncoder, UserError
 from monitor import hacking
@@ -146,21 +147,6 @@ def test_joint_training_holds_where_rl_alone_drifts():
 
 
 # ------------------------------------------------------------------------------------ the reward model
-
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "use_linear_projection": True,
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def test_full_size_geometry():
