@@ -18,6 +18,7 @@ class Config:
     out: str = ""  # run folder; default runs/DATE-TIME
     iterations: int = 400  # loops of Algorithm 1; the generator moves in every TTUR-th
     batch_size: int = 16  # global: over all ranks
+    micro_batch: int = 0  # samples of a rank that pass the networks at once in a distillation update (gradients add up); 0 = all
     student_steps: int = 4  # K, the student's sampling steps: 4 or 8
     dm_steps: str = "high"  # student steps that the DM loss trains: high = all but the last (timestep-aware), or all
     ttur: int = 1  # loops per generator update (Algorithm 1, line 12)
@@ -121,7 +122,7 @@ def parse(argv=None):
         before = json.loads(saved.read_text())
         given = {k: v for k, v in before.items() if k not in ("preset", "overwrite", "renoise")} | {"renoise": tuple(before["renoise"])} | given
     config = Config(**{**PRESETS[given.get("preset", "toy")], **given})
-    for name in ("seed", "workers", "gan_weight", "preview_every", "weight_decay"):
+    for name in ("seed", "workers", "micro_batch", "gan_weight", "preview_every", "weight_decay"):
         if getattr(config, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     for name in ("lr", "fake_lr", "d_lr", "rl_lr", "reward_lr", "beta", "clip_grad", "gpu_memory", "gpu_tflops"):

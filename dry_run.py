@@ -121,28 +121,27 @@ class Memory(TorchDispatchMode):
         self.known.discard(name)
 
 
-def iterate(config, batch, watcher):
-    """One iteration on `batch` samples under `watcher`, a dispatch mode. -> the cast"""
-    no_update = patch.object(train, "update", lambda module, optimizer, loss, *rest: (loss, True))  # it would look at numbers
-    with no_update, FakeTensorMode(allow_non_fake_inputs=True):
-        cast = assemble(config, batch)
-        draw = lambda purpose: sample_generators(0, 1, range(batch), purpose)  # noqa: E731
-        c, pictures = cast.encoder.encode(["a"] * batch), torch.empty(batch, 3, config.resolution, config.resolution)
+def iterate(config, update, watcher):
+    """One update of a kind, "distillation" or "preference", on one sample under `watcher`, a dispatch mode. -> the cast"""
+    no_step = patch.object(train, "update", lambda module, optimizer, loss, *rest: (loss, True))  # it would look at numbers
+    with no_step, FakeTensorMode(allow_non_fake_inputs=True):
+        cast = assemble(config, 1)
+        draw = lambda purpose: sample_generators(0, 1, [0], purpose)  # noqa: E731
+        c, picture = cast.encoder.encode(["a"]), torch.empty(1, 3, config.resolution, config.resolution)
         with watcher:
-            if config.stage == 2:
-                train.prefer(cast, ["a"] * batch, c, draw)
+            if update == "preference":
+                train.prefer(cast, ["a"], c, draw)
             else:
-                train.distil(cast, 0, pictures, c, draw, watched=False)
+                train.distil(cast, 0, picture, c, draw, watched=False)
     return cast
 
 
-def measure(config):
-    """-> cast, floating-point operations of one sample, peak bytes: of any batch, and of each sample more."""
-    flops, one, two = FlopCounterMode(display=False), Memory(), Memory()
-    iterate(dataclasses.replace(config, checkpointing=False), 1, flops)
-    iterate(config, 1, one)
-    cast = iterate(config, 2, two)
-    return cast, flops.get_total_flops(), max(0, 2 * one.peak - two.peak), two.peak - one.peak
+def measure(config, update):
+    """-> peak bytes of one sample, its floating-point operations (without those that checkpointing repeats), the cast."""
+    flops, memory = FlopCounterMode(display=False), Memory()
+    iterate(dataclasses.replace(config, checkpointing=False), update, flops)
+    cast = iterate(config, update, memory)
+    return memory.peak, flops.get_total_flops(), cast
 
 
 def count(module):
@@ -172,37 +171,41 @@ def report(config):
     """Print what the run needs, and whether it fits. Raises UserError for a preset whose geometry is not SDXL's."""
     if not config.preset.startswith("sdxl"):
         raise UserError(f"--dry-run knows SDXL's geometry, not that of --preset {config.preset}: give one of the sdxl presets")
-    began, gpus, memory = time.time(), config.gpus, config.gpu_memory * 1e9 * (1 - ALLOWANCE)
-    cast, flops, base, slope = measure(config)
+    began, gpus, share = time.time(), config.gpus, -(-config.batch_size // config.gpus)
+    print(f"{config.preset}: stage {config.stage}, {config.resolution} pixels, batch {config.batch_size}, {gpus} GPUs of {config.gpu_memory:g} GB\n")
+    kinds = {"distillation": 1} if config.stage == 1 else {"preference": config.rl_ratio} | ({} if config.rl_only else {"distillation": 1})
+    measured = {kind: measure(config, kind) for kind in kinds}
+    cast = next(iter(measured.values()))[-1]
     rows = states(cast, gpus)
     whole, sharded = sum(r[2] for r in rows), sum(r[3] for r in rows)
-    print(f"{config.preset}: stage {config.stage}, {config.resolution} pixels, batch {config.batch_size}, {gpus} GPUs of {config.gpu_memory:g} GB\n")
     print(f"{'':34}{'parameters, M':>14}{'GB, whole':>12}{'GB, sharded':>14}")
     for name, n, a, b in [*rows, ("sum", sum(r[1] for r in rows), whole, sharded)]:
         print(f"{name:34}{n / 1e6:14.1f}{a / 1e9:12.2f}{b / 1e9:14.2f}")
-    print(
-        f"\nactivations at their peak: {base / 1e9:.2f} GB and {slope / 1e9:.2f} GB a sample" + (" (--checkpointing)" if config.checkpointing else "")
-    )
-    kind = "preference update" if config.stage == 2 else "iteration"
-    hours = config.iterations * flops * config.batch_size / (config.gpu_tflops * 1e12) / 3600
-    print(
-        f"{flops / 1e12:.1f} TFLOP a sample and {kind}, counted, without what checkpointing computes twice; {config.iterations} x {config.batch_size}"
-    )
-    print(f"samples at {config.gpu_tflops:g} sustained TFLOP/s: {hours:.0f} GPU-hours")
-    largest = {name: int((memory - held - base) // slope) if memory > held + base else 0 for name, held in (("whole", whole), ("sharded", sharded))}
-    print(f"largest batch per GPU: {largest['sharded']} sharded, {largest['whole']} with whole weights on every GPU")
-    share = -(-config.batch_size // gpus)
-    need = (sharded + base + slope * share) / (1 - ALLOWANCE) / 1e9
-    verdict = "fits" if largest["sharded"] >= share else "does NOT fit"
-    print(f"verdict: {verdict}: {share} a GPU needs {need:.0f} GB of {config.gpu_memory:g}" + remedy(config, largest["sharded"], share))
-    print(f"({time.time() - began:.0f} s)")
+
+    free, fits, cost = config.gpu_memory * 1e9 * (1 - ALLOWANCE) - sharded, True, 0
+    for kind, (peak, flops, _) in measured.items():
+        at_once = (config.micro_batch or share) if kind == "distillation" else share
+        most = max(0, int(free // peak))
+        fits &= at_once <= most
+        cost += flops * kinds[kind] / sum(kinds.values())
+        print(f"\n{kind} update: {peak / 1e9:.2f} GB at the peak and {flops / 1e12:.1f} TFLOP a sample")
+        print(
+            f"    {at_once} a GPU at once need {(sharded + at_once * peak) / (1 - ALLOWANCE) / 1e9:.0f} GB; {most} fit"
+            + remedy(config, kind, share, most)
+        )
+    hours = config.iterations * config.batch_size * cost / (config.gpu_tflops * 1e12) / 3600
+    print(f"\n{config.iterations} x {config.batch_size} samples at {config.gpu_tflops:g} sustained TFLOP/s: {hours:.0f} GPU-hours")
+    print(f"verdict: {'fits' if fits else 'does NOT fit'} on {gpus} x {config.gpu_memory:g} GB ({time.time() - began:.0f} s)")
 
 
-def remedy(config, fitting, share):
-    if fitting >= share:
+def remedy(config, kind, share, most):
+    """What to change where more is asked for than fits."""
+    if (config.micro_batch or share if kind == "distillation" else share) <= most:
         return ""
     if not config.checkpointing:
-        return "; add --checkpointing"
-    if fitting:
-        return f"; lower --batch-size to {fitting * config.gpus}, or use {-(-config.batch_size // fitting)} GPUs"
-    return "; more GPUs share the states, a lower --resolution shrinks the activations"
+        return ": add --checkpointing"
+    if not most:
+        return ": more GPUs share the states, a lower --resolution shrinks the rest"
+    if kind == "distillation":
+        return f": add --micro-batch {max(n for n in range(1, most + 1) if share % n == 0)}"
+    return f": lower --batch-size to {most * config.gpus}, or use {-(-config.batch_size // most)} GPUs"

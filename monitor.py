@@ -147,6 +147,11 @@ class Log:
             self.board.close()
 
 
+def mean(dicts):
+    """The mean of dicts of scalars with the same keys, key by key."""
+    return {k: sum(d[k] for d in dicts) / len(dicts) for k in dicts[0]}
+
+
 def average(values, ranks):
     """Mean over ranks of a dict of scalars (the same keys on every rank)."""
     stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32).cpu() for v in values.values()])

@@ -41,6 +41,8 @@ def train(config):
     rank, ranks, device = start_process()
     if config.batch_size % ranks:
         raise UserError(f"--batch-size {config.batch_size} is not divisible by {ranks} ranks")
+    if config.micro_batch and config.batch_size // ranks % config.micro_batch:
+        raise UserError(f"--micro-batch {config.micro_batch} does not divide the {config.batch_size // ranks} samples of a rank")
     if config.stage == 2:
         config = checkpoint.from_stage_1(config)
     source = data.source(config.data, config.resolution, config.seed)

@@ -82,6 +82,22 @@ def test_frozen_networks_stay_bit_identical(settings, tmp_path, monkeypatch):
     assert [p.name for p in sorted(run.glob("*.png"))] == (["preview-000002.png", "preview-000003.png"] if "preview_every" in settings else [])
 
 
+@pytest.mark.parametrize("settings", [{}, {"gan_weight": 0, "dm_steps": "all"}])
+def test_micro_batches_add_up(settings, tmp_path):
+    """Four samples at once, or two by two: the same losses, norms and health signals; and a micro-batch that does not divide is refused."""
+    few = {**SMALL, **settings, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5}
+    one, two = (metrics_of(train.train(Config(**few, micro_batch=n, out=str(tmp_path / str(n))))) for n in (0, 2))
+    for a, b in zip(one, two, strict=True):
+        for key in a.keys() - {
+            "seconds",
+            "latent_std_ratio",
+            "score_lag",
+        }:  # of parts, these differ
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), (a["loops"], key)
+    with pytest.raises(train.UserError, match="--micro-batch 3"):
+        train.train(Config(**few, micro_batch=3, out=str(tmp_path / "3")))
+
+
 def test_checkpointing_changes_nothing_but_memory(tmp_path):
     plain, recomputed = (train.train(Config(**SMALL, checkpointing=on, out=str(tmp_path / str(on)))) for on in (False, True))
     for a, b in zip(student(plain).values(), student(recomputed).values()):
