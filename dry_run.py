@@ -189,10 +189,8 @@ def report(config):
         fits &= at_once <= most
         cost += flops * kinds[kind] / sum(kinds.values())
         print(f"\n{kind} update: {peak / 1e9:.2f} GB at the peak and {flops / 1e12:.1f} TFLOP a sample")
-        print(
-            f"    {at_once} a GPU at once need {(sharded + at_once * peak) / (1 - ALLOWANCE) / 1e9:.0f} GB; {most} fit"
-            + remedy(config, kind, share, most)
-        )
+        need = (sharded + at_once * peak) / (1 - ALLOWANCE) / 1e9
+        print(f"    {at_once} a GPU at once need {need:.0f} GB; {most} fit" + ("" if at_once <= most else remedy(config, kind, share, most)))
     hours = config.iterations * config.batch_size * cost / (config.gpu_tflops * 1e12) / 3600
     print(f"\n{config.iterations} x {config.batch_size} samples at {config.gpu_tflops:g} sustained TFLOP/s: {hours:.0f} GPU-hours")
     print(f"verdict: {'fits' if fits else 'does NOT fit'} on {gpus} x {config.gpu_memory:g} GB ({time.time() - began:.0f} s)")
@@ -200,8 +198,6 @@ def report(config):
 
 def remedy(config, kind, share, most):
     """What to change where more is asked for than fits."""
-    if (config.micro_batch or share if kind == "distillation" else share) <= most:
-        return ""
     if not config.checkpointing:
         return ": add --checkpointing"
     if not most:
