@@ -126,27 +126,69 @@ class Cast:
 def distil(cast, loop, x_real, c, draw, watched):
     """Lines 5-26: one loop of distribution matching and Pixel-GAN. x_real (B, 3, H, W), c its prompts' condition; draw(purpose):
     a generator per sample. -> what to log, with the health signals where `watched`; whether G moved; whether every update was finite."""
-    config, G, fake, D, S, players = cast.config, cast.G, cast.fake, cast.D, cast.S, cast.players
-    schedule, last = G.schedule, len(S) - 1
-    ok, moved, logged = True, False, {}
+    config, G, fake, D, players = cast.config, cast.G, cast.fake, cast.D, cast.players
+    noise, size = {purpose: draw(purpose) for purpose in ("rollout", "renoise", "fake")}, config.micro_batch or len(x_real)
+    parts = [slice(k, k + size) for k in range(0, len(x_real), size)]  # gradients add up over micro-batches
+    parts = [Part(x_real[k], {key: v[k] for key, v in c.items()}, **{key: v[k] for key, v in noise.items()}, share=1 / len(parts)) for k in parts]
+    ok, moved = True, False
 
-    # Lines 5-10. The timestep-aware part: x, for the DM loss, starts from any student step but the last (3.3).
-    rollout = draw("rollout")
-    z = randn(rollout, cast.latent)
-    i = int(np.random.default_rng([config.seed, loop]).integers(last if config.dm_steps == "high" else last + 1))
-    x_tau = backward_simulation(G, z, c, S, rollout, 0, i)
+    # The timestep-aware part: x, for the DM loss, starts from any student step but the last (3.3).
+    i = int(np.random.default_rng([config.seed, loop]).integers(len(cast.S) - (config.dm_steps == "high")))
     updates_G = loop % config.ttur == 0  # line 12
+    logged = monitor.mean([generator_turn(cast, part, i, updates_G) for part in parts])  # lines 5-16
+    if updates_G:  # lines 17-18
+        logged["g_norm"], moved = update(*players["G"], sum(logged.values()), config.clip_grad)
+        if moved:
+            score_estimator.pull(fake.net.parameters(), G.net.parameters(), config.ema)  # Eq. 11
+        ok &= moved
+
+    logged |= (fake_loss := monitor.mean([estimator_turn(cast, part) for part in parts]))  # lines 21-23
+    logged["fake_norm"], stepped = update(*players["fake"], fake_loss["fake_loss"], config.clip_grad)  # line 24
+    ok &= stepped
+
+    if D is not None:  # lines 25-26
+        logged |= monitor.mean([discriminator_turn(cast, part) for part in parts])
+        average_gradients(D, cast.ranks)
+        _, stepped = update(*players["D"], logged["d_loss"])
+        ok &= stepped
+
+    if watched:
+        logged |= monitor.mean([look(cast, part, i, logged["fake_loss"]) for part in parts])
+    return logged, moved, ok
+
+
+@dataclasses.dataclass
+class Part:
+    """A micro-batch, and what its turns leave for the next ones."""
+
+    x_real: torch.Tensor
+    c: dict
+    rollout: list  # generators, one per sample and purpose
+    renoise: list
+    fake: list
+    share: float  # of the rank's batch
+    x: torch.Tensor = None  # detached, as all of these
+    x_adv: torch.Tensor = None
+    features: list = None  # D's, of V(x_adv)
+    t: torch.Tensor = None  # where Eq. 6 was taken
+    eps: torch.Tensor = None
+
+
+def generator_turn(cast, part, i, updates_G):
+    """Lines 5-16: x = G(x_τi), x_adv at the last step, and where G moves the gradients of L_dmd + λ L_adv. -> the losses."""
+    config, G, D, S, c = cast.config, cast.G, cast.D, cast.S, part.c
+    schedule, last, rollout, logged = G.schedule, len(S) - 1, part.rollout, {}
+    z = randn(rollout, cast.latent[: len(part.x_real)])
+    x_tau = backward_simulation(G, z, c, S, rollout, 0, i)
     with torch.set_grad_enabled(updates_G):
         x = G(x_tau, times(S[i], x_tau), c)
-
     if updates_G:  # lines 13-14, Eq. 4
-        noise = draw("renoise")
         low, high = config.renoise
-        t = schedule.t_at(low + (high - low) * rand(noise, x.device))
-        L_dmd = dmd.loss(x, dmd.gradient(cast.guided_teacher, fake, x, t, randn(noise, x), c))
-        L_dmd.backward()
+        t = schedule.t_at(low + (high - low) * rand(part.renoise, x.device))
+        L_dmd = dmd.loss(x, dmd.gradient(cast.guided_teacher, cast.fake, x, t, randn(part.renoise, x), c))
+        (part.share * L_dmd).backward()
         logged["dm_loss"] = L_dmd.detach()
-    x = x.detach()  # line 20, before the rest of the rollout re-uses it
+    part.x = x = x.detach()  # line 20, before the rest of the rollout re-uses it
 
     if D is not None:  # lines 9, 11: x_adv at the last step, whose input is a detached rollout (Eq. 8)
         x_last = x_tau if i == last else backward_simulation(G, renoise(schedule, x, S, i + 1, rollout), c, S, rollout, i + 1, last)
@@ -155,46 +197,40 @@ def distil(cast, loop, x_real, c, draw, watched):
             x_last = renoise(schedule, x_0, S, last, rollout)
         with torch.set_grad_enabled(updates_G):
             x_adv = G(x_last, times(S[last], x_last), c)
-            image = cast.vae.decode(x_adv)
-            features = D.features(image)
+            features = D.features(cast.vae.decode(x_adv))
         if updates_G:  # lines 15-16, Eq. 9
             D.requires_grad_(False)
             L_adv = pixel_gan.generator_loss(D(features), config.gan_loss)
-            (config.gan_weight * L_adv).backward()
+            (part.share * config.gan_weight * L_adv).backward()
             D.requires_grad_(True)
             logged["adv_loss"] = L_adv.detach()
+        part.x_adv, part.features = x_adv.detach(), [f.detach() for f in features]
+    return logged
 
-    if updates_G:  # lines 17-18
-        logged["g_norm"], moved = update(*players["G"], sum(logged.values()), config.clip_grad)
-        if moved:
-            score_estimator.pull(fake.net.parameters(), G.net.parameters(), config.ema)  # Eq. 11
-        ok &= moved
 
-    # Lines 21-24, Eq. 6: the score estimator follows x.
-    noise = draw("fake")
-    t, eps = schedule.t_at(rand(noise, x.device)), randn(noise, x)
-    L_fake = score_estimator.loss(fake, x, t, eps, c)
-    L_fake.backward()
-    logged["fake_loss"] = L_fake.detach()
-    logged["fake_norm"], stepped = update(*players["fake"], L_fake, config.clip_grad)
-    ok &= stepped
+def estimator_turn(cast, part):
+    """Lines 21-23, Eq. 6: the score estimator follows x. -> its loss."""
+    part.t, part.eps = cast.G.schedule.t_at(rand(part.fake, part.x.device)), randn(part.fake, part.x)
+    L_fake = score_estimator.loss(cast.fake, part.x, part.t, part.eps, part.c)
+    (part.share * L_fake).backward()
+    return {"fake_loss": L_fake.detach()}
 
-    if D is not None:  # lines 25-26, Eq. 10: D judges the same pictures, detached
-        reals = cast.vae.decode(cast.vae.encode(x_real)) if config.gan_reals == "vae" else x_real
-        real_logits = D(D.features(reals))
-        fake_logits = D([f.detach() for f in features])
-        L_D = pixel_gan.discriminator_loss(real_logits, fake_logits, config.gan_loss)
-        L_D.backward()
-        average_gradients(D, cast.ranks)
-        logged |= {"d_loss": L_D.detach(), "d_accuracy": pixel_gan.accuracy(real_logits, fake_logits)}
-        _, stepped = update(*players["D"], L_D)
-        ok &= stepped
 
-    if watched:
-        if D is None:  # no x_adv was made: finish the rollout to look at it
-            x_adv = backward_simulation(G, renoise(schedule, x, S, i + 1, rollout), c, S, rollout, i + 1)
-        logged |= monitor.health(x_real, x_adv.detach(), cast.vae, cast.teacher, L_fake, t, eps, c)
-    return logged, moved, ok
+def discriminator_turn(cast, part):
+    """Line 25, Eq. 10: D judges the pictures that G was judged by. -> its loss and accuracy."""
+    reals = cast.vae.decode(cast.vae.encode(part.x_real)) if cast.config.gan_reals == "vae" else part.x_real
+    real_logits, fake_logits = cast.D(cast.D.features(reals)), cast.D(part.features)
+    L_D = pixel_gan.discriminator_loss(real_logits, fake_logits, cast.config.gan_loss)
+    (part.share * L_D).backward()
+    return {"d_loss": L_D.detach(), "d_accuracy": pixel_gan.accuracy(real_logits, fake_logits)}
+
+
+def look(cast, part, i, L_fake):
+    """The health signals of a micro-batch."""
+    if part.x_adv is None:  # no Pixel-GAN has finished the rollout
+        x_next = renoise(cast.G.schedule, part.x, cast.S, i + 1, part.rollout)
+        part.x_adv = backward_simulation(cast.G, x_next, part.c, cast.S, part.rollout, i + 1)
+    return monitor.health(part.x_real, part.x_adv, cast.vae, cast.teacher, L_fake, part.t, part.eps, part.c)
 
 
 def prefer(cast, prompts, c, draw):
