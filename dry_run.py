@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import train
+from cast import Cast
 from diffusion import Schedule, guided, sample_generators
 from latent_reward import LatentRewardModel
 from models import VAE, Denoiser, UserError
@@ -68,7 +69,7 @@ class Words:
 
 
 def assemble(config, batch):
-    """train.assemble's cast at SDXL's size and the config's resolution; inside a FakeTensorMode. UNets compute in bf16, as on a GPU."""
+    """cast.assemble's cast at SDXL's size and the config's resolution; inside a FakeTensorMode. UNets compute in bf16, as on a GPU."""
     schedule, words, side = Schedule(), Words(), config.resolution // 8
     torch.set_default_dtype(torch.bfloat16)  # weights are born in it: fake ones cannot be cast in place
     teacher, G, fake = (Denoiser(UNet2DConditionModel(**SDXL), schedule, torch.bfloat16) for _ in range(3))
@@ -91,7 +92,7 @@ def assemble(config, batch):
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # gradients are counted with the states
     latent, S = torch.empty(batch, 4, side, side), schedule.steps(config.student_steps)
     teach = guided(teacher, words.encode([""]), config.guidance)
-    return train.Cast(config, 1, latent, words, vae, teacher, teach, G, fake, D, ref, R, players, S)
+    return Cast(config, 1, latent, words, vae, teacher, teach, G, fake, D, ref, R, players, S)
 
 
 class Memory(TorchDispatchMode):

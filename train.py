@@ -26,11 +26,11 @@ import latent_reward
 import monitor
 import pixel_gan
 import score_estimator
+from cast import assemble
 from config import parse
-from diffusion import backward_simulation, guided, rand, randn, renoise, sample_generators, times
+from diffusion import backward_simulation, rand, randn, renoise, sample_generators, times
 from distributed import average_gradients, start_process, update
-from latent_reward import LatentRewardModel
-from models import PromptEncoder, UserError, load_denoiser, load_sam, load_vae, shard
+from models import UserError
 from train_reward import train_reward
 
 GIVE_UP_AFTER = 10  # loops in a row with a non-finite loss or gradient
@@ -97,30 +97,6 @@ def train(config):
 
 
 # --------------------------------------------------------------------------- Algorithm 1, one iteration
-
-
-@dataclasses.dataclass
-class Cast:
-    """Who plays in an iteration, and what they share."""
-
-    config: object
-    ranks: int
-    latent: torch.Tensor  # (B, C, h, w) of this rank, empty: shape and device
-    encoder: object
-    vae: object
-    teacher: object  # μ_real, and guided
-    guided_teacher: object
-    G: object
-    fake: object  # μ_fake
-    D: object  # None without Pixel-GAN
-    ref: object  # p_ref, and R: stage 2
-    R: object
-    players: dict  # name -> (module, optimizer)
-    S: torch.Tensor  # τ_K > ... > τ_1
-
-    def passes(self):
-        """Network passes of the three denoisers on this rank so far, in samples."""
-        return self.G.passes + self.fake.passes + self.teacher.passes
 
 
 def distil(cast, loop, x_real, c, draw, watched):
@@ -269,48 +245,6 @@ def prefer(cast, prompts, c, draw):
         "rl_norm": norm,
     }
     return logged, ok, ok
-
-
-# ------------------------------------------------------------------------------------------- set-up
-
-
-def assemble(config, ranks, device):
-    """Algorithm 1, lines 1-3 (and in stage 2 the reference and the reward model) -> Cast. Raises UserError for what does not fit."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    encoder = PromptEncoder(config.model, config.resolution, device, dtype)
-    vae = load_vae(config.model, device)
-    side, rest = divmod(config.resolution, vae.factor)
-    if rest or side % 4:
-        raise UserError(f"--resolution {config.resolution} must be a multiple of {4 * vae.factor}")
-    latent = torch.empty(config.batch_size // ranks, vae.channels, side, side, device=device)
-
-    teacher = load_denoiser(config.model, device, dtype)  # μ_real
-    teacher.net.to(dtype).eval().requires_grad_(False)
-    G = load_denoiser(config.model, device, dtype)  # line 1
-    fake = load_denoiser(config.model, device, dtype)  # line 2
-    if config.checkpointing:
-        for net in (G.net, fake.net, vae.net):
-            net.enable_gradient_checkpointing()
-    for player in (G, fake):
-        player.net.train()
-        if ranks > 1 or device.type == "cuda":
-            shard(player.net, dtype)
-    adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)  # noqa: E731
-    players, D = {"G": (G.net, adam(G.net, config.lr)), "fake": (fake.net, adam(fake.net, config.fake_lr))}, None
-    if config.gan_weight > 0:  # line 3
-        torch.manual_seed(config.seed)
-        D = pixel_gan.PixelDiscriminator(load_sam(config.sam, device), checkpointing=config.checkpointing).to(device)
-        players["D"] = (D, adam(D, config.d_lr))
-    ref = R = None
-    if config.stage == 2:
-        student = checkpoint.newest(config.init)
-        checkpoint.load(student, players, optimizers=False)
-        ref = load_denoiser(config.model, device, dtype, unet=student / "unet")  # p_ref
-        ref.net.to(dtype).eval().requires_grad_(False)
-        R = LatentRewardModel.from_pretrained(config.reward, config.resolution, config.model, device, dtype)
-        players["G, RL"] = (G.net, adam(G.net, config.rl_lr))
-    S = teacher.schedule.steps(config.student_steps)  # τ_K > ... > τ_1
-    return Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, encoder.null(), config.guidance), G, fake, D, ref, R, players, S)
 
 
 def main():

@@ -12,6 +12,7 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
+import cast
 import checkpoint
 import train
 from config import Config
@@ -67,8 +68,8 @@ def test_updates_per_network(ttur, tmp_path, monkeypatch):
 def test_frozen_networks_stay_bit_identical(settings, tmp_path, monkeypatch):
     kept = {}
     for name in ("load_denoiser", "load_vae", "load_sam", "PromptEncoder"):
-        real = getattr(train, name)
-        monkeypatch.setattr(train, name, lambda *a, real=real, name=name: kept.setdefault(name, []).append(real(*a)) or kept[name][-1])
+        real = getattr(cast, name)
+        monkeypatch.setattr(cast, name, lambda *a, real=real, name=name: kept.setdefault(name, []).append(real(*a)) or kept[name][-1])
     run = train.train(Config(**{**SMALL, **settings}, out=str(tmp_path / "run")))
     teacher, G, fake = kept["load_denoiser"]
     pairs = [(teacher.net, load_denoiser("toy/sdxl").net), (kept["load_vae"][0], load_vae("toy/sdxl")), (kept["load_sam"][0], load_sam("toy/sam"))]
@@ -109,7 +110,7 @@ def test_losses_reach_their_own_steps(tmp_path, monkeypatch):
 
     Eq. 8's Detach: no input of G carries a graph. Eq. 10's loss leaves no gradient in G or the score estimator.
     """
-    with_gradient, real, real_D = [], train.load_denoiser, train.average_gradients
+    with_gradient, real, real_D = [], cast.load_denoiser, train.average_gradients
 
     def load(*args):
         denoiser = real(*args)
@@ -133,7 +134,7 @@ def test_losses_reach_their_own_steps(tmp_path, monkeypatch):
         assert all(p.grad is None for d in loaded for p in d.net.parameters())
         real_D(module, ranks)
 
-    monkeypatch.setattr(train, "load_denoiser", load)
+    monkeypatch.setattr(cast, "load_denoiser", load)
     monkeypatch.setattr(train, "average_gradients", after_D)
     train.train(Config(**{**SMALL, "iterations": 12, "batch_size": 2}, out=str(tmp_path / "run")))
     steps = [t[0] for who, t in with_gradient if who == id(loaded[1])]

@@ -1,0 +1,74 @@
+"""Who plays in Algorithm 1: its lines 1-3, and stage 2's reference and reward model. For the iteration itself see train.py."""
+
+from dataclasses import dataclass
+
+import torch
+
+import checkpoint
+from diffusion import guided
+from latent_reward import LatentRewardModel
+from models import PromptEncoder, UserError, load_denoiser, load_sam, load_vae, shard
+from pixel_gan import PixelDiscriminator
+
+
+@dataclass
+class Cast:
+    """The networks of a run, and what they share."""
+
+    config: object
+    ranks: int
+    latent: torch.Tensor  # (B, C, h, w) of this rank, empty: shape and device
+    encoder: object
+    vae: object
+    teacher: object  # μ_real, and guided
+    guided_teacher: object
+    G: object
+    fake: object  # μ_fake
+    D: object  # None without Pixel-GAN
+    ref: object  # p_ref, and R: stage 2
+    R: object
+    players: dict  # name -> (module, optimizer)
+    S: torch.Tensor  # τ_K > ... > τ_1
+
+    def passes(self):
+        """Network passes of the three denoisers on this rank so far, in samples."""
+        return self.G.passes + self.fake.passes + self.teacher.passes
+
+
+def assemble(config, ranks, device):
+    """Algorithm 1, lines 1-3 (and in stage 2 the reference and the reward model) -> Cast. Raises UserError for what does not fit."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    encoder = PromptEncoder(config.model, config.resolution, device, dtype)
+    vae = load_vae(config.model, device)
+    side, rest = divmod(config.resolution, vae.factor)
+    if rest or side % 4:
+        raise UserError(f"--resolution {config.resolution} must be a multiple of {4 * vae.factor}")
+    latent = torch.empty(config.batch_size // ranks, vae.channels, side, side, device=device)
+
+    teacher = load_denoiser(config.model, device, dtype)  # μ_real
+    teacher.net.to(dtype).eval().requires_grad_(False)
+    G = load_denoiser(config.model, device, dtype)  # line 1
+    fake = load_denoiser(config.model, device, dtype)  # line 2
+    if config.checkpointing:
+        for net in (G.net, fake.net, vae.net):
+            net.enable_gradient_checkpointing()
+    for player in (G, fake):
+        player.net.train()
+        if ranks > 1 or device.type == "cuda":
+            shard(player.net, dtype)
+    adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)  # noqa: E731
+    players, D = {"G": (G.net, adam(G.net, config.lr)), "fake": (fake.net, adam(fake.net, config.fake_lr))}, None
+    if config.gan_weight > 0:  # line 3
+        torch.manual_seed(config.seed)
+        D = PixelDiscriminator(load_sam(config.sam, device), checkpointing=config.checkpointing).to(device)
+        players["D"] = (D, adam(D, config.d_lr))
+    ref = R = None
+    if config.stage == 2:
+        student = checkpoint.newest(config.init)
+        checkpoint.load(student, players, optimizers=False)
+        ref = load_denoiser(config.model, device, dtype, unet=student / "unet")  # p_ref
+        ref.net.to(dtype).eval().requires_grad_(False)
+        R = LatentRewardModel.from_pretrained(config.reward, config.resolution, config.model, device, dtype)
+        players["G, RL"] = (G.net, adam(G.net, config.rl_lr))
+    S = teacher.schedule.steps(config.student_steps)  # τ_K > ... > τ_1
+    return Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, encoder.null(), config.guidance), G, fake, D, ref, R, players, S)
