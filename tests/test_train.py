@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 import cast
 import checkpoint
+import export
 import train
 from config import Config
 from diffusion import sample_generators
-from models import PromptEncoder, generate, load_denoiser, load_sam, load_vae
+from models import PromptEncoder, UserError, generate, load_denoiser, load_sam, load_vae
 
 SMALL = {"iterations": 3, "batch_size": 4, "preview_every": 0, "log_every": 1, "save_every": 1000}
 
@@ -255,6 +256,22 @@ def test_plain_diffusers_draws_the_same_picture(trained):
     G = load_denoiser("toy/sdxl", unet=checkpoint.newest(trained) / "unet")
     ours = generate(G, PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl"), prompts, 4, 3)
     assert ((ours.clamp(-1, 1) + 1) / 2 - theirs).abs().max() < 2 / 255
+
+
+def test_export_is_a_pipeline_of_its_own(trained, tmp_path):
+    """Loaded by plain diffusers with nothing but its folder, the card's two settings and the generator, it draws our picture."""
+    out = export.export(str(trained), tmp_path / "student")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = sample_generators(3, 0, range(1), "sample")
+    theirs = pipeline(["a red circle"], num_inference_steps=4, guidance_scale=0, generator=generators, height=64, width=64, output_type="pt").images
+    G = load_denoiser("toy/sdxl", unet=checkpoint.newest(trained) / "unet")
+    ours = generate(G, PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl"), ["a red circle"], 4, 3)
+    assert ((ours + 1) / 2 - theirs).abs().max() < 2 / 255
+    card = (out / "README.md").read_text()
+    assert "999, 749, 499, 249" in card and "guidance_scale=0" in card and "{" not in card.split("## Settings")[0].split("```python")[0]
+    with pytest.raises(UserError, match="not empty"):
+        export.export(str(trained), out)
 
 
 def test_picture_does_not_depend_on_the_batch(trained):
