@@ -69,6 +69,8 @@ def assemble(config, ranks, device):
         ref = load_denoiser(config.model, device, dtype, unet=student / "unet")  # p_ref
         ref.net.to(dtype).eval().requires_grad_(False)
         R = LatentRewardModel.from_pretrained(config.reward, config.resolution, config.model, device, dtype)
+        if (channels := R.unet.config.in_channels) != vae.channels:
+            raise UserError(f"the reward model in {config.reward} judges latents of {channels} channels, those of {config.model} have {vae.channels}")
         players["G, RL"] = (G.net, adam(G.net, config.rl_lr))
     S = teacher.schedule.steps(config.student_steps)  # τ_K > ... > τ_1
     return Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, encoder.null(), config.guidance), G, fake, D, ref, R, players, S)

@@ -22,7 +22,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from diffusion import add_noise, renoise, times
-from models import PromptEncoder, folder, load_part
+from models import PromptEncoder, UserError, folder, load_part
 
 # ------------------------------------------------------------------------------------ the reward model
 
@@ -65,9 +65,12 @@ class LatentRewardModel(nn.Module):
         unet = load_part(UNet2DConditionModel, str(where), "unet", low_cpu_mem_usage=False)
         encoder = PromptEncoder(str(where), image_size, device, dtype, tokenizers=words)
         R = cls(unet, encoder, encoder.encoders[1].config.projection_dim)
-        state = torch.load(where / "state_dict.pt", map_location="cpu", weights_only=True)
-        R.visual_projection.load_state_dict(state["visual_projection"])
-        R.logit_scale.data = torch.as_tensor(state["logit_scale"]).float()
+        try:
+            state = torch.load(where / "state_dict.pt", map_location="cpu", weights_only=True)
+            R.visual_projection.load_state_dict(state["visual_projection"])
+            R.logit_scale.data = torch.as_tensor(state["logit_scale"]).float()
+        except Exception as e:  # of another width, of other keys, cut short, pickled objects: torch has an error of its own for each
+            raise UserError(f"cannot read state_dict.pt of {path}: {str(e).strip().splitlines()[-1].strip()}") from None
         return R.to(device, dtype).eval().requires_grad_(False)
 
     def save_pretrained(self, path, model, half=False):

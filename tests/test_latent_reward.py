@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -229,6 +230,22 @@ def test_half_written_folder(small, tmp_path):
         (tmp_path / "text_encoder").mkdir()
         (tmp_path / "text_encoder_2").mkdir()
         LatentRewardModel.from_pretrained(tmp_path, 64)
+
+
+def test_reward_model_of_another_width(small, tmp_path):
+    """One for 16-channel latents is refused by name at the start of stage 2; a projection of another width, when it is read."""
+    first = train.train(Config(iterations=1, batch_size=2, preview_every=0, gan_weight=0, out=str(tmp_path / "first")))
+    other = tmp_path / "lrm"
+    shutil.copytree(small[0], other)
+    config = dict(UNet2DConditionModel.load_config(other / "unet")) | {"in_channels": 16}
+    UNet2DConditionModel.from_config(config).save_pretrained(other / "unet")
+    settings = {"stage": 2, "init": str(first), "reward": str(other), "gan_weight": 0, "batch_size": 2, "preview_every": 0}
+    with pytest.raises(UserError, match="latents of 16 channels"):
+        train.train(Config(**settings, out=str(tmp_path / "second")))
+    assert not (tmp_path / "second").exists()
+    torch.save({"visual_projection": {"weight": torch.zeros(64, 7)}, "logit_scale": 2.0}, other / "state_dict.pt")
+    with pytest.raises(UserError, match="state_dict.pt.*7"):
+        LatentRewardModel.from_pretrained(other, 64, "toy/sdxl")
 
 
 def test_reward_hacking_is_named():
