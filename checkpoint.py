@@ -159,6 +159,8 @@ def refusal(config, run):
         return f"{run} is a file: give another --out"
     saved = run / "config.json"
     if config.resume:
+        if not run.exists() or not any(run.iterdir()):
+            return None  # so that a restarted job may always say --resume
         if not saved.exists():
             return f"nothing to resume in {run}: it has no config.json"
         before = json.loads(saved.read_text())

@@ -1,6 +1,8 @@
 """Processes and ranks, and an optimizer step that all ranks take or all skip."""
 
 import os
+import signal
+import threading
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,20 @@ def start_process():
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}  # without torchrun there is no meeting place
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     return int(os.environ.get("RANK", 0)), ranks, device
+
+
+class Ending:
+    """SIGTERM asks a run to end: `asked` after an iteration, all ranks save and leave together, whichever of them heard it first."""
+
+    def __init__(self, device):
+        self.flag = torch.zeros(1, device=device)
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+            signal.signal(signal.SIGTERM, lambda *_: self.flag.fill_(1))
+
+    def asked(self):
+        if dist.is_initialized():
+            dist.all_reduce(self.flag, dist.ReduceOp.MAX)
+        return bool(self.flag)
 
 
 def update(module, optimizer, loss, max_norm=float("inf")):

@@ -29,7 +29,7 @@ import score_estimator
 from cast import assemble
 from config import parse
 from diffusion import backward_simulation, rand, randn, renoise, sample_generators, times
-from distributed import average_gradients, start_process, update
+from distributed import Ending, average_gradients, start_process, update
 from models import UserError
 from train_reward import train_reward
 
@@ -61,7 +61,7 @@ def train(config):
 
     firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
     batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
-    bad_loops, began = 0, time.time() - progress["seconds"]
+    bad_loops, ending, began = 0, Ending(device), time.time() - progress["seconds"]
 
     for loop in range(progress["loops"] + 1, config.iterations + 1):  # line 4
         draw = lambda purpose: sample_generators(config.seed, loop, index.tolist(), purpose)  # noqa: B023, E731
@@ -88,10 +88,13 @@ def train(config):
             log.write(progress, preview.draw(run / f"preview-{loop:06d}.png", G, rank) | (held_out.look(G) if held_out else {}))
             log.warn(held_out and held_out.warning())
         bad_loops = 0 if ok else bad_loops + 1
-        if loop % config.save_every == 0 or loop == config.iterations or bad_loops == GIVE_UP_AFTER:
+        ends = ending.asked() or loop == config.iterations
+        if loop % config.save_every == 0 or ends or bad_loops == GIVE_UP_AFTER:
             checkpoint.save(run, players, progress)
         if bad_loops == GIVE_UP_AFTER:
             raise UserError(f"{GIVE_UP_AFTER} loops in a row with a non-finite loss or gradient; saved in {run} (lower the learning rates)")
+        if ends:
+            break
     log.close()
     return run
 

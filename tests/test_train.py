@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,9 +36,10 @@ def flags(**settings):
     return [part for k, v in {**SMALL, **settings}.items() for part in ([f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]))]
 
 
-def launch(*argv, ranks=1):
+def launch(*argv, ranks=1, restarts=0):
     """Start train.py as its user does, with torchrun for several ranks."""
-    program = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+    program = [sys.executable, *(torchrun if ranks > 1 else [])]
     return subprocess.Popen(
         [*program, "train.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -224,9 +226,7 @@ def test_resume_after_kill(tmp_path):
     settings = {"iterations": 8, "save_every": 3}
     whole = launch(*flags(**settings, out=tmp_path / "whole"))
     broken = launch(*flags(**{**settings, "iterations": 500}, out=tmp_path / "broken"))
-    deadline = time.time() + 300
-    while not (tmp_path / "broken" / "checkpoint-000003").exists() and time.time() < deadline:
-        time.sleep(0.05)
+    wait_for(tmp_path / "broken" / "checkpoint-000003")
     broken.send_signal(signal.SIGKILL)
     broken.communicate()
     assert whole.communicate(timeout=300) and whole.returncode == 0
@@ -236,6 +236,35 @@ def test_resume_after_kill(tmp_path):
     a, b = student(tmp_path / "whole"), student(tmp_path / "broken")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert [m["loops"] for m in metrics_of(tmp_path / "broken")] == list(range(1, 9))
+
+
+def test_sigterm_saves_and_a_lost_rank_is_replaced(tmp_path):
+    """SIGTERM: saved at the loop in hand, exit 0, resumable. kill -9 of one rank under torchrun --max-restarts 1: the others are ended,
+    all start again from the newest checkpoint, and the student is that of a run left alone."""
+    settings = {"iterations": 6, "save_every": 2, "gan_weight": 0}
+    whole = launch(*flags(**settings, out=tmp_path / "whole"), ranks=2)
+    assert whole.communicate(timeout=300) and whole.returncode == 0
+
+    lost = launch(*flags(**settings, out=tmp_path / "lost", resume=True), ranks=2, restarts=1)
+    wait_for(tmp_path / "lost" / "checkpoint-000002")
+    os.kill(int(Path(f"/proc/{lost.pid}/task/{lost.pid}/children").read_text().split()[1]), signal.SIGKILL)
+    out, _ = lost.communicate(timeout=300)
+    assert lost.returncode == 0, out[-3000:]
+    a, b = student(tmp_path / "whole"), student(tmp_path / "lost")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+    ended = launch(*flags(**settings | {"iterations": 500, "save_every": 1000}, out=tmp_path / "ended"))
+    wait_for(tmp_path / "ended" / "metrics.jsonl", content=True)
+    ended.send_signal(signal.SIGTERM)
+    out, _ = ended.communicate(timeout=100)
+    saved = json.loads((checkpoint.newest(tmp_path / "ended") / "progress.json").read_text())
+    assert ended.returncode == 0 and 0 < saved["loops"] < 500, out[-3000:]
+
+
+def wait_for(path, content=False):
+    deadline = time.time() + 200
+    while not (path.exists() and (not content or path.read_text())) and time.time() < deadline:
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
