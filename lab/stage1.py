@@ -92,10 +92,10 @@ def main():
     args = parser.parse_args()
     results = rows.load(RESULTS)
     if not args.print:
-        chosen = [(flags, seed) for t in args.only for flags, seeds in TABLES[t].values() for seed in seeds]
-        jobs = {name(f, s, args.num): lambda threads, f=f, s=s: measure(f, s, args.num, threads) for f, s in chosen}
         baselines = BASELINES if "main" in args.only else ()
-        jobs |= {f"{title}, {args.num} prompts": lambda threads, title=title: measure_baseline(title, args.num, threads) for title in baselines}
+        jobs = {f"{title}, {args.num} prompts": lambda threads, title=title: measure_baseline(title, args.num, threads) for title in baselines}
+        chosen = [(flags, seed) for t in args.only for flags, seeds in TABLES[t].values() for seed in seeds]
+        jobs |= {name(f, s, args.num): lambda threads, f=f, s=s: measure(f, s, args.num, threads) for f, s in chosen}
         rows.fill(RESULTS, results, jobs, args.jobs)
     for which in args.only:
         table(results, which, args.num)
