@@ -17,7 +17,6 @@ from lab import rows
 RESULTS = Path("results/stage1.json")
 SETTINGS = ("iterations", "batch_size", "ttur", "lr", "fake_lr", "d_lr", "ema", "gan_weight", "dm_steps", "clip_grad", "guidance")
 FULL = {f"--{name.replace('_', '-')}": getattr(Config, name) for name in SETTINGS}  # the defaults, spelt out: they are part of a row's name
-SHORT = FULL | {"--iterations": 200}
 SEEDS = (0, 1, 2)
 
 # table -> row -> (flags, seeds)
@@ -28,17 +27,23 @@ TABLES = {
         "no EMA pull (`--ema 1`)": (FULL | {"--ema": 1}, SEEDS),
     },
     "variants": {
-        "pure DM at every step (`--gan-weight 0 --dm-steps all`)": (FULL | {"--gan-weight": 0, "--dm-steps": "all"}, (0,)),
+        "DM loss at every step (`--dm-steps all`)": (FULL | {"--dm-steps": "all"}, (0,)),
+        "the same, no Pixel-GAN (`--gan-weight 0 --dm-steps all`)": (FULL | {"--gan-weight": 0, "--dm-steps": "all"}, (0,)),
         "reading (a) of Eq. 9 (`--adv-reading a`)": (FULL | {"--adv-reading": "a"}, (0,)),
         "renoise high (`--renoise 0.5,0.98`)": (FULL | {"--renoise": "0.5,0.98"}, (0,)),
         "renoise low (`--renoise 0.02,0.5`)": (FULL | {"--renoise": "0.02,0.5"}, (0,)),
     },
     "sweep": {
-        "200 loops, else the defaults": (SHORT, (0,)),
-        **{f"`--ema {v}`": (SHORT | {"--ema": v}, (0,)) for v in (0.8, 0.95, 0.99)},
-        **{f"`--gan-weight {v}`": (SHORT | {"--gan-weight": v}, (0,)) for v in (0.01, 0.1)},
-        **{f"`--lr {v}`": (SHORT | {"--lr": v}, (0,)) for v in (1e-5, 4e-5)},
-        **{f"`--fake-lr {v}`": (SHORT | {"--fake-lr": v}, (0,)) for v in (3e-5, 3e-4)},
+        **{f"`--ema {v}`": (FULL | {"--ema": v}, (0,)) for v in (0.8, 0.95, 0.99)},
+        **{f"`--gan-weight {v}`": (FULL | {"--gan-weight": v}, (0,)) for v in (0.01, 0.1)},
+        "`--lr 1e-5`": (FULL | {"--lr": 1e-5}, (0,)),
+        "`--lr 4e-5 --fake-lr 2e-4`": (FULL | {"--lr": 4e-5, "--fake-lr": 2e-4}, (0,)),
+        "`--guidance 5`": (FULL | {"--guidance": 5.0}, (0,)),
+        "`--guidance 5 --lr 3e-5 --fake-lr 2e-4`": (FULL | {"--guidance": 5.0, "--lr": 3e-5, "--fake-lr": 2e-4}, (0,)),
+        "`--guidance 4 --lr 4e-5 --fake-lr 4e-4 --gan-weight 0.06`": (
+            FULL | {"--guidance": 4.0, "--lr": 4e-5, "--fake-lr": 4e-4, "--gan-weight": 0.06},
+            (0,),
+        ),
     },
 }
 BASELINES = {
