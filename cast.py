@@ -46,7 +46,7 @@ def assemble(config, ranks, device):
     latent = torch.empty(config.batch_size // ranks, vae.channels, side, side, device=device)
 
     teacher = load_denoiser(config.model, device, dtype)  # μ_real
-    teacher.net.to(dtype).eval().requires_grad_(False)
+    freeze(teacher.net, dtype)
     G = load_denoiser(config.model, device, dtype)  # line 1
     fake = load_denoiser(config.model, device, dtype)  # line 2
     if config.checkpointing:
@@ -67,10 +67,15 @@ def assemble(config, ranks, device):
         student = checkpoint.newest(config.init)
         checkpoint.load(student, players, optimizers=False)
         ref = load_denoiser(config.model, device, dtype, unet=student / "unet")  # p_ref
-        ref.net.to(dtype).eval().requires_grad_(False)
+        freeze(ref.net, dtype)
         R = LatentRewardModel.from_pretrained(config.reward, config.resolution, config.model, device, dtype)
         if (channels := R.unet.config.in_channels) != vae.channels:
             raise UserError(f"the reward model in {config.reward} judges latents of {channels} channels, those of {config.model} have {vae.channels}")
         players["G, RL"] = (G.net, adam(G.net, config.rl_lr))
     S = teacher.schedule.steps(config.student_steps)  # τ_K > ... > τ_1
     return Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, encoder.null(), config.guidance), G, fake, D, ref, R, players, S)
+
+
+def freeze(net, dtype):
+    """In place: no gradients, evaluation mode, and the memory of `dtype`."""
+    (net.bfloat16() if dtype == torch.bfloat16 else net).eval().requires_grad_(False)

@@ -1,11 +1,13 @@
-"""What the teacher gets wrong: prompts right by number of objects, and which shape it draws for the one asked for.
+"""What a model gets wrong: prompts right by number of objects, which facts fail, and which shape it draws for the one asked for.
 
-python -m lab.confusions --num 320 --steps 16
+python -m lab.confusions --num 320 --steps 16            the guided teacher
+python -m lab.confusions --num 320 --run runs/NAME       a student
 """
 
 import argparse
 from collections import Counter
 
+import checkpoint
 from config import Config
 from diffusion import guided
 from models import PromptEncoder, generate, load_denoiser, load_vae
@@ -15,20 +17,31 @@ from toy import world
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--num", type=int, default=320, help="held-out prompts")
-    parser.add_argument("--steps", type=int, default=16, help="guided sampling steps")
+    parser.add_argument("--steps", type=int, default=16, help="the teacher's guided sampling steps")
+    parser.add_argument("--run", help="look at this run's student instead, at its own steps")
     args = parser.parse_args()
-    encoder, vae, teacher = PromptEncoder(Config.model, world.SIZE), load_vae(Config.model), load_denoiser(Config.model)
+    encoder, vae, denoiser, steps = PromptEncoder(Config.model, world.SIZE), load_vae(Config.model), load_denoiser(Config.model), args.steps
+    if args.run:
+        run, config = checkpoint.find_run(args.run)
+        denoiser, steps = load_denoiser(Config.model, unet=checkpoint.newest(run) / "unet"), config["student_steps"]
+    else:
+        denoiser = guided(denoiser, encoder.null(), Config.guidance)
     prompts = [world.scene(i, "test")[1] for i in range(args.num)]
-    images = generate(guided(teacher, encoder.null(), Config.guidance), encoder, vae, prompts, args.steps, seed=0, ode=True)
-    right, asked, drawn = Counter(), Counter(), Counter()
+    images = generate(denoiser, encoder, vae, prompts, steps, seed=0, ode=not args.run)
+    right, asked, drawn, failed = Counter(), Counter(), Counter(), Counter()
     for found, prompt in zip(world.detect(images), prompts):
         stated, _ = world.parse(prompt)
+        wrong = [fact for fact, values in world.check(found, prompt).items() if not all(values)]
         asked[len(stated)] += 1
-        right[len(stated)] += all(map(all, world.check(found, prompt).values()))
-        if len(stated) == len(found.objects) == 1:
-            drawn[stated[0]["shape"], found.objects[0].shape] += 1
+        right[len(stated)] += not wrong
+        if len(stated) == 1:
+            failed.update(wrong)
+            failed["count, too many objects"] += len(found.objects) > 1
+            if len(found.objects) == 1:
+                drawn[stated[0]["shape"], found.objects[0].shape] += 1
     for n in sorted(asked):
         print(f"{n} object{'s' * (n > 1)}: {right[n]} of {asked[n]} prompts right ({right[n] / asked[n]:.0%})")
+    print("of prompts with one object, wrong:", ", ".join(f"{fact} {n}" for fact, n in failed.most_common()))
     for shape in world.SHAPES:
         row = {other: drawn[shape, other] for other in (*world.SHAPES, "malformed") if drawn[shape, other]}
         print(f"asked for a {shape}:", ", ".join(f"{other} {n}" for other, n in row.items()))

@@ -74,4 +74,4 @@ def test_memory_is_the_same_on_fake_tensors():
             with dry_run.Memory() as memory:
                 net(torch.zeros(2, 4, 16, 16), torch.tensor([5, 5]), **c).sample.sum().backward()
         peaks.append(memory.peak)
-    assert peaks[0] == peaks[1] > 10**6
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01) and peaks[0] > 10**7  # attention keeps other statistics on real tensors

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,9 +35,9 @@ def flags(**settings):
     return [part for k, v in {**SMALL, **settings}.items() for part in ([f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]))]
 
 
-def launch(*argv, ranks=1, restarts=0):
+def launch(*argv, ranks=1):
     """Start train.py as its user does, with torchrun for several ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     program = [sys.executable, *(torchrun if ranks > 1 else [])]
     return subprocess.Popen(
         [*program, "train.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -234,22 +233,10 @@ def test_resume_after_kill(tmp_path):
     assert [m["loops"] for m in metrics_of(tmp_path / "broken")] == list(range(1, 9))
 
 
-def test_sigterm_saves_and_a_lost_rank_is_replaced(tmp_path):
-    """SIGTERM: saved at the loop in hand, exit 0, resumable. kill -9 of one rank under torchrun --max-restarts 1: the others are ended,
-    all start again from the newest checkpoint, and the student is that of a run left alone."""
-    settings = {"iterations": 6, "save_every": 2, "gan_weight": 0}
-    whole = launch(*flags(**settings, out=tmp_path / "whole"), ranks=2)
-    assert whole.communicate(timeout=300) and whole.returncode == 0
-
-    lost = launch(*flags(**settings, out=tmp_path / "lost", resume=True), ranks=2, restarts=1)
-    wait_for(tmp_path / "lost" / "checkpoint-000002")
-    os.kill(int(Path(f"/proc/{lost.pid}/task/{lost.pid}/children").read_text().split()[1]), signal.SIGKILL)
-    out, _ = lost.communicate(timeout=300)
-    assert lost.returncode == 0, out[-3000:]
-    a, b = student(tmp_path / "whole"), student(tmp_path / "lost")
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-    ended = launch(*flags(**settings | {"iterations": 500, "save_every": 1000}, out=tmp_path / "ended"))
+def test_sigterm_saves_and_ends(tmp_path):
+    """SIGTERM: saved at the loop in hand, exit 0. --resume on a folder that is not there yet starts afresh."""
+    settings = {"gan_weight": 0, "iterations": 500, "save_every": 1000, "resume": True}
+    ended = launch(*flags(**settings, out=tmp_path / "ended"))
     wait_for(tmp_path / "ended" / "metrics.jsonl", content=True)
     ended.send_signal(signal.SIGTERM)
     out, _ = ended.communicate(timeout=100)
