@@ -189,9 +189,7 @@ def report(config):
         most = max(0, int(free // peak))
         fits &= at_once <= most
         cost += flops * kinds[kind] / sum(kinds.values())
-        print(
-            f"\n{kind} update: {peak / 1e9:.2f} GB at the peak and {flops / 1e12:.1f} TFLOP a sample, not counting what --checkpointing computes twice"
-        )
+        print(f"\n{kind} update: {peak / 1e9:.2f} GB at the peak and {flops / 1e12:.1f} TFLOP a sample, without what --checkpointing repeats")
         need = (sharded + at_once * peak) / (1 - ALLOWANCE) / 1e9
         print(f"    {at_once} a GPU at once need {need:.0f} GB; {most} fit" + ("" if at_once <= most else remedy(config, kind, share, most)))
     hours = config.iterations * config.batch_size * cost / (config.gpu_tflops * 1e12) / 3600
