@@ -1,11 +1,13 @@
 """Who plays in Algorithm 1: its lines 1-3, and stage 2's reference and reward model. For the iteration itself see train.py."""
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
 import checkpoint
 from diffusion import guided
+from distributed import update
 from latent_reward import LatentRewardModel
 from models import PromptEncoder, UserError, load_denoiser, load_sam, load_vae, shard
 from pixel_gan import PixelDiscriminator
@@ -29,6 +31,10 @@ class Cast:
     R: object
     players: dict  # name -> (module, optimizer)
     S: torch.Tensor  # τ_K > ... > τ_1
+
+    def update(self, name, loss, max_norm=inf):
+        """One optimizer step of a player. -> (gradient norm, stepped)."""
+        return update(*self.players[name], loss, max_norm)
 
     def passes(self):
         """Network passes of the three denoisers on this rank so far, in samples."""

@@ -13,7 +13,6 @@ Geometry: SDXL, its VAE and text encoders, SAM ViT-B. Left out: the CUDA context
 import dataclasses
 import time
 import weakref
-from unittest.mock import patch
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -24,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-import train
 from cast import Cast
 from diffusion import Schedule, guided, sample_generators
 from latent_reward import LatentRewardModel
@@ -68,6 +66,13 @@ class Words:
         return {"tokens": torch.zeros(n, 77, 2048), "pooled": torch.zeros(n, 1280), "size": torch.zeros(n, 6)}
 
 
+class Unmoved(Cast):
+    """A cast whose optimizers do not step: they would look at numbers."""
+
+    def update(self, name, loss, max_norm=None):
+        return loss, True
+
+
 def assemble(config, batch):
     """cast.assemble's cast at SDXL's size and the config's resolution; inside a FakeTensorMode. UNets compute in bf16, as on a GPU."""
     schedule, words, side = Schedule(), Words(), config.resolution // 8
@@ -92,7 +97,7 @@ def assemble(config, batch):
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # gradients are counted with the states
     latent, S = torch.empty(batch, 4, side, side), schedule.steps(config.student_steps)
     teach = guided(teacher, words.encode([""]), config.guidance)
-    return Cast(config, 1, latent, words, vae, teacher, teach, G, fake, D, ref, R, players, S)
+    return Unmoved(config, 1, latent, words, vae, teacher, teach, G, fake, D, ref, R, players, S)
 
 
 class Memory(TorchDispatchMode):
@@ -122,26 +127,25 @@ class Memory(TorchDispatchMode):
         self.known.discard(name)
 
 
-def iterate(config, update, watcher):
-    """One update of a kind, "distillation" or "preference", on one sample under `watcher`, a dispatch mode. -> the cast"""
-    no_step = patch.object(train, "update", lambda module, optimizer, loss, *rest: (loss, True))  # it would look at numbers
-    with no_step, FakeTensorMode(allow_non_fake_inputs=True):
+def iterate(config, kind, turn, watcher):
+    """One update of a kind, "distillation" or "preference" (`turn`: train.py's function for it), on one sample under `watcher`. -> the cast"""
+    with FakeTensorMode(allow_non_fake_inputs=True):
         cast = assemble(config, 1)
         draw = lambda purpose: sample_generators(0, 1, [0], purpose)  # noqa: E731
         c, picture = cast.encoder.encode(["a"]), torch.empty(1, 3, config.resolution, config.resolution)
         with watcher:
-            if update == "preference":
-                train.prefer(cast, ["a"], c, draw)
+            if kind == "preference":
+                turn(cast, ["a"], c, draw)
             else:
-                train.distil(cast, 0, picture, c, draw, watched=False)
+                turn(cast, 0, picture, c, draw, watched=False)
     return cast
 
 
-def measure(config, update):
+def measure(config, kind, turn):
     """-> peak bytes of one sample, its floating-point operations (without those that checkpointing repeats), the cast."""
     flops, memory = FlopCounterMode(display=False), Memory()
-    iterate(dataclasses.replace(config, checkpointing=False), update, flops)
-    cast = iterate(config, update, memory)
+    iterate(dataclasses.replace(config, checkpointing=False), kind, turn, flops)
+    cast = iterate(config, kind, turn, memory)
     return memory.peak, flops.get_total_flops(), cast
 
 
@@ -168,14 +172,14 @@ def states(cast, gpus):
     return [*rows, ("FSDP2's gathered blocks", 0, 0, gathered)]
 
 
-def report(config):
-    """Print what the run needs, and whether it fits. Raises UserError for a preset whose geometry is not SDXL's."""
+def report(config, distil, prefer):
+    """Print what the run needs, and whether it fits; distil, prefer: train.py's. Raises UserError for a preset whose geometry is not SDXL's."""
     if not config.preset.startswith("sdxl"):
         raise UserError(f"--dry-run knows SDXL's geometry, not that of --preset {config.preset}: give one of the sdxl presets")
     began, gpus, share = time.time(), config.gpus, -(-config.batch_size // config.gpus)
     print(f"{config.preset}: stage {config.stage}, {config.resolution} pixels, batch {config.batch_size}, {gpus} GPUs of {config.gpu_memory:g} GB\n")
     kinds = {"distillation": 1} if config.stage == 1 else {"preference": config.rl_ratio} | ({} if config.rl_only else {"distillation": 1})
-    measured = {kind: measure(config, kind) for kind in kinds}
+    measured = {kind: measure(config, kind, {"distillation": distil, "preference": prefer}[kind]) for kind in kinds}
     cast = next(iter(measured.values()))[-1]
     rows = states(cast, gpus)
     whole, sharded = sum(r[2] for r in rows), sum(r[3] for r in rows)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import checkpoint
 import data
 import dmd
+import dry_run
 import latent_reward
 import monitor
 import pixel_gan
@@ -29,7 +30,7 @@ import score_estimator
 from cast import assemble
 from config import parse
 from diffusion import backward_simulation, rand, randn, renoise, sample_generators, times
-from distributed import Ending, average_gradients, start_process, update
+from distributed import Ending, average_gradients, start_process
 from models import UserError
 from train_reward import train_reward
 
@@ -105,7 +106,7 @@ def train(config):
 def distil(cast, loop, x_real, c, draw, watched):
     """Lines 5-26: one loop of distribution matching and Pixel-GAN. x_real (B, 3, H, W), c its prompts' condition; draw(purpose):
     a generator per sample. -> what to log, with the health signals where `watched`; whether G moved; whether every update was finite."""
-    config, G, fake, D, players = cast.config, cast.G, cast.fake, cast.D, cast.players
+    config, G, fake, D = cast.config, cast.G, cast.fake, cast.D
     noise, size = {purpose: draw(purpose) for purpose in ("rollout", "renoise", "fake")}, config.micro_batch or len(x_real)
     parts = [slice(k, k + size) for k in range(0, len(x_real), size)]  # gradients add up over micro-batches
     parts = [Part(x_real[k], {key: v[k] for key, v in c.items()}, **{key: v[k] for key, v in noise.items()}, share=1 / len(parts)) for k in parts]
@@ -116,19 +117,19 @@ def distil(cast, loop, x_real, c, draw, watched):
     updates_G = loop % config.ttur == 0  # line 12
     logged = monitor.mean([generator_turn(cast, part, i, updates_G) for part in parts])  # lines 5-16
     if updates_G:  # lines 17-18
-        logged["g_norm"], moved = update(*players["G"], sum(logged.values()), config.clip_grad)
+        logged["g_norm"], moved = cast.update("G", sum(logged.values()), config.clip_grad)
         if moved:
             score_estimator.pull(fake.net.parameters(), G.net.parameters(), config.ema)  # Eq. 11
         ok &= moved
 
     logged |= (fake_loss := monitor.mean([estimator_turn(cast, part) for part in parts]))  # lines 21-23
-    logged["fake_norm"], stepped = update(*players["fake"], fake_loss["fake_loss"], config.clip_grad)  # line 24
+    logged["fake_norm"], stepped = cast.update("fake", fake_loss["fake_loss"], config.clip_grad)  # line 24
     ok &= stepped
 
     if D is not None:  # lines 25-26
         logged |= monitor.mean([discriminator_turn(cast, part) for part in parts])
         average_gradients(D, cast.ranks)
-        _, stepped = update(*players["D"], logged["d_loss"])
+        _, stepped = cast.update("D", logged["d_loss"])
         ok &= stepped
 
     if watched:
@@ -236,7 +237,7 @@ def prefer(cast, prompts, c, draw):
         L.backward()  # a rank without a pair takes part with weight zero
         total, right = total + L.detach(), right + ((H > 0) & kept).sum()
         drift = drift + (alpha_s * (x0_theta - x0_ref) / sigma_s).detach().square().mean() / 2
-    norm, ok = update(*cast.players["G, RL"], total, config.clip_grad)  # line 31
+    norm, ok = cast.update("G, RL", total, config.clip_grad)  # line 31
     scores = torch.cat([scores for *_, scores in pool])
     logged = {
         "rl_loss": total,
@@ -254,9 +255,7 @@ def main():
     config = parse()
     try:
         if config.dry_run:
-            from dry_run import report  # it imports this file
-
-            return report(config)
+            return dry_run.report(config, distil, prefer)
         run = train_reward(config) if config.stage == "reward" else train(config)
     except UserError as e:
         print(f"\nerror: {str(e).split('UserError: ')[-1].strip()}", file=sys.stderr)  # a loader process sends its traceback along

@@ -13,12 +13,13 @@ from statistics import median
 import torch
 
 import data
+import distributed
 import dmd
 import pixel_gan
 import score_estimator
-import train
 from config import Config
 from diffusion import guided
+from lab import rows
 from models import PromptEncoder, load_denoiser, load_sam, load_vae
 
 
@@ -52,7 +53,7 @@ def passes(config):
         for p in module.parameters():
             p.grad = torch.zeros_like(p)
         began = time.perf_counter()
-        train.update(module, optimizer, torch.zeros(()), config.clip_grad)
+        distributed.update(module, optimizer, torch.zeros(()), config.clip_grad)
         return time.perf_counter() - began
 
     no_grad = torch.no_grad()
@@ -72,12 +73,13 @@ def passes(config):
     }
 
 
-def iteration(config, loops):
+def iteration(loops):
     """Seconds per loop of a real run, start-up, pictures and logs left out: a long run less a short one."""
     seconds = []
     for n in (5, 5 + loops):
         with tempfile.TemporaryDirectory() as folder:
-            run = train.train(Config(**vars(config) | {"iterations": n, "out": str(Path(folder) / "run")}))
+            run, flags = Path(folder) / "run", {"--preview-every": 0, "--log-every": 10**6, "--save-every": 10**6, "--iterations": n}
+            rows.command("train.py", "--out", run, *rows.flat(flags), threads=torch.get_num_threads())
             seconds.append(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"])
     return (seconds[1] - seconds[0]) / loops
 
@@ -87,8 +89,7 @@ def main():
     parser.add_argument("--loops", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
-    config = Config(preview_every=0, log_every=10**6, save_every=10**6)
-    table, total = passes(config), 0.0
+    table, total = passes(Config()), 0.0
     times = {name: [] for name in table}
     for repeat in range(args.repeats + 1):  # round after round, so that a slow spell of the machine meets all of them
         for name, (f, _) in table.items():
@@ -101,7 +102,7 @@ def main():
         ms = 1000 * median(times[name])
         total += ms * count
         print(f"| {name} | {ms:.1f} | {count} | {ms * count:.1f} |")
-    whole = 1000 * iteration(config, args.loops)
+    whole = 1000 * iteration(args.loops)
     print(f"| sum | | | {total:.1f} |\n| one iteration of train.py | | | {whole:.1f} |\n| ratio | | | {whole / total:.2f} |")
 
 

@@ -6,7 +6,6 @@
 Rows are cached by their flags, so an interrupted call goes on. Begun with Table 4 (stage 2); the other claims join here.
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -84,12 +83,7 @@ def table4(results, num):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=("table4",), default=("table4",))
-    parser.add_argument("--num", type=int, default=1000, help="held-out prompts per row")
-    parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
-    parser.add_argument("--print", action="store_true", help="print the tables and train nothing")
-    args = parser.parse_args()
+    args = rows.options(__doc__.split("\n")[0], ("table4",))
     results = rows.load(RESULTS)
     if not args.print:
         starts = {"teacher": "teacher"} | {f"stage 1, seed {s}": s for s in SEEDS}

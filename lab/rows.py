@@ -1,5 +1,6 @@
 """Rows of the README's tables: train.py and evaluate.py run as commands, their metrics cached in one JSON file by their flags."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -74,6 +75,16 @@ def fill(path, results, jobs, workers):
 
         for done in [pool.submit(one, *entry) for entry in missing.items()]:
             done.result()
+
+
+def options(description, tables):
+    """The command line of a module of tables."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--only", nargs="+", choices=tables, default=list(tables))
+    parser.add_argument("--num", type=int, default=1000, help="held-out prompts per row")
+    parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
+    parser.add_argument("--print", action="store_true", help="print the tables and train nothing")
+    return parser.parse_args()
 
 
 def head(title, columns):

@@ -6,7 +6,6 @@
 Rows are cached by their flags, so an interrupted call goes on; other teacher weights empty the cache.
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -89,12 +88,7 @@ def table(results, which, num):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--num", type=int, default=1000, help="held-out prompts per row")
-    parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
-    parser.add_argument("--print", action="store_true", help="print the tables and train nothing")
-    args = parser.parse_args()
+    args = rows.options(__doc__.split("\n")[0], TABLES)
     results = rows.load(RESULTS)
     if not args.print:
         baselines = BASELINES if "main" in args.only else ()

@@ -47,7 +47,7 @@ def launch(*argv, ranks=1):
 @pytest.mark.parametrize("ttur", [1, 2, 5])
 def test_updates_per_network(ttur, tmp_path, monkeypatch):
     """Algorithm 1, line 12: in 10 loops G moves 10 / TTUR times, the score estimator and D 10 times; Eq. 11 follows each move of G."""
-    names, pulls, real_update, real_pull = {1e-5: "G", 2e-5: "fake", 3e-5: "D"}, [], train.update, train.score_estimator.pull
+    names, pulls, real_update, real_pull = {1e-5: "G", 2e-5: "fake", 3e-5: "D"}, [], cast.update, train.score_estimator.pull
     moves = dict.fromkeys(names.values(), 0)
 
     def update(module, optimizer, loss, *rest):
@@ -56,7 +56,7 @@ def test_updates_per_network(ttur, tmp_path, monkeypatch):
         moves[names[optimizer.param_groups[0]["lr"]]] += any(not torch.equal(b, p) for b, p in zip(before, module.parameters()))
         return result
 
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(cast, "update", update)
     monkeypatch.setattr(train.score_estimator, "pull", lambda *a: (pulls.append(1), real_pull(*a)))
     rates = {"lr": 1e-5, "fake_lr": 2e-5, "d_lr": 3e-5}
     run = train.train(Config(**{**SMALL, **rates, "iterations": 10, "batch_size": 2}, ttur=ttur, out=str(tmp_path / "run")))
