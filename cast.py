@@ -6,6 +6,7 @@ from math import inf
 import torch
 
 import checkpoint
+import latent_gan
 from diffusion import guided
 from distributed import update
 from latent_reward import LatentRewardModel
@@ -26,7 +27,8 @@ class Cast:
     guided_teacher: object
     G: object
     fake: object  # μ_fake
-    D: object  # None without Pixel-GAN
+    D: object  # Pixel-GAN's, or None
+    head: object  # of DMD2's latent discriminator, or None
     ref: object  # p_ref, and R: stage 2
     R: object
     players: dict  # name -> (module, optimizer)
@@ -49,6 +51,8 @@ def assemble(config, ranks, device):
     side, rest = divmod(config.resolution, vae.factor)
     if rest or side % 4:
         raise UserError(f"--resolution {config.resolution} must be a multiple of {4 * vae.factor}")
+    if config.gan_crop % vae.factor or config.gan_crop > config.resolution:
+        raise UserError(f"--gan-crop {config.gan_crop} must be a multiple of {vae.factor}, at most --resolution {config.resolution}")
     latent = torch.empty(config.batch_size // ranks, vae.channels, side, side, device=device)
 
     teacher = load_denoiser(config.model, device, dtype)  # μ_real
@@ -62,24 +66,33 @@ def assemble(config, ranks, device):
         player.net.train()
         if ranks > 1 or device.type == "cuda":
             shard(player.net, dtype)
-    adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)  # noqa: E731
-    players, D = {"G": (G.net, adam(G.net, config.lr)), "fake": (fake.net, adam(fake.net, config.fake_lr))}, None
-    if config.gan_weight > 0:  # line 3
-        torch.manual_seed(config.seed)
+    if config.compile and config.gan == "latent":
+        raise UserError("--compile and --gan latent do not go together: the compiled score estimator hides its features")
+    if config.compile:
+        for net in (G.net, fake.net, teacher.net):
+            net.compile()
+    fused = device.type == "cuda"
+    adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=config.weight_decay, fused=fused)  # noqa: E731
+    players = {"G": (G.net, adam(G.net, config.lr)), "fake": (fake.net, adam(fake.net, config.fake_lr))}
+    D = head = None
+    torch.manual_seed(config.seed)
+    if config.gan == "pixel" and config.gan_weight > 0:  # line 3
         D = PixelDiscriminator(load_sam(config.sam, device), checkpointing=config.checkpointing).to(device)
         players["D"] = (D, adam(D, config.d_lr))
+    if config.gan == "latent" and config.gan_weight > 0:
+        head = latent_gan.Head(fake.net.config.block_out_channels[-1]).to(device)
+        players["head"] = (head, adam(head, config.fake_lr))
     ref = R = None
     if config.stage == 2:
-        student = checkpoint.newest(config.init)
-        checkpoint.load(student, players, optimizers=False)
-        ref = load_denoiser(config.model, device, dtype, unet=student / "unet")  # p_ref
+        checkpoint.restore(config.init, players, optimizers=False)
+        ref = load_denoiser(config.model, device, dtype, unet=checkpoint.newest(config.init) / "unet")  # p_ref
         freeze(ref.net, dtype)
         R = LatentRewardModel.from_pretrained(config.reward, config.resolution, config.model, device, dtype)
         if (channels := R.unet.config.in_channels) != vae.channels:
             raise UserError(f"the reward model in {config.reward} judges latents of {channels} channels, those of {config.model} have {vae.channels}")
         players["G, RL"] = (G.net, adam(G.net, config.rl_lr))
     S = teacher.schedule.steps(config.student_steps)  # τ_K > ... > τ_1
-    return Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, encoder.null(), config.guidance), G, fake, D, ref, R, players, S)
+    return Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, encoder.null(), config.guidance), G, fake, D, head, ref, R, players, S)
 
 
 def freeze(net, dtype):

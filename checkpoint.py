@@ -10,6 +10,7 @@ Randomness and data follow from (seed, iteration), so nothing else needs saving.
 import dataclasses
 import json
 import shutil
+import sys
 import warnings
 from datetime import datetime
 from pathlib import Path
@@ -26,17 +27,24 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from config import Config
 from models import UserError
+
+DEFAULTS = dataclasses.asdict(Config())  # a run of before a setting existed had its default
+
+
+def checkpoints(run):
+    """The checkpoint folders of a run, oldest first."""
+    return sorted(Path(run).glob("checkpoint-[0-9]*[0-9]"))
 
 
 def newest(run):
     """The newest checkpoint folder of a run, or None."""
-    found = sorted(Path(run).glob("checkpoint-[0-9]*[0-9]"))
-    return found[-1] if found else None
+    return next(reversed(checkpoints(run)), None)
 
 
-def save(run, players, progress, export=None):
-    """Write a checkpoint of players {name: (module, optimizer)} and progress (a dict with "loops"); older ones are then removed.
+def save(run, players, progress, keep=1, export=None):
+    """Write a checkpoint of players {name: (module, optimizer)} and progress (a dict with "loops"); then all but the `keep` newest are removed.
 
     All ranks call it. export(folder, module, weights) writes, on rank 0, what others load of the first player; a diffusers UNet by default.
     """
@@ -57,10 +65,35 @@ def save(run, players, progress, export=None):
         (aside / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-        for old in Path(run).glob("checkpoint-*"):
-            if old != final:
-                shutil.rmtree(old)
+        for old in checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
+        for torn in Path(run).glob("checkpoint-*.tmp"):
+            shutil.rmtree(torn)
     barrier()
+
+
+def restore(run, players, optimizers=True):
+    """Fill players from the newest checkpoint of a run that can be read -> its progress.
+
+    Newer ones that cannot are then set aside as checkpoint-N.unreadable, with a warning. Raises UserError where none can be read.
+    """
+    torn = []
+    for path in reversed(checkpoints(run)):
+        try:
+            progress = load(path, players, optimizers)
+        except (Exception, dcp.CheckpointException) as e:  # torch, json and the file system have errors of their own; every rank sees one
+            causes = [cause for cause, _ in getattr(e, "failures", {}).values()] or [e]
+            torn.append((path, str(causes[0]).strip().split("\n")[0] or type(causes[0]).__name__))
+            continue
+        barrier()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            for old, why in torn:
+                print(f"warning: cannot read {old} ({why}): going on from {path.name}", file=sys.stderr)
+                shutil.rmtree(old.with_suffix(".unreadable"), ignore_errors=True)
+                old.rename(old.with_suffix(".unreadable"))
+        barrier()
+        return progress
+    raise UserError(f"cannot read {torn[0][0]} ({torn[0][1]}), and no other checkpoint of {run} either")
 
 
 def load(path, players, optimizers=True):
@@ -121,13 +154,13 @@ def find_run(name="", stage=None):
 
 def from_stage_1(config):
     """The config of a stage-2 run, naming the stage-1 run it starts from: --init, or the newest. Raises UserError for one that does not fit."""
-    run, before = (Path(config.init), None) if config.resume else find_run(config.init, stage=1)
-    before = before or json.loads((run / "config.json").read_text())
-    for key in ("model", "resolution", "student_steps"):
+    run, before = find_run(config.init, stage=1)
+    before = DEFAULTS | before
+    for key in ("model", "resolution", "student_steps", "gan"):
         if before[key] != getattr(config, key):
             raise UserError(f"{run} was trained with --{key.replace('_', '-')} {before[key]}, not {getattr(config, key)}")
     if config.gan_weight and not before["gan_weight"]:
-        raise UserError(f"{run} was trained without Pixel-GAN: pass --gan-weight 0")
+        raise UserError(f"{run} was trained without a GAN: pass --gan-weight 0")
     reward = config.reward or str(Path(config.model).parent / "lrm")
     if not any((root / reward).is_dir() for root in (Path(), Path(__file__).parent)):
         raise UserError(f"no latent reward model in {reward}: name its folder with --reward")
@@ -163,13 +196,13 @@ def refusal(config, run):
             return None  # so that a restarted job may always say --resume
         if not saved.exists():
             return f"nothing to resume in {run}: it has no config.json"
-        before = json.loads(saved.read_text())
-        for key in ("stage", "model", "data", "sam", "student_steps", "resolution", "seed", "batch_size"):
+        before = DEFAULTS | json.loads(saved.read_text())
+        for key in ("stage", "model", "data", "prompts", "gan", "sam", "student_steps", "resolution", "seed", "batch_size"):
             old, new = before[key], getattr(config, key)
             if old != new and Path(str(old)).resolve() != Path(str(new)).resolve():
                 return f"{run} was trained with --{key.replace('_', '-')} {old}, not {new}: resume it with its own"
         if bool(before["gan_weight"]) != bool(config.gan_weight):
-            return f"{run} was trained with --gan-weight {before['gan_weight']}: Pixel-GAN cannot be switched on or off by --resume"
+            return f"{run} was trained with --gan-weight {before['gan_weight']}: its GAN cannot be switched on or off by --resume"
     elif run.exists() and any(run.iterdir()):
         if not config.overwrite:
             return f"{run} is not empty: pass --resume to go on, or --overwrite to replace it"

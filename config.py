@@ -13,7 +13,8 @@ class Config:
     preset: str = "toy"  # a row of PRESETS; flags given beside it override it
     stage: int | str = 1  # 1: distillation (Algorithm 1, lines 1-26); 2: joined by preference optimisation (27-32); reward: trains its judge
     model: str = "toy/sdxl"  # the teacher: a diffusers pipeline folder, or a hub name
-    data: str = "toy"  # "toy", or a folder of images with metadata.jsonl (file_name, text)
+    data: str = "toy"  # "toy", a folder of images with metadata.jsonl (file_name, text), or WebDataset shards ("shards/{000..127}.tar")
+    prompts: str = ""  # a text file of prompts, one per line, for G; default: the captions of the data
     resolution: int = 64  # side of the square training images, pixels
     out: str = ""  # run folder; default runs/DATE-TIME
     iterations: int = 400  # loops of Algorithm 1; the generator moves in every TTUR-th
@@ -23,9 +24,12 @@ class Config:
     dm_steps: str = "high"  # student steps that the DM loss trains: high = all but the last (timestep-aware), or all
     ttur: int = 1  # loops per generator update (Algorithm 1, line 12)
     ema: float = 0.9  # lambda of Eq. 11; 1 = no pull
-    gan_weight: float = 0.03  # lambda of Algorithm 1, line 16; 0 = no Pixel-GAN
+    gan: str = "pixel"  # pixel = Eq. 9, 10 on SAM's features; latent = DMD2's Eq. 5, 7 on the score estimator's (the baseline)
+    gan_weight: float = 0.03  # lambda of Algorithm 1, line 16; 0 = no GAN
+    critic_weight: float = 0.01  # --gan latent: weight of Eq. 7 beside Eq. 6, as in DMD2
     gan_loss: str = "hinge"  # hinge or logistic
     adv_reading: str = "b"  # x_adv: a = re-noised finished rollout (Eq. 9), b = the rollout's last step (Algorithm 1)
+    gan_crop: int = 0  # pixels: D sees a random square of this side, the same in both; less memory for the VAE. 0 = whole pictures
     gan_reals: str = "raw"  # what D sees as real: raw images, or their vae round trip
     sam: str = "toy/sam"  # image encoder of D: a folder, or a segment_anything checkpoint sam_vit_*.pth
     clip: str = "toy/clip"  # CLIP that evaluation measures with
@@ -44,13 +48,16 @@ class Config:
     carry: str = "random"  # stage 2: the candidate that the next step starts from: random, or best
     pair_threshold: float = 0.45  # stage 2: a pair is kept when the softmax over best and worst is this far apart
     beta: float = 0.05  # stage 2: beta of Eq. 12; H is a sum over dimensions
+    ratio_clip: float = 0.0  # stage 2: hold the ratio of each mean density to the reference's within 1 +- this (LPO: 0.1); 0 = off
     rl_lr: float = 1e-5  # stage 2: learning rate of the preference updates
     rl_only: bool = False  # stage 2: no distillation beside it (the paper's post-training)
     pairs: str = ""  # stage reward: a folder of picture pairs, metadata.jsonl with caption, jpg_0_file_name, jpg_1_file_name, label_0
     reward_lr: float = 1e-5  # stage reward: learning rate
+    compile: bool = False  # torch.compile the three denoisers; needs a C++ compiler
     checkpointing: bool = False  # recompute activations in backward passes: less memory, about a third more time
     seed: int = 0  # of the whole run
     save_every: int = 200  # loops between checkpoints
+    keep: int = 2  # checkpoints kept: the newest, and one to go back to
     preview_every: int = 100  # loops between preview pictures; 0 = none
     log_every: int = 10  # loops between lines of metrics.jsonl
     workers: int = 0  # data-loading processes per rank
@@ -73,8 +80,11 @@ _SDXL = {
     "fake_lr": 2.5e-6,
     "checkpointing": True,
 }
+_DMD2 = {"gan": "latent", "gan_weight": 5e-3, "dm_steps": "all", "ttur": 5, "ema": 1.0}  # as the paper describes it (3.1, 3.2); weights: DMD2's
 PRESETS = {
     "toy": {},
+    "dmd2": _DMD2 | {"iterations": 2000},  # the toy
+    "sdxl-dmd2": _SDXL | _DMD2 | {"batch_size": 128, "iterations": 24000},  # Table 1
     "sdxl-4step": _SDXL | {"batch_size": 64, "iterations": 1000},  # Table 1
     "sdxl-4step-ttur2": _SDXL | {"batch_size": 64, "iterations": 4000, "ttur": 2},  # Table 1; 8,000 too
     "sdxl-4step-ttur5": _SDXL | {"batch_size": 64, "iterations": 18000, "ttur": 5},  # Table 1
@@ -89,6 +99,7 @@ CHOICES = {
     "carry": ("random", "best"),
     "student_steps": (4, 8),
     "dm_steps": ("high", "all"),
+    "gan": ("pixel", "latent"),
     "gan_loss": ("hinge", "logistic"),
     "adv_reading": ("a", "b"),
     "gan_reals": ("raw", "vae"),
@@ -122,19 +133,23 @@ def parse(argv=None):
         before = json.loads(saved.read_text())
         given = {k: v for k, v in before.items() if k not in ("preset", "overwrite", "renoise")} | {"renoise": tuple(before["renoise"])} | given
     config = Config(**{**PRESETS[given.get("preset", "toy")], **given})
-    for name in ("seed", "workers", "micro_batch", "gan_weight", "preview_every", "weight_decay"):
+    for name in ("seed", "workers", "micro_batch", "gan_crop", "gan_weight", "preview_every", "weight_decay", "critic_weight"):
         if getattr(config, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     for name in ("lr", "fake_lr", "d_lr", "rl_lr", "reward_lr", "beta", "clip_grad", "gpu_memory", "gpu_tflops"):
         if getattr(config, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive")
-    for name in ("iterations", "batch_size", "ttur", "save_every", "log_every", "resolution", "rl_ratio", "gpus"):
+    for name in ("iterations", "batch_size", "ttur", "save_every", "keep", "log_every", "resolution", "rl_ratio", "gpus"):
         if getattr(config, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if config.candidates < 2:
         parser.error("--candidates must be at least 2: a pair needs a best and a worst")
     if not 0 <= config.pair_threshold < 1:
         parser.error("--pair-threshold must lie in [0, 1)")
+    if not 0 <= config.ratio_clip < 1:
+        parser.error("--ratio-clip must lie in [0, 1)")
+    if config.gan_crop > config.resolution:
+        parser.error("--gan-crop must not be larger than --resolution")
     if not 0 <= config.ema <= 1:
         parser.error("--ema must lie in [0, 1]")
     return config

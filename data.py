@@ -1,4 +1,4 @@
-"""Captioned images: the toy world's scenes, or a folder of photographs with a metadata.jsonl.
+"""Captioned images: the toy world's scenes, a folder of photographs with a metadata.jsonl, or WebDataset shards.
 
 A source is indexed by the global sample number, without end, and gives (image (3, H, W) in [-1, 1], prompt); so the same
 sample meets the same noise on any number of ranks, and a resumed run needs no stored position.
@@ -6,14 +6,20 @@ sample meets the same noise on any number of ranks, and a resumed run needs no s
 `judge(images, prompts)` checks pictures exactly: the toy's alone have these, others have None.
 """
 
+import io
 import json
+import re
+import tarfile
 import textwrap
+from functools import lru_cache
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from models import UserError
 from toy import world
@@ -21,13 +27,23 @@ from toy import world
 UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, EOFError, ValueError, SyntaxError)  # what pillow raises
 
 
-def source(name, resolution, seed=0):
-    """ "toy" or a folder -> a source. Raises UserError for a folder that cannot be trained on."""
+def source(name, resolution, seed=0, prompts=""):
+    """ "toy", a folder, or a pattern of .tar files -> a source; with `prompts`, a text file, its prompts are that file's lines instead.
+
+    Raises UserError for what cannot be trained on.
+    """
     if str(name) == "toy":
         if resolution != world.SIZE:
             raise UserError(f"the toy world's images are {world.SIZE} pixels wide, --resolution says {resolution}")
-        return Toy(seed)
-    return ImageFolder(name, resolution, seed)
+        found = Toy(seed)
+    else:
+        found = (Shards if str(name).endswith(".tar") else ImageFolder)(name, resolution, seed)
+    return Prompted(found, prompts, seed) if prompts else found
+
+
+@lru_cache(maxsize=4)
+def _order(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 class Toy:
@@ -60,35 +76,43 @@ class ImageFolder:
     judge = held_out = None
 
     def __init__(self, path, resolution, seed):
-        self.path, self.resolution, self.seed, self.bad = Path(path), resolution, seed, {}
-        table = self.path / "metadata.jsonl"
+        self.path, self.resolution, self.seed, self.bad = path, resolution, seed, {}
+        self.rows = self._index()  # (file name, caption)
+        for name in self._missing():
+            self._skip(name, "no such file")
+
+    def _index(self):
+        path, table, rows = self.path, Path(self.path, "metadata.jsonl"), []
         if not table.is_file():
             raise UserError(f'{path} has no metadata.jsonl (one line per image: {{"file_name": ..., "text": ...}})')
-        self.rows = []
         for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
             if line.strip():
                 try:
                     row = json.loads(line)
-                    self.rows.append((str(row["file_name"]), row["text"].strip()))
+                    rows.append((str(row["file_name"]), row["text"].strip()))
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise UserError(f'{table}, line {number}: needs "file_name" and "text" (a caption)') from None
-                if not self.rows[-1][1]:
-                    raise UserError(f"{table}, line {number}: the caption of {self.rows[-1][0]} is empty")
-        if not self.rows:
+                if not rows[-1][1]:
+                    raise UserError(f"{table}, line {number}: the caption of {rows[-1][0]} is empty")
+        if not rows:
             raise UserError(f"{table} names no image")
-        for name, _ in self.rows:
-            if not (self.path / name).is_file():
-                self._skip(name, "no such file")
+        return rows
+
+    def _missing(self):
+        return [name for name, _ in self.rows if not Path(self.path, name).is_file()]
+
+    def _open(self, name):
+        return open(Path(self.path, name), "rb")
 
     def __getitem__(self, i):
         epoch, place = divmod(i, len(self.rows))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        order = _order(len(self.rows), self.seed, epoch)
         for offset in range(len(self.rows)):
             name, text = self.rows[order[(place + offset) % len(self.rows)]]
             if name in self.bad:
                 continue
             try:
-                with Image.open(self.path / name) as image:
+                with self._open(name) as file, Image.open(file) as image:
                     return _pixels(image, self.resolution), text
             except UNREADABLE as e:
                 self._skip(name, e)
@@ -102,6 +126,100 @@ class ImageFolder:
 
     def prompts(self, n):
         return [self.rows[i % len(self.rows)][1] for i in range(n)]
+
+
+class Shards(ImageFolder):
+    """WebDataset shards: a pattern of .tar files such as "shards/{000..127}.tar", "shards/*.tar" or any URL that fsspec opens.
+
+    A sample is the members that share a name up to the first dot: an image (jpg, jpeg, png, webp) and its caption, .txt or .json
+    ("text" or "caption"). The shards are read through once, for names, captions and places; then every image is one seek away, so
+    shuffling is global and resuming exact on any number of ranks. Samples without a caption and torn shards' ends are named and left out.
+    """
+
+    def _index(self):
+        self.places, rows = {}, []  # name -> (shard, first byte, length)
+        try:
+            shards = fsspec.open_files(list(braces(str(self.path))))
+        except (OSError, ValueError, ImportError) as e:
+            raise UserError(f"cannot find the shards {self.path}: {e}") from None
+        for shard in tqdm(shards, desc="shards", disable=len(shards) < 20):
+            images, captions = {}, {}
+            try:
+                with shard as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                    for member in filter(tarfile.TarInfo.isfile, tar):
+                        folder, slash, base = member.name.rpartition("/")
+                        stem, _, kind = base.partition(".")
+                        if kind.lower() in ("jpg", "jpeg", "png", "webp"):
+                            images[folder + slash + stem] = (member.name, member.offset_data, member.size)
+                        elif kind.lower() in ("txt", "json"):
+                            key = folder + slash + stem
+                            captions[key] = captions.get(key) or _caption(tar.extractfile(member).read(), kind.lower())
+                    file.seek(-1024, io.SEEK_END)
+                    if any(file.read()):
+                        raise tarfile.ReadError("it has no end")
+            except (tarfile.TarError, OSError) as e:
+                if not images:
+                    raise UserError(f"cannot read the shard {shard.full_name}: {e}") from None
+                print(f"shard {shard.full_name} is torn ({e}): what follows {list(images.values())[-1][0]} is left out")
+            for key, (name, *place) in images.items():
+                if captions.get(key):
+                    rows.append((f"{shard.full_name}/{name}", captions[key]))
+                    self.places[rows[-1][0]] = (shard, *place)
+            if bare := [name for key, (name, *_) in images.items() if not captions.get(key)]:
+                print(f"{len(bare)} images of {shard.full_name} have no caption and are left out, the first: {bare[0]}")
+        if not rows:
+            raise UserError(f"{self.path} holds no image with a caption (.txt or .json of the same name)")
+        return rows
+
+    def _missing(self):
+        return []
+
+    def _open(self, name):
+        shard, first, length = self.places[name]
+        with shard as file:
+            file.seek(first)
+            return io.BytesIO(file.read(length))
+
+
+def braces(pattern):
+    """Brace patterns, as shells and WebDataset have them: "a{00..11}b", "a{x,y}b" -> the names, in order."""
+    if not (m := re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", pattern)):
+        return [pattern]
+    low, high, words = m.groups()
+    options = words.split(",") if low is None else [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
+    return [name for option in options for name in braces(pattern[: m.start()] + option + pattern[m.end() :])]
+
+
+def _caption(content, kind):
+    """A caption member's text: the file itself, or a JSON object's "text" or "caption"; empty where there is none."""
+    text = content.decode("utf-8", "replace")
+    if kind == "json":
+        try:
+            row = json.loads(text)
+            text = row.get("text") or row.get("caption") or ""
+        except (ValueError, AttributeError):
+            return ""
+    return str(text).strip()
+
+
+class Prompted:
+    """Another source's images with prompts from a text file, one per line, shuffled anew every epoch: D sees no prompt, so G may be given any."""
+
+    def __init__(self, source, path, seed):
+        if not Path(path).is_file():
+            raise UserError(f"--prompts {path}: no such file")
+        self.source, self.seed = source, seed
+        self.lines = [line.strip() for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        if not self.lines:
+            raise UserError(f"--prompts {path} holds no prompt (one per line)")
+        self.held_out, self.judge = source.held_out, source.judge
+
+    def __getitem__(self, i):
+        epoch, place = divmod(i, len(self.lines))
+        return self.source[i][0], self.lines[_order(len(self.lines), self.seed, epoch)[place]]
+
+    def prompts(self, n):
+        return [self.lines[i % len(self.lines)] for i in range(n)]
 
 
 def _pixels(image, side):
@@ -160,7 +278,7 @@ class Pairs:
 
     def __getitem__(self, i):
         epoch, place = divmod(i, len(self.rows))
-        row = self.rows[np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))[place]]
+        row = self.rows[_order(len(self.rows), self.seed, epoch)[place]]
         return self.pictures(row), row["caption"]
 
 

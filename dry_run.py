@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from cast import Cast
 from diffusion import Schedule, guided, sample_generators
+from latent_gan import Head
 from latent_reward import LatentRewardModel
 from models import VAE, Denoiser, UserError
 from pixel_gan import PixelDiscriminator
@@ -56,6 +57,7 @@ TEXT = {"hidden_act": "gelu", "max_position_embeddings": 77, "vocab_size": 49408
 CLIP_L = CLIPTextConfig(**TEXT, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
 CLIP_G = CLIPTextConfig(**TEXT, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280)
 ALLOWANCE = 0.08  # of a GPU's memory
+IDLE = "distillation, a loop without G (TTUR)"
 
 
 class Words:
@@ -78,7 +80,7 @@ def assemble(config, batch):
     schedule, words, side = Schedule(), Words(), config.resolution // 8
     torch.set_default_dtype(torch.bfloat16)  # weights are born in it: fake ones cannot be cast in place
     teacher, G, fake = (Denoiser(UNet2DConditionModel(**SDXL), schedule, torch.bfloat16) for _ in range(3))
-    ref = R = D = None
+    ref = R = D = head = None
     if config.stage == 2:
         ref = Denoiser(UNet2DConditionModel(**SDXL), schedule, torch.bfloat16)
         ref.net.requires_grad_(False)
@@ -86,18 +88,21 @@ def assemble(config, batch):
     torch.set_default_dtype(torch.float32)
     teacher.net.requires_grad_(False)
     vae = VAE(AutoencoderKL(**SDXL_VAE))
-    if config.gan_weight:
+    if config.gan_weight and config.gan == "latent":
+        head = Head(SDXL["block_out_channels"][-1])
+    elif config.gan_weight:
         D = PixelDiscriminator(sam_model_registry["vit_b"]().image_encoder.requires_grad_(False), checkpointing=config.checkpointing)
     if config.checkpointing:
         for net in (G.net, fake.net, vae.net):
             net.enable_gradient_checkpointing()
-    players = {"G": (G.net, None), "fake": (fake.net, None)} | ({"D": (D, None)} if D else {}) | ({"G, RL": (G.net, None)} if ref else {})
+    nets = {"G": G.net, "fake": fake.net, "D": D, "head": head, "G, RL": G.net if ref else None}
+    players = {name: (net, None) for name, net in nets.items() if net is not None}
     for net, _ in players.values():
         for p in net.parameters():
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # gradients are counted with the states
     latent, S = torch.empty(batch, 4, side, side), schedule.steps(config.student_steps)
     teach = guided(teacher, words.encode([""]), config.guidance)
-    return Unmoved(config, 1, latent, words, vae, teacher, teach, G, fake, D, ref, R, players, S)
+    return Unmoved(config, 1, latent, words, vae, teacher, teach, G, fake, D, head, ref, R, players, S)
 
 
 class Memory(TorchDispatchMode):
@@ -128,16 +133,17 @@ class Memory(TorchDispatchMode):
 
 
 def iterate(config, kind, turn, watcher):
-    """One update of a kind, "distillation" or "preference" (`turn`: train.py's function for it), on one sample under `watcher`. -> the cast"""
+    """One loop of a kind (`turn`: train.py's function for it), on one sample under `watcher`. -> the cast"""
     with FakeTensorMode(allow_non_fake_inputs=True):
         cast = assemble(config, 1)
         draw = lambda purpose: sample_generators(0, 1, [0], purpose)  # noqa: E731
         c, picture = cast.encoder.encode(["a"]), torch.empty(1, 3, config.resolution, config.resolution)
+        loop = {"distillation": 0, IDLE: config.rl_ratio + 1 if config.stage == 2 else 1}.get(kind)  # loop 0 updates G
         with watcher:
             if kind == "preference":
                 turn(cast, ["a"], c, draw)
             else:
-                turn(cast, 0, picture, c, draw, watched=False)
+                turn(cast, loop, picture, c, draw, watched=False)
     return cast
 
 
@@ -163,6 +169,8 @@ def states(cast, gpus):
     if cast.D:
         sam, heads = count(cast.D.encoder[0]), count(cast.D)
         rows += [("SAM", sam, 4 * sam, 4 * sam), ("D's heads", heads, 16 * heads, 16 * heads)]
+    if cast.head:
+        rows += [("latent discriminator's head", n := count(cast.head), 16 * n, 16 * n)]
     if cast.R:
         judge = count(cast.R) + words
         rows += [("reference", unet, 2 * unet, 2 * unet), ("reward model", judge, 2 * judge, 2 * judge)]
@@ -178,8 +186,10 @@ def report(config, distil, prefer):
         raise UserError(f"--dry-run knows SDXL's geometry, not that of --preset {config.preset}: give one of the sdxl presets")
     began, gpus, share = time.time(), config.gpus, -(-config.batch_size // config.gpus)
     print(f"{config.preset}: stage {config.stage}, {config.resolution} pixels, batch {config.batch_size}, {gpus} GPUs of {config.gpu_memory:g} GB\n")
-    kinds = {"distillation": 1} if config.stage == 1 else {"preference": config.rl_ratio} | ({} if config.rl_only else {"distillation": 1})
-    measured = {kind: measure(config, kind, {"distillation": distil, "preference": prefer}[kind]) for kind in kinds}
+    kinds = {"distillation": 1} | ({IDLE: config.ttur - 1} if config.ttur > 1 else {})  # how often each kind of loop comes
+    if config.stage == 2:
+        kinds = {"preference": config.rl_ratio * config.ttur} | ({} if config.rl_only else kinds)
+    measured = {kind: measure(config, kind, prefer if kind == "preference" else distil) for kind in kinds}
     cast = next(iter(measured.values()))[-1]
     rows = states(cast, gpus)
     whole, sharded = sum(r[2] for r in rows), sum(r[3] for r in rows)
@@ -189,11 +199,11 @@ def report(config, distil, prefer):
 
     free, fits, cost = config.gpu_memory * 1e9 * (1 - ALLOWANCE) - sharded, True, 0
     for kind, (peak, flops, _) in measured.items():
-        at_once = (config.micro_batch or share) if kind == "distillation" else share
+        at_once = share if kind == "preference" else config.micro_batch or share
         most = max(0, int(free // peak))
         fits &= at_once <= most
         cost += flops * kinds[kind] / sum(kinds.values())
-        print(f"\n{kind} update: {peak / 1e9:.2f} GB at the peak and {flops / 1e12:.1f} TFLOP a sample, without what --checkpointing repeats")
+        print(f"\n{kind}: {peak / 1e9:.2f} GB at the peak and {flops / 1e12:.1f} TFLOP a sample, without what --checkpointing repeats")
         need = (sharded + at_once * peak) / (1 - ALLOWANCE) / 1e9
         print(f"    {at_once} a GPU at once need {need:.0f} GB; {most} fit" + ("" if at_once <= most else remedy(config, kind, share, most)))
     hours = config.iterations * config.batch_size * cost / (config.gpu_tflops * 1e12) / 3600
@@ -207,6 +217,6 @@ def remedy(config, kind, share, most):
         return ": add --checkpointing"
     if not most:
         return ": more GPUs share the states, a lower --resolution shrinks the rest"
-    if kind == "distillation":
+    if kind != "preference":
         return f": add --micro-batch {max(n for n in range(1, most + 1) if share % n == 0)}"
     return f": lower --batch-size to {most * config.gpus}, or use {-(-config.batch_size // most)} GPUs"

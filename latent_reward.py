@@ -14,6 +14,7 @@ Step-Level Preference Optimization" (LPO, arXiv 2502.01051; its SDXL model is th
 """
 
 import copy
+import math
 from pathlib import Path
 
 import torch
@@ -137,12 +138,19 @@ def log_density(z_s, x_0, alpha_s, sigma_s):
     return -(z_s - alpha_s * x_0).square().flatten(1).sum(1) / (2 * sigma_s.flatten() ** 2)
 
 
-def advantage(z_win, z_lose, x0_theta, x0_ref, alpha_s, sigma_s):
+def advantage(z_win, z_lose, x0_theta, x0_ref, alpha_s, sigma_s, clip=0.0):
     """Eq. 13: H = <z^w - z^l, α_s (x0_θ - x0_ref)>/σ_s², (B,): what the four log densities come to when z_t is shared.
+
+    clip > 0: LPO's way, the ratio of each MEAN density, (p_θ/p_ref)^(1/numbers), held within 1 ± clip; past it a candidate moves nothing.
 
     z_win, z_lose, x0_theta, x0_ref (B, C, h, w); alpha_s, sigma_s (B, 1, 1, 1). A SUM over dimensions, as densities have it:
     LPO takes the mean, so its β = 500 at SDXL's 65,536 dimensions is β = 0.0076 here.
     """
+    if clip:
+        n, middle, apart = z_win[0].numel(), alpha_s * (x0_theta + x0_ref) / 2, alpha_s * (x0_theta - x0_ref) / sigma_s**2
+        ratios = [((z - middle) * apart).flatten(1).sum(1) for z in (z_win, z_lose)]  # log p_θ/p_ref
+        win, lose = (r.clamp(n * math.log(1 - clip), n * math.log(1 + clip)) for r in ratios)
+        return win - lose
     return ((z_win - z_lose) * alpha_s * (x0_theta - x0_ref) / sigma_s**2).flatten(1).sum(1)
 
 

@@ -66,6 +66,15 @@ class Denoiser:
         output = self.net(x_t.to(self.dtype), t, c["tokens"].to(self.dtype), added_cond_kwargs=added, return_dict=False)[0]
         return self.schedule.x_0(output, x_t, t)
 
+    def with_features(self, x_t, t, c):
+        """-> (x_0, the mid block's output (B, C, h', w')): what a discriminator on the network's bottleneck sees (latent_gan.py)."""
+        kept = []
+        handle = self.net.mid_block.register_forward_hook(lambda module, inputs, output: kept.append(output))
+        try:
+            return self(x_t, t, c), kept[0]
+        finally:
+            handle.remove()
+
 
 def load_schedule(model):
     """The noise schedule of a pipeline folder's scheduler config."""
@@ -177,7 +186,8 @@ def shard(net, dtype):
     """FSDP2 in place: fp32 weights, gradients and optimizer state sharded over all ranks, computing in `dtype`."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # a cast would round t to bf16
     settings = {"mp_policy": policy, "reshard_after_forward": True}  # Eq. 11 reads the shards after a forward pass
-    for block in [*net.down_blocks, net.mid_block, *net.up_blocks]:
+    # The stem too: where gradient reaches the mid block's features alone (latent_gan.py), the root's own weights would not be gathered.
+    for block in [net.conv_in, net.time_embedding, net.add_embedding, *net.down_blocks, net.mid_block, *net.up_blocks]:
         fully_shard(block, **settings)
     return fully_shard(net, **settings)
 

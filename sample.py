@@ -26,7 +26,7 @@ def read_prompts(args, config):
         if not prompts:
             raise UserError(f"{args.prompts} holds no prompt (one per line)")
     else:
-        prompts = args.prompt or data.source(config["data"], config["resolution"]).prompts(8)
+        prompts = args.prompt or data.source(config["data"], config["resolution"], prompts=config.get("prompts", "")).prompts(8)
     for prompt in prompts:
         if not prompt.strip():
             raise UserError("--prompt is empty: say what to draw")

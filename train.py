@@ -6,7 +6,8 @@
     python train.py --preset sdxl-4step --dry-run     memory, FLOPs and GPU-hours, without weights or GPU (dry_run.py)
     python train.py --stage reward --pairs FOLDER     a latent reward model for stage 2 (train_reward.py)
 
-The mathematics lives in dmd.py, score_estimator.py, pixel_gan.py, latent_reward.py and diffusion.py; this file says in which order it happens.
+The mathematics lives in dmd.py, score_estimator.py, pixel_gan.py, latent_reward.py, diffusion.py and, for the baseline DMD2,
+latent_gan.py; this file says in which order it happens.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ import checkpoint
 import data
 import dmd
 import dry_run
+import latent_gan
 import latent_reward
 import monitor
 import pixel_gan
@@ -46,14 +48,14 @@ def train(config):
         raise UserError(f"--micro-batch {config.micro_batch} does not divide the {config.batch_size // ranks} samples of a rank")
     if config.stage == 2:
         config = checkpoint.from_stage_1(config)
-    source = data.source(config.data, config.resolution, config.seed)
+    source = data.source(config.data, config.resolution, config.seed, config.prompts)
     cast = assemble(config, ranks, device)
     G, players, share = cast.G, cast.players, len(cast.latent)
 
     run = checkpoint.open_run(config, rank)
     progress = dict.fromkeys(("loops", "generator_updates", "rl_updates", "samples", "passes", "skipped_updates"), 0) | {"seconds": 0.0}
-    if config.resume and (newest := checkpoint.newest(run)):
-        progress = checkpoint.load(newest, players)
+    if config.resume and checkpoint.newest(run):
+        progress = checkpoint.restore(run, players)
     if rank == 0:
         (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     log = monitor.Log(run, rank, config, progress)
@@ -91,7 +93,7 @@ def train(config):
         bad_loops = 0 if ok else bad_loops + 1
         ends = ending.asked() or loop == config.iterations
         if loop % config.save_every == 0 or ends or bad_loops == GIVE_UP_AFTER:
-            checkpoint.save(run, players, progress)
+            checkpoint.save(run, players, progress, config.keep)
         if bad_loops == GIVE_UP_AFTER:
             raise UserError(f"{GIVE_UP_AFTER} loops in a row with a non-finite loss or gradient; saved in {run} (lower the learning rates)")
         if ends:
@@ -108,13 +110,15 @@ def distil(cast, loop, x_real, c, draw, watched):
     a generator per sample. -> what to log, with the health signals where `watched`; whether G moved; whether every update was finite."""
     config, G, fake, D = cast.config, cast.G, cast.fake, cast.D
     noise, size = {purpose: draw(purpose) for purpose in ("rollout", "renoise", "fake")}, config.micro_batch or len(x_real)
+    common = {"share": size / len(x_real), "look_at": window(config, cast.vae, cast.latent.shape[-1], loop)}
     parts = [slice(k, k + size) for k in range(0, len(x_real), size)]  # gradients add up over micro-batches
-    parts = [Part(x_real[k], {key: v[k] for key, v in c.items()}, **{key: v[k] for key, v in noise.items()}, share=1 / len(parts)) for k in parts]
+    parts = [Part(x_real[k], {key: v[k] for key, v in c.items()}, **{key: v[k] for key, v in noise.items()}, **common) for k in parts]
     ok, moved = True, False
 
     # The timestep-aware part: x, for the DM loss, starts from any student step but the last (3.3).
     i = int(np.random.default_rng([config.seed, loop]).integers(len(cast.S) - (config.dm_steps == "high")))
-    updates_G = loop % config.ttur == 0  # line 12
+    nth = loop // (config.rl_ratio + 1) if config.stage == 2 else loop  # of the loops that come here
+    updates_G = nth % config.ttur == 0  # line 12
     logged = monitor.mean([generator_turn(cast, part, i, updates_G) for part in parts])  # lines 5-16
     if updates_G:  # lines 17-18
         logged["g_norm"], moved = cast.update("G", sum(logged.values()), config.clip_grad)
@@ -125,6 +129,9 @@ def distil(cast, loop, x_real, c, draw, watched):
     logged |= (fake_loss := monitor.mean([estimator_turn(cast, part) for part in parts]))  # lines 21-23
     logged["fake_norm"], stepped = cast.update("fake", fake_loss["fake_loss"], config.clip_grad)  # line 24
     ok &= stepped
+    if cast.head is not None:
+        average_gradients(cast.head, cast.ranks)
+        ok &= cast.update("head", logged["d_loss"])[1]
 
     if D is not None:  # lines 25-26
         logged |= monitor.mean([discriminator_turn(cast, part) for part in parts])
@@ -147,11 +154,20 @@ class Part:
     renoise: list
     fake: list
     share: float  # of the rank's batch
+    look_at: tuple  # where D looks: indices into latents and into pixels
     x: torch.Tensor = None  # detached, as all of these
     x_adv: torch.Tensor = None
-    features: list = None  # D's, of V(x_adv)
+    features: list = None  # D's, of V(x_adv), where it looks
     t: torch.Tensor = None  # where Eq. 6 was taken
     eps: torch.Tensor = None
+
+
+def window(config, vae, side, loop):
+    """Where D looks in this loop: a square of --gan-crop pixels, or everything. -> index into latents (side x side), and into their pixels."""
+    size = config.gan_crop // vae.factor or side
+    corner = np.random.default_rng([config.seed, loop, 1]).integers(side - size + 1, size=2)
+    at = lambda f: (..., *(slice(int(a) * f, (int(a) + size) * f) for a in corner))  # noqa: E731
+    return at(1), at(vae.factor)
 
 
 def generator_turn(cast, part, i, updates_G):
@@ -165,9 +181,16 @@ def generator_turn(cast, part, i, updates_G):
     if updates_G:  # lines 13-14, Eq. 4
         low, high = config.renoise
         t = schedule.t_at(low + (high - low) * rand(part.renoise, x.device))
-        L_dmd = dmd.loss(x, dmd.gradient(cast.guided_teacher, cast.fake, x, t, randn(part.renoise, x), c))
-        (part.share * L_dmd).backward()
+        eps = randn(part.renoise, x)
+        L = L_dmd = dmd.loss(x, dmd.gradient(cast.guided_teacher, cast.fake, x, t, eps, c))
         logged["dm_loss"] = L_dmd.detach()
+        if cast.head is not None:  # DMD2, Eq. 5: beside the DM loss, at whichever step it is
+            L_adv = latent_gan.generator_loss(cast.fake, cast.head, x, t, eps, c)
+            L = L_dmd + config.gan_weight * L_adv
+            logged["adv_loss"] = L_adv.detach()
+        (part.share * L).backward()
+        for module in (cast.fake.net, cast.head) if cast.head is not None else ():
+            module.zero_grad()  # Eq. 5 is G's alone
     part.x = x = x.detach()  # line 20, before the rest of the rollout re-uses it
 
     if D is not None:  # lines 9, 11: x_adv at the last step, whose input is a detached rollout (Eq. 8)
@@ -177,7 +200,7 @@ def generator_turn(cast, part, i, updates_G):
             x_last = renoise(schedule, x_0, S, last, rollout)
         with torch.set_grad_enabled(updates_G):
             x_adv = G(x_last, times(S[last], x_last), c)
-            features = D.features(cast.vae.decode(x_adv))
+            features = D.features(cast.vae.decode(x_adv[part.look_at[0]]))
         if updates_G:  # lines 15-16, Eq. 9
             D.requires_grad_(False)
             L_adv = pixel_gan.generator_loss(D(features), config.gan_loss)
@@ -189,16 +212,22 @@ def generator_turn(cast, part, i, updates_G):
 
 
 def estimator_turn(cast, part):
-    """Lines 21-23, Eq. 6: the score estimator follows x. -> its loss."""
+    """Lines 21-23, Eq. 6: the score estimator follows x; in DMD2 it is the discriminator too, Eq. 7. -> its losses."""
     part.t, part.eps = cast.G.schedule.t_at(rand(part.fake, part.x.device)), randn(part.fake, part.x)
-    L_fake = score_estimator.loss(cast.fake, part.x, part.t, part.eps, part.c)
-    (part.share * L_fake).backward()
-    return {"fake_loss": L_fake.detach()}
+    L = L_fake = score_estimator.loss(cast.fake, part.x, part.t, part.eps, part.c)
+    logged = {"fake_loss": L_fake.detach()}
+    if cast.head is not None:
+        L_D, right = latent_gan.discriminator_loss(cast.fake, cast.head, part.x, cast.vae.encode(part.x_real), part.t, part.eps, part.c)
+        L = L_fake + cast.config.critic_weight * L_D
+        logged |= {"d_loss": L_D.detach(), "d_accuracy": right}
+    (part.share * L).backward()
+    return logged
 
 
 def discriminator_turn(cast, part):
     """Line 25, Eq. 10: D judges the pictures that G was judged by. -> its loss and accuracy."""
-    reals = cast.vae.decode(cast.vae.encode(part.x_real)) if cast.config.gan_reals == "vae" else part.x_real
+    latents, pixels = part.look_at
+    reals = cast.vae.decode(cast.vae.encode(part.x_real)[latents]) if cast.config.gan_reals == "vae" else part.x_real[pixels]
     real_logits, fake_logits = cast.D(cast.D.features(reals)), cast.D(part.features)
     L_D = pixel_gan.discriminator_loss(real_logits, fake_logits, cast.config.gan_loss)
     (part.share * L_D).backward()
@@ -232,7 +261,7 @@ def prefer(cast, prompts, c, draw):
         with torch.no_grad():
             x0_ref = cast.ref(z_t, times(S[i], z_t), c)
         alpha_s, sigma_s = G.schedule.alpha(s), G.schedule.sigma(s)
-        H = latent_reward.advantage(z_s[rows, win], z_s[rows, lose], x0_theta, x0_ref, alpha_s, sigma_s)
+        H = latent_reward.advantage(z_s[rows, win], z_s[rows, lose], x0_theta, x0_ref, alpha_s, sigma_s, config.ratio_clip)
         L = (latent_reward.loss(H, config.beta) * kept).sum() * cast.ranks / kept_pairs.clamp(min=1)  # FSDP averages over ranks
         L.backward()  # a rank without a pair takes part with weight zero
         total, right = total + L.detach(), right + ((H > 0) & kept).sum()

@@ -40,8 +40,8 @@ def train_reward(config):
 
     run = checkpoint.open_run(config, rank)
     progress = {"loops": 0, "samples": 0, "skipped_updates": 0}
-    if config.resume and (newest := checkpoint.newest(run)):
-        progress = checkpoint.load(newest, players)
+    if config.resume and checkpoint.newest(run):
+        progress = checkpoint.restore(run, players)
     if rank == 0:
         (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     log = monitor.Log(run, rank, config, progress)
@@ -70,7 +70,7 @@ def train_reward(config):
             with half:
                 log.write(progress, held_out(R, schedule, vae, source))
         if loop % config.save_every == 0 or last:
-            checkpoint.save(run, players, progress, lambda folder, R, _: R.save_pretrained(folder / "lrm", config.model))
+            checkpoint.save(run, players, progress, config.keep, lambda folder, R, _: R.save_pretrained(folder / "lrm", config.model))
     log.close()
     return run
 

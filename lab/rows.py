@@ -47,14 +47,18 @@ def key(flags, *rest):
     return " ".join([*map(str, flat(dict(sorted(flags.items())))), *map(str, rest)])
 
 
+def teacher_crc32():
+    return zlib.crc32(Path(Config.model, "unet/diffusion_pytorch_model.safetensors").read_bytes())
+
+
 def folder(key):
-    """A run folder of its own for a row."""
-    return RUNS / f"{zlib.crc32(key.encode()):08x}"
+    """A run folder of its own for a row with this teacher."""
+    return RUNS / f"{zlib.crc32(key.encode(), teacher_crc32()):08x}"
 
 
 def load(path):
     """The cache: {row: metrics}; empty where the toy's teacher is another one than the rows were made with."""
-    weights = zlib.crc32(Path(Config.model, "unet/diffusion_pytorch_model.safetensors").read_bytes())
+    weights = teacher_crc32()
     found = json.loads(path.read_text()) if path.exists() else {}
     return found if found.get("teacher_crc32") == weights else {"teacher_crc32": weights}
 

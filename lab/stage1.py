@@ -7,7 +7,6 @@ Rows are cached by their flags, so an interrupted call goes on; other teacher we
 """
 
 import json
-import shutil
 from pathlib import Path
 
 from config import Config
@@ -58,13 +57,12 @@ def name(flags, seed, num):
 
 
 def measure(flags, seed, num, threads):
-    """Train and evaluate one row with one seed -> its metrics, with seconds per loop and the last health signals."""
+    """Train and evaluate one row with one seed -> its metrics, with seconds per loop and the last health signals. The run stays in runs/lab."""
     out = rows.folder(name(flags, seed, num))
     rows.command("train.py", "--stage", 1, "--out", out, "--overwrite", "--preview-every", 0, "--seed", seed, *rows.flat(flags), threads=threads)
     rows.command("evaluate.py", "--run", out, "--num", num, "--json", out / "metrics.json", threads=threads)
     last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][-1]
     metrics = json.loads((out / "metrics.json").read_text())
-    shutil.rmtree(out)
     return metrics | {"seconds_per_loop": last["seconds"] / last["loops"], "score_lag": last["score_lag"], "skipped_updates": last["skipped_updates"]}
 
 

@@ -74,6 +74,22 @@ def test_at_the_reference_the_loss_is_log_2_and_a_step_parts_the_pair():
     assert (margin(theta - 0.1 * slope) > margin(theta)).all()
 
 
+def test_ratio_clip_stops_a_pair_whose_ratios_are_past_it():
+    """Against the mean densities of torch.distributions: within 1 ± clip H is Eq. 13's; past it each ratio stands still, and so does θ."""
+    z_win, z_lose, ref = draw(3, seed=5)
+    alpha, sigma = torch.full((5, 1, 1, 1), 0.6), torch.full((5, 1, 1, 1), 0.8)
+    near, far = ref + 1e-4 * (z_win - z_lose), (ref + (z_win - z_lose)).requires_grad_(True)
+    arguments = (z_win, z_lose, near, ref, alpha, sigma)
+    torch.testing.assert_close(latent_reward.advantage(*arguments, clip=0.1), latent_reward.advantage(*arguments))
+    H = latent_reward.advantage(z_win, z_lose, far, ref, alpha, sigma, clip=0.1)
+    ratio = lambda z: torch.distributions.Normal(alpha * far, sigma).log_prob(z) - torch.distributions.Normal(alpha * ref, sigma).log_prob(z)  # noqa: E731
+    bounded = lambda z: ratio(z).flatten(1).mean(1).exp().clamp(0.9, 1.1).log() * z[0].numel()  # noqa: E731
+    torch.testing.assert_close(H, bounded(z_win) - bounded(z_lose))
+    both_past = (ratio(z_win).flatten(1).mean(1) > math.log(1.1)) & (ratio(z_lose).flatten(1).mean(1) < math.log(0.9))
+    (slope,) = torch.autograd.grad(H.sum(), far)
+    assert both_past.any() and slope[both_past].abs().max() == 0
+
+
 def test_choose_drops_ties():
     scores = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 3.0, -1.0, 2.0], [0.2, 0.0, 0.9, 0.1]])
     win, lose, kept = latent_reward.choose(scores, 0.45)

@@ -1,7 +1,9 @@
 """Algorithm 1 as it runs: who moves when, what stays frozen, ranks, resuming, and what sampling makes of the student."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import train
 from config import Config
 from diffusion import sample_generators
 from models import PromptEncoder, UserError, generate, load_denoiser, load_sam, load_vae
+from toy import world
 
 SMALL = {"iterations": 3, "batch_size": 4, "preview_every": 0, "log_every": 1, "save_every": 1000}
 
@@ -97,6 +100,34 @@ def test_micro_batches_add_up(settings, tmp_path):
         train.train(Config(**few, micro_batch=3, out=str(tmp_path / "3")))
 
 
+def test_gan_crop_shows_D_the_same_square_of_both(tmp_path):
+    """The square's pixels are those its latents decode to; it moves from loop to loop; losses are finite; a bad size is refused."""
+    config, vae = Config(gan_crop=32), load_vae("toy/sdxl")
+    images = torch.stack([world.render(world.scene(i)[0]) for i in range(8)])
+    latents, corners = vae.encode(images), set()
+    for loop in range(20):
+        z, pixels = train.window(config, vae, 16, loop)
+        part, whole = vae.decode(latents[z]), vae.decode(latents)[pixels]
+        assert part.shape == whole.shape == images[pixels].shape == (8, 3, 32, 32)
+        inner = (..., slice(8, 24), slice(8, 24))  # the border's convolutions saw other neighbours
+        assert (part[inner] - whole[inner]).abs().mean() < 0.1 * whole[inner].std()
+        corners.add((pixels[1].start, pixels[2].start))
+    assert len(corners) > 10 and all(0 <= a <= 32 and a % 4 == 0 for corner in corners for a in corner)
+    assert images[train.window(Config(), vae, 16, 1)[1]].shape == images.shape
+    (last,) = metrics_of(train.train(Config(**SMALL | {"iterations": 1}, gan_crop=32, out=str(tmp_path / "run"))))
+    assert math.isfinite(last["adv_loss"]) and math.isfinite(last["d_loss"])
+    for size in (30, 128):
+        with pytest.raises(UserError, match="--gan-crop"):
+            train.train(Config(**SMALL, gan_crop=size, out=str(tmp_path / "bad")))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_are_the_same(tmp_path):
+    plain, compiled = (train.train(Config(**SMALL | {"gan_weight": 0}, compile=on, out=str(tmp_path / str(on)))) for on in (False, True))
+    for a, b in zip(metrics_of(plain), metrics_of(compiled)):
+        assert b["dm_loss"] == pytest.approx(a["dm_loss"], rel=1e-3) and b["fake_loss"] == pytest.approx(a["fake_loss"], rel=1e-3)
+
+
 def test_checkpointing_changes_nothing_but_memory(tmp_path):
     plain, recomputed = (train.train(Config(**SMALL, checkpointing=on, out=str(tmp_path / str(on)))) for on in (False, True))
     for a, b in zip(student(plain).values(), student(recomputed).values()):
@@ -156,13 +187,14 @@ def test_non_finite_update_is_skipped_and_ten_end_the_run(tmp_path, monkeypatch)
     assert all(torch.isfinite(v).all() for v in student(run).values())
 
 
-def test_two_ranks_are_one(tmp_path):
+@pytest.mark.parametrize("method", [{}, {"gan": "latent", "dm_steps": "all"}])
+def test_two_ranks_are_one(method, tmp_path):
     """2 gloo ranks x 8, sharded by FSDP2, take the same 5 steps as 1 rank x 16: losses, gradient norms, how far the weights moved.
 
     Small learning rates: AdamW turns the rounding noise of gradients near zero into whole steps, which at the default rates
     moves losses by 1e-4 within three loops. adv_loss is a mean of logits of order 1 that crosses zero, hence its absolute bound.
     """
-    settings = {"iterations": 5, "batch_size": 16, "ema": 0.99, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5}
+    settings = {"iterations": 5, "batch_size": 16, "ema": 0.99, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5, **method}
     processes = [launch(*flags(**settings, out=tmp_path / f"r{n}"), ranks=n) for n in (1, 2)]
     for p in processes:
         out, _ = p.communicate(timeout=400)
@@ -231,6 +263,24 @@ def test_resume_after_kill(tmp_path):
     a, b = student(tmp_path / "whole"), student(tmp_path / "broken")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert [m["loops"] for m in metrics_of(tmp_path / "broken")] == list(range(1, 9))
+
+
+def test_torn_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
+    """The newest checkpoint's weights cut to half: a warning, the one before resumed, and in the end the same weights as an unbroken run."""
+    settings = SMALL | {"gan_weight": 0, "iterations": 6, "save_every": 2}
+    whole = train.train(Config(**settings, out=str(tmp_path / "whole")))
+    assert [p.name[-1] for p in checkpoint.checkpoints(whole)] == ["4", "6"]  # --keep 2
+    torn = train.train(Config(**settings, out=str(tmp_path / "torn")))
+    for part in (checkpoint.newest(torn) / "state").glob("*.distcp"):
+        part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    train.train(Config(**settings, out=str(torn), resume=True))
+    assert "checkpoint-000006" in capsys.readouterr().err and (torn / "checkpoint-000006.unreadable").is_dir()
+    a, b = student(whole), student(torn)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    for path in checkpoint.checkpoints(torn):
+        (path / "state" / ".metadata").unlink()
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        train.train(Config(**settings, out=str(torn), resume=True))
 
 
 def test_sigterm_saves_and_ends(tmp_path):

@@ -1,0 +1,89 @@
+"""WebDataset shards and prompt files: every sample once an epoch, the same order on any number of ranks, torn parts named and left out."""
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+from models import UserError
+
+
+def picture(value):
+    out = io.BytesIO()
+    Image.new("RGB", (40, 30), (value, value, value)).save(out, "png")
+    return out.getvalue()
+
+
+def write(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards of twelve gray pictures: a .txt caption for the first of them, .json for the second; the caption says the gray value."""
+    for s in range(2):
+        members = {}
+        for i in range(12):
+            value = 100 * s + i
+            members[f"part/{value:03d}.png"] = picture(value)
+            members[f"part/{value:03d}." + ("json" if s else "txt")] = (json.dumps({"text": f"gray {value}"}) if s else f"gray {value}\n").encode()
+        write(tmp_path / f"shard-{s:02d}.tar", members)
+    return tmp_path
+
+
+@pytest.mark.parametrize("pattern", ["shard-{00..01}.tar", "shard-*.tar", "shard-{00,01}.tar"])
+def test_shards_give_every_image_with_its_own_caption_once_an_epoch(shards, pattern):
+    source = data.source(f"{shards}/{pattern}", 16, seed=3)
+    epochs = [[source[i] for i in range(24 * e, 24 * e + 24)] for e in range(2)]
+    for epoch in epochs:
+        assert sorted(text for _, text in epoch) == sorted(f"gray {100 * s + i}" for s in range(2) for i in range(12))
+        for image, text in epoch:
+            assert image.shape == (3, 16, 16)
+            torch.testing.assert_close(image, torch.full_like(image, int(text.split()[1]) / 127.5 - 1))
+    assert [t for _, t in epochs[0]] != [t for _, t in epochs[1]]
+
+
+def test_shards_are_the_same_for_workers_ranks_and_a_resumed_run(shards):
+    """Batches by two loading processes, and from the middle on, are those of one process."""
+    name, whole = f"{shards}/shard-*.tar", [list(range(i, i + 4)) for i in range(0, 24, 4)]
+    texts = lambda indices, workers: [t for _, prompts, _ in data.batches(data.source(name, 16), indices, workers) for t in prompts]  # noqa: E731
+    straight = texts(whole, 0)
+    assert texts(whole, 2) == straight and texts(whole[3:], 0) == straight[12:]
+    ranks = [texts([part[2 * r : 2 * r + 2] for part in whole], 0) for r in range(2)]
+    assert [t for a, b in zip(zip(*[iter(ranks[0])] * 2), zip(*[iter(ranks[1])] * 2)) for t in a + b] == straight
+
+
+def test_torn_shards_and_bare_images_are_named_and_left_out(shards, capsys):
+    torn, good = shards / "shard-01.tar", shards / "shard-00.tar"
+    torn.write_bytes(torn.read_bytes()[:18000])
+    write(shards / "shard-02.tar", {"a.png": picture(7), "a.txt": b"gray 7", "b.png": picture(8), "c.png": b"not a picture", "c.txt": b"broken"})
+    source = data.source(f"{shards}/shard-*.tar", 16)
+    told = capsys.readouterr().out
+    assert "shard-01.tar is torn" in told and "1 images of" in told and "shard-02" in told and "b.png" in told
+    assert 20 <= len(source.rows) < 25
+    drawn = [source[i][1] for i in range(len(source.rows))]
+    assert "broken" not in drawn and "c.png (1 so far)" in capsys.readouterr().out
+    good.write_bytes(b"nothing of a tar")
+    for pattern, why in [("shard-00.tar", "cannot read the shard"), ("none-*.tar", "no image with a caption"), ("none.tar", "cannot read the shard")]:
+        with pytest.raises(UserError, match=why):
+            data.source(f"{shards}/{pattern}", 16)
+
+
+def test_prompt_file_replaces_the_captions(shards, tmp_path):
+    lines = [f"prompt {i}" for i in range(5)]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n\n")
+    source, plain = (data.source(f"{shards}/shard-*.tar", 16, prompts=p) for p in (tmp_path / "prompts.txt", ""))
+    assert sorted(source[i][1] for i in range(5)) == lines
+    assert all(torch.equal(source[i][0], plain[i][0]) for i in range(5))
+    (tmp_path / "empty.txt").write_text("\n")
+    for name, why in [("empty.txt", "no prompt"), ("missing.txt", "no such file")]:
+        with pytest.raises(UserError, match=why):
+            data.source("toy", 64, prompts=tmp_path / name)

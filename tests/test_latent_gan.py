@@ -1,0 +1,103 @@
+"""Eq. 5 and 7, DMD2's adversarial pair: finite differences, whose weights they reach, the optimal logit; who moves under --preset dmd2."""
+
+import json
+
+import pytest
+import torch
+
+import config
+import latent_gan
+import train
+from diffusion import add_noise
+from models import PromptEncoder, load_denoiser
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """The toy's UNet in double precision, a head, latents, and a condition."""
+    fake = load_denoiser("toy/sdxl", dtype=torch.float64)
+    fake.net.double()
+    torch.manual_seed(0)
+    head = latent_gan.Head(fake.net.config.block_out_channels[-1]).double()
+    c = {k: v.double() for k, v in PromptEncoder("toy/sdxl", 64).encode(["a red circle", "a blue ring"]).items()}
+    x, x_real, eps = torch.randn(3, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).unbind()
+    return fake, head, x, x_real, torch.tensor([200, 700]), eps, c
+
+
+def test_features_are_what_the_mid_block_gives(scene):
+    """Against the UNet's own blocks called one by one; and the estimate is the plain call's."""
+    fake, _, x, _, t, _, c = scene
+    x_0, features = fake.with_features(x, t, c)
+    unet, added = fake.net, {"text_embeds": c["pooled"], "time_ids": c["size"]}
+    emb = unet.time_embedding(unet.get_time_embed(x, t))
+    emb = emb + unet.get_aug_embed(emb, c["tokens"], added)
+    h = unet.conv_in(x)
+    for block in unet.down_blocks:
+        h, _ = block(h, emb, encoder_hidden_states=c["tokens"]) if getattr(block, "has_cross_attention", False) else block(h, emb)
+    torch.testing.assert_close(features, unet.mid_block(h, emb, encoder_hidden_states=c["tokens"]))
+    assert torch.equal(x_0, fake(x, t, c)) and not fake.net.mid_block._forward_hooks
+
+
+def test_eq_5_against_finite_differences(scene):
+    fake, head, x, _, t, eps, c = scene
+    x = x.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(latent_gan.generator_loss(fake, head, x, t, eps, c), x)
+    direction, h = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64), 1e-2
+    with torch.no_grad():
+        up, down = (latent_gan.generator_loss(fake, head, x + s * h * direction, t, eps, c) for s in (1, -1))
+    assert ((up - down) / (2 * h)).item() == pytest.approx((slope * direction).sum().item(), rel=0.02)
+    with torch.no_grad():  # a step along it makes D call x more real
+        logits = lambda x: head(fake.with_features(add_noise(fake.schedule, x, t, eps), t, c)[1])  # noqa: E731
+        assert logits(x - slope / slope.norm()).mean() > logits(x).mean()
+
+
+def test_eq_7_reaches_psi_and_the_head(scene):
+    """The down and mid blocks of the score estimator and the head learn from it; its up blocks, which D does not use, do not."""
+    fake, head, x, x_real, t, eps, c = scene
+    loss, right = latent_gan.discriminator_loss(fake, head, x, x_real, t, eps, c)
+    loss.backward()
+    assert all(p.grad is not None for p in head.parameters())
+    assert fake.net.conv_in.weight.grad.abs().max() > 0 and all(p.grad is None for p in fake.net.up_blocks.parameters())
+    fake.net.zero_grad(), head.zero_grad()
+    always_real = lambda features: torch.ones(len(features))  # noqa: E731
+    assert latent_gan.discriminator_loss(fake, always_real, x, x_real, t, eps, c)[1] == 0.5
+
+
+def test_optimal_logit_is_log_p_over_q():
+    """Two latents, real with p and made with q: the head that minimises Eq. 7 gives log p/q at each."""
+    p, q = torch.tensor([0.8, 0.2]), torch.tensor([0.3, 0.7])
+    logits = torch.zeros(2, requires_grad=True)
+
+    class Fake:
+        schedule = type("S", (), {"alpha": staticmethod(lambda t: 1.0), "sigma": staticmethod(lambda t: 0.0)})
+
+        def with_features(self, x_t, t, c):
+            return None, x_t
+
+    optimizer = torch.optim.SGD([logits], lr=1.0)
+    one, zero = torch.eye(2).split(1), torch.zeros(1, 2)
+    pairs = [(a, b) for a in range(2) for b in range(2)]
+    for _ in range(3000):
+        head = lambda y: y @ logits  # noqa: B023, E731
+        terms = [latent_gan.discriminator_loss(Fake(), head, one[b], one[a], 0, zero, None)[0] * p[a] * q[b] for a, b in pairs]
+        optimizer.zero_grad()
+        sum(terms).backward()
+        optimizer.step()
+    torch.testing.assert_close(logits.detach(), (p / q).log(), atol=1e-3, rtol=0)
+
+
+def test_preset_dmd2_moves_who_it_should(tmp_path):
+    """TTUR 5: G moves in loop 5, by both terms; Eq. 5 leaves nothing in the score estimator's gradient; --resume keeps the kind of GAN."""
+    small = ["--preset", "dmd2", "--iterations", "5", "--batch-size", "4", "--preview-every", "0", "--log-every", "1"]
+    last = {}
+    for weight in ("0.005", "50"):
+        run = train.train(config.parse([*small, "--gan-weight", weight, "--out", str(tmp_path / weight)]))
+        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [m["loops"] for m in logged if "dm_loss" in m and "adv_loss" in m] == [5] and logged[-1]["generator_updates"] == 1
+        assert all("d_loss" in m and "d_accuracy" in m for m in logged)
+        last[weight] = logged[-1]
+    assert last["50"]["g_norm"] > 2 * last["0.005"]["g_norm"]
+    for key in ("fake_loss", "fake_norm", "d_loss"):
+        assert last["50"][key] == pytest.approx(last["0.005"][key], rel=1e-5)
+    with pytest.raises(train.UserError, match="--gan latent"):
+        train.train(config.parse([*small, "--out", str(tmp_path / "50"), "--resume", "--gan", "pixel"]))
