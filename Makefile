@@ -8,7 +8,7 @@ RUN := runs/demo
 demo: $(ENV)/installed
 	$(PY) train.py --stage 1 --out $(RUN) --overwrite
 	$(PY) evaluate.py --run $(RUN) --steps 4 --num 200 --json $(RUN)/metrics.json
-	$(PY) train.py --stage 2 --init $(RUN) --out $(RUN)-stage2 --overwrite
+	$(PY) train.py --stage 2 --init $(RUN) --iterations 360 --out $(RUN)-stage2 --overwrite
 	rm -rf $(RUN)-stage2/samples
 	$(PY) sample.py --steps 4 --run $(RUN)-stage2 --out $(RUN)-stage2/samples
 	$(PY) evaluate.py --run $(RUN)-stage2 --steps 4 --num 200 --json $(RUN)-stage2/metrics.json
