@@ -110,7 +110,7 @@ def plot(results, num, path="docs/table4.png"):
 
 def main():
     args = rows.options(__doc__.split("\n")[0], ("table4",))
-    results = rows.load(RESULTS)
+    results = rows.load(RESULTS, reward_crc32=rows.crc32("toy/lrm/unet/diffusion_pytorch_model.safetensors"))
     if not args.print:
         with ThreadPoolExecutor(args.jobs) as pool:  # first, so that no two rows train the same one
             list(pool.map(lambda s: student(s, args.num, max(1, os.cpu_count() // args.jobs)), SEEDS))

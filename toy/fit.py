@@ -21,6 +21,20 @@ def scenes(count=32768, split="train"):
     return torch.stack([world.render(s) for s, _ in drawn]), [c for _, c in drawn], torch.stack([world.labels(s) for s, _ in drawn])
 
 
+@cache
+def crowds(count=16384):
+    """-> images (count, 3, 64, 64), masks (count, 64, 64) of the first crowded scenes."""
+    drawn = [world.crowd(i) for i in tqdm(range(count), desc="crowds", mininterval=5)]
+    return torch.stack([world.render(s) for s in drawn]), torch.stack([world.labels(s) for s in drawn])
+
+
+def crowd_of(size):
+    """`size` crowded scenes by chance -> images, masks."""
+    images, masks = crowds()
+    which = torch.randint(len(images), (size,))
+    return images[which], masks[which]
+
+
 def batch_of(size):
     """`size` scenes of the training split by chance -> images, captions, masks."""
     images, captions, masks = scenes()
@@ -68,7 +82,11 @@ def fit(name, modules, loss, steps, lr, weight_decay=0.0):
     state.unlink(missing_ok=True)
 
 
-def report(part, seconds, **reached):
+def report(part, seconds, at_least=(), **reached):
+    """Add what a part reached to toy/quality.json. at_least: {measure: bar}; SystemExit below one, before later parts are trained on it."""
+    for measure, bar in dict(at_least).items():
+        if reached[measure] < bar:
+            raise SystemExit(f"{part}: {measure} is {reached[measure]:.3f}, below {bar}: nothing can be built on it")
     path = HERE / "quality.json"
     quality = json.loads(path.read_text()) if path.exists() else {}
     quality[part] = {**{k: round(v, 4) if isinstance(v, float) else v for k, v in reached.items()}, "minutes": round(seconds / 60, 1)}
@@ -84,5 +102,6 @@ def forget_path(folder):
 
 
 def accuracies(images, captions):
+    """The share of pictures that meet their captions, and of facts by attribute."""
     whole, attributes = world.judge(images, captions)
     return {"prompt_accuracy": sum(whole) / len(whole), **{k: sum(v) / len(v) for k, v in sorted(attributes.items())}}

@@ -17,54 +17,55 @@ from models import load_vae
 from toy import world
 from toy.fit import HERE, fit, forget_path, report
 
+KINDS = {"fact": 0.5, "blurred": 0.125, "saturated": 0.125, "mixed": 0.25}  # of worse pictures, and their shares
 
-def spoilt(scene, text, image, other, rng):
+
+def spoilt(kind, scene, text, image, other, rng):
     """A worse picture for the caption: a stated fact made false, or the right picture blurred, over-saturated or mixed with another."""
-    kind = rng.choice(["fact", "blurred", "saturated", "mixed"], p=[0.7, 0.1, 0.1, 0.1])
     if kind == "blurred":
-        return F.avg_pool2d(F.pad(image[None], (2, 2, 2, 2), mode="reflect"), 5, 1)[0]
+        return F.avg_pool2d(F.pad(image[None], (3, 3, 3, 3), mode="reflect"), 7, 1)[0]
     if kind == "saturated":
         gray = image.mean(0, keepdim=True)
-        return (gray + rng.uniform(1.5, 2.5) * (image - gray)).clamp(-1, 1)
+        return (gray + rng.uniform(2, 3) * (image - gray)).clamp(-1, 1)
     if kind == "mixed":
         return image.lerp(other, rng.uniform(0.3, 0.7))
-    stated, ground = world.parse(text)
-    while True:
-        changed = altered(scene, stated, ground, rng)
-        if not all(map(all, world.check(changed, text).values())):  # of two like objects, one may stand in for the other
-            return world.render(changed)
+    return world.render(altered(scene, text, rng))
 
 
-def altered(scene, stated, ground, rng):
+def altered(scene, text, rng):
     """The scene with one fact that its caption states made false."""
-    spots = [(i, name) for i, facts in enumerate(stated) for name in facts] + [(None, name) for name in ground]
-    i, name = spots[rng.integers(len(spots))]
-    options = {"shape": world.SHAPES, "color": world.COLORS, "size": world.SIZES, "fill": world.FILLS, "background": world.BACKGROUNDS}[name]
-    changed = scene if i is None else scene.objects[i]
-    value = rng.choice([v for v in options if v != getattr(changed, name)])
-    changed = dataclasses.replace(changed, **{name: str(value)})
-    objects = changed.objects if i is None else (*scene.objects[:i], changed, *scene.objects[i + 1 :])
-    return dataclasses.replace(changed if i is None else scene, objects=objects)
+    stated = world.parse(text)
+    name = list(stated)[rng.integers(len(stated))]
+    if name in ("row", "column"):
+        change = {"cell": scene.objects[0].cell ^ (2 if name == "row" else 1)}
+    else:
+        options = {"shape": world.SHAPES, "color": world.COLORS, "size": world.SIZES, "fill": world.FILLS, "background": world.BACKGROUNDS}[name]
+        change = {name: str(rng.choice([v for v in options if v != stated[name]]))}
+    if name == "background":
+        return dataclasses.replace(scene, **change)
+    return dataclasses.replace(scene, objects=(dataclasses.replace(scene.objects[0], **change),))
 
 
 def pairs(count, split):
-    """-> latents of better and worse pictures, (count, 4, 16, 16) each, and their captions."""
+    """-> latents of better and worse pictures, (count, 4, 16, 16) each, their captions, and what is wrong with the worse."""
     vae, better, worse, captions = load_vae(HERE / "sdxl"), [], [], []
     rng = np.random.default_rng(count)
+    kinds = rng.choice(list(KINDS), count, p=list(KINDS.values()))
     for start in tqdm(range(0, count, 128), desc=f"pairs, {split}", mininterval=5):
         drawn = [world.scene(i, split) for i in range(start, start + 128)]
         images = [world.render(s) for s, _ in drawn]
-        bad = [spoilt(s, text, image, other, rng) for (s, text), image, other in zip(drawn, images, images[1:] + images[:1])]
+        parts = zip(kinds[start:], drawn, images, images[1:] + images[:1])
+        bad = [spoilt(kind, s, text, image, other, rng) for kind, (s, text), image, other in parts]
         better.append(vae.encode(torch.stack(images)))
         worse.append(vae.encode(torch.stack(bad)))
         captions += [text for _, text in drawn]
-    return torch.cat(better), torch.cat(worse), captions
+    return torch.cat(better), torch.cat(worse), captions, kinds
 
 
 def build_lrm():
     model, schedule, batch = HERE / "sdxl", Schedule(), 32
     R = LatentRewardModel.from_pipeline(model, world.SIZE)
-    better, worse, captions = pairs(16384, "train")
+    better, worse, captions, _ = pairs(32768, "train")
     encoded = [R.encoder.encode(captions[i : i + 256]) for i in range(0, len(captions), 256)]
     conditions = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
 
@@ -74,14 +75,17 @@ def build_lrm():
         return bradley_terry(*pair_scores(R, schedule, better[which], worse[which], t, *noise, {k: v[which] for k, v in conditions.items()}))
 
     began = time.time()
-    fit("lrm", [R], loss, steps=4000, lr=5e-4, weight_decay=0.01)
+    fit("lrm", [R], loss, steps=6000, lr=1.5e-3, weight_decay=0.01)
     R.eval().requires_grad_(False)
-    better, worse, captions = pairs(512, "test")
+    better, worse, captions, kinds = pairs(1024, "test")
     c, right = R.encoder.encode(captions), {}
     torch.manual_seed(0)
     for t in (50, 250, 500, 749):
-        win, lose = pair_scores(R, schedule, better, worse, torch.full((512,), t), *torch.randn(2, *better.shape), c)
+        win, lose = pair_scores(R, schedule, better, worse, torch.full((len(better),), t), *torch.randn(2, *better.shape), c)
         right[f"right_at_t_{t}"] = (win > lose).float().mean().item()
+        if t == 500:
+            of = {kind: (win > lose)[torch.from_numpy(kinds == kind)] for kind in KINDS}
+            right |= {f"right_at_t_500_{kind}": judged.float().mean().item() for kind, judged in of.items()}
     R.save_pretrained(HERE / "lrm", model, half=True)
     forget_path(HERE / "lrm")
     report("lrm", time.time() - began, parameters=sum(p.numel() for p in R.parameters()), **right)

@@ -1,9 +1,8 @@
 """The toy world: 64x64 scenes whose captions can be CHECKED, not estimated.
 
-A scene is a background (colour, texture) with one or two objects on a 2x2 grid of cells; each object has a
-shape, colour, size, fill and a place in its cell. Its caption states some of that, in reading order. What the caption
-leaves open (places, textures, most sizes and fills) is what makes few-step sampling hard; what it states can be
-read back from the pixels, which makes alignment exact.
+A scene is a background (colour, texture) with one object in one of four corners; it has a shape, colour, size, fill and
+a place in its corner. Its caption states some of that. What the caption leaves open (textures, most sizes and fills, the exact
+place) is what makes few-step sampling hard; what it states can be read back from the pixels, which makes alignment exact.
 
     scene(i, split)     the i-th scene of "train" or "test", and its caption; no caption and no scene is in both
     render(scene)       its image, (3, 64, 64) in [-1, 1];  labels(scene) its masks, (64, 64)
@@ -27,12 +26,12 @@ COLORS = {
     "blue": (0.15, 0.30, 0.90),
     "yellow": (0.95, 0.85, 0.15),
     "purple": (0.62, 0.18, 0.75),
-    "cyan": (0.20, 0.80, 0.85),
 }
 BACKGROUNDS = {"black": (0.10, 0.10, 0.10), "gray": (0.50, 0.50, 0.50), "tan": (0.76, 0.66, 0.50), "navy": (0.10, 0.12, 0.34)}
-SHAPES, FILLS, TEXTURES = ("circle", "cross", "triangle", "ring"), ("plain", "striped", "dotted"), ("plain", "checkered")
+SHAPES, FILLS, TEXTURES = ("circle", "cross", "triangle", "ring"), ("plain", "striped"), ("plain", "checkered")
 SIZES = {"small": 8, "large": 12}  # radius, pixels
-SECOND = (0.97, 0.97, 0.97)  # the colour of stripes and dots
+ROWS, COLUMNS = ("top", "bottom"), ("left", "right")  # of corners
+SECOND = (0.97, 0.97, 0.97)  # the colour of stripes
 CHECKER = 0.06  # checkered backgrounds: squares of 8 pixels, lighter and darker by this much
 PLACED = (-2, 2)  # an object's centre lies this far from its cell's in x and in y: 4 pixels apart, one latent pixel
 REACH = 3  # how far from a cell's centre, in pixels, the checker looks for objects
@@ -49,15 +48,23 @@ class Object:
     dx: int = 0
     dy: int = 0
 
+    @property
+    def row(self):
+        return ROWS[self.cell // 2]
+
+    @property
+    def column(self):
+        return COLUMNS[self.cell % 2]
+
 
 @dataclass(frozen=True)
 class Scene:
     background: str
     texture: str
-    objects: tuple  # of Object, in reading order
+    objects: tuple  # of Object, in reading order: one in a scene of the world, any number in what a generator draws
 
     def key(self):
-        """The scene in words, places inside the cells left out: what the splits are dealt by."""
+        """The scene in words, the place inside the cell left out: what the splits are dealt by."""
         return " ".join([self.background, self.texture, *(f"{o.size} {o.fill} {o.color} {o.shape} {o.cell}" for o in self.objects)])
 
 
@@ -80,7 +87,6 @@ def stencil(shape, size, fill, dx=0, dy=0):
     second = {
         "plain": np.zeros_like(inside),
         "striped": np.floor((y + 1.5) / 3) % 2 == 1,
-        "dotted": ((x + 3) % 6 - 3) ** 2 + ((y + 3) % 6 - 3) ** 2 < 1.9**2,
     }[fill]
     masks = np.stack([inside & ~second, inside & second]).astype(np.float32)
     return masks.reshape(2, CELL, s, CELL, s).mean((2, 4))
@@ -124,26 +130,35 @@ def labels(scene):
 
 
 SPLITS = {"train": 1, "test": 2}  # split -> its number in the seed
-TWO_OBJECTS = 0.15  # the share of scenes with two
-STATED = {"size": 0.25, "fill": 0.25, "color": 0.9, "background": 0.4}  # how often a caption says it; shapes always
+STATED = {"size": 0.25, "fill": 0.25, "color": 0.9, "place": 0.9, "background": 0.4}  # how often a caption says it; the shape always
 
 
 def random_scene(rng):
     pick = lambda options: list(options)[rng.integers(len(options))]  # noqa: E731
-    cells = sorted(rng.choice(4, 1 + (rng.random() < TWO_OBJECTS), replace=False).tolist())
-    objects = tuple(Object(pick(SHAPES), pick(COLORS), pick(SIZES), pick(FILLS), c, pick(PLACED), pick(PLACED)) for c in cells)
-    return Scene(pick(BACKGROUNDS), pick(TEXTURES), objects)
+    one = Object(pick(SHAPES), pick(COLORS), pick(SIZES), pick(FILLS), pick(range(4)), pick(PLACED), pick(PLACED))
+    return Scene(pick(BACKGROUNDS), pick(TEXTURES), (one,))
 
 
 def caption(scene, rng):
-    """Says every object's shape, and each further fact by chance: "a large red circle and a striped ring on a gray background"."""
-    said = lambda o: [getattr(o, kind) for kind in ("size", "fill", "color") if rng.random() < STATED[kind]]  # noqa: E731
-    text = " and ".join(" ".join(["a", *said(o), o.shape]) for o in scene.objects)
-    return text + (f" on a {scene.background} background" if rng.random() < STATED["background"] else "")
+    """Says the object's shape, and each further fact by chance: "a large striped red circle at the top left on a gray background"."""
+    (o,) = scene.objects
+    words = ["a", *(getattr(o, kind) for kind in ("size", "fill", "color") if rng.random() < STATED[kind]), o.shape]
+    words += ["at the", o.row, o.column] * (rng.random() < STATED["place"])
+    words += ["on a", scene.background, "background"] * (rng.random() < STATED["background"])
+    return " ".join(words)
 
 
 def _held_out(text):
-    return zlib.crc32(text.encode()) % 10 == 0
+    return zlib.crc32(text.encode()) % 5 == 0
+
+
+def crowd(index):
+    """The index-th scene with objects in two to four corners and no caption: what the VAE and SAM's encoder learn pixels from."""
+    rng = np.random.default_rng([0, index])
+    pick = lambda options: list(options)[rng.integers(len(options))]  # noqa: E731
+    cells = sorted(rng.choice(4, rng.integers(2, 5), replace=False).tolist())
+    objects = tuple(Object(pick(SHAPES), pick(COLORS), pick(SIZES), pick(FILLS), c, pick(PLACED), pick(PLACED)) for c in cells)
+    return Scene(pick(BACKGROUNDS), pick(TEXTURES), objects)
 
 
 def scene(index, split="train"):
@@ -213,46 +228,37 @@ def detect(images):
 
 
 def parse(text):
-    """A caption of this world -> its statements: a list of dicts, one per object, and the background's dict.
+    """A caption of this world -> its statements {attribute: value}, such as {"color": "red", "shape": "circle", "background": "tan"}.
 
     Raises ValueError for text outside the world's grammar.
     """
-    said, ground = text.strip().lower(), {}
+    said, facts = text.strip().lower(), {}
     if m := re.search(r" on an? (\w+) background$", said):
         if m[1] not in BACKGROUNDS:
             raise ValueError(f"not a background of the toy world: {m[1]!r} in {text!r}")
-        said, ground = said[: m.start()], {"background": m[1]}
-    objects = []
-    for phrase in said.split(" and "):
-        article, *words = phrase.split() or [""]
-        stated = {}
-        for word in words:
-            kind = next((k for k, v in (("shape", SHAPES), ("color", COLORS), ("size", SIZES), ("fill", FILLS)) if word in v), None)
-            if kind is None or kind in stated:
-                raise ValueError(f"not in the toy world's grammar: {word!r} in {text!r}")
-            stated[kind] = word
-        if article not in ("a", "an") or "shape" not in stated:
-            raise ValueError(f"not in the toy world's grammar: {phrase!r} in {text!r}")
-        objects.append(stated)
-    return objects, ground
+        said, facts = said[: m.start()], {"background": m[1]}
+    if m := re.search(rf" at the ({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})$", said):
+        said, facts = said[: m.start()], facts | {"row": m[1], "column": m[2]}
+    article, *words = said.split() or [""]
+    for word in words:
+        kind = next((k for k, v in (("shape", SHAPES), ("color", COLORS), ("size", SIZES), ("fill", FILLS)) if word in v), None)
+        if kind is None or kind in facts:
+            raise ValueError(f"not in the toy world's grammar: {word!r} in {text!r}")
+        facts[kind] = word
+    if article not in ("a", "an") or "shape" not in facts:
+        raise ValueError(f"not in the toy world's grammar: {text!r}")
+    return facts
 
 
 def check(found, text):
-    """Which facts that `text` states are true of the Scene `found` -> dict of lists of bool, one list per attribute.
+    """Which facts that `text` states are true of the Scene `found` -> {attribute: bool}, "count" (one object) among them.
 
-    Stated objects are matched to found ones so that as many facts as possible hold.
+    Of several objects the one counts for which most is true.
     """
-    stated, ground = parse(text)
-    candidates = list(found.objects) + [None] * len(stated)
-
-    def facts(match):
-        out = {"count": [len(found.objects) == len(stated)]}
-        for wanted, o in zip(stated, match):
-            for kind, value in wanted.items():
-                out.setdefault(kind, []).append(o is not None and getattr(o, kind) == value)
-        return out | {kind: [getattr(found, kind) == value] for kind, value in ground.items()}
-
-    return max((facts(m) for m in itertools.permutations(candidates, len(stated))), key=lambda f: sum(map(sum, f.values())))
+    stated = parse(text)
+    ground = {kind: found.background == stated.pop(kind) for kind in ("background",) if kind in stated}
+    facts = [{kind: getattr(o, kind, None) == value for kind, value in stated.items()} for o in found.objects or [None]]
+    return {"count": len(found.objects) == 1} | max(facts, key=lambda f: sum(f.values())) | ground
 
 
 def judge(images, prompts):
@@ -265,7 +271,7 @@ def judge(images, prompts):
     whole, attributes = [], {}
     for found, text in zip(detect(images), prompts, strict=True):
         facts = check(found, text)
-        whole.append(all(map(all, facts.values())))
-        for kind, values in facts.items():
-            attributes.setdefault(kind, []).extend(values)
+        whole.append(all(facts.values()))
+        for kind, true in facts.items():
+            attributes.setdefault(kind, []).append(true)
     return whole, attributes
