@@ -6,11 +6,13 @@ from math import inf
 import torch
 
 import checkpoint
+import dmdr
 import latent_gan
+import metrics
 from diffusion import guided
 from distributed import update
 from latent_reward import LatentRewardModel
-from models import PromptEncoder, UserError, load_denoiser, load_sam, load_vae, shard
+from models import PromptEncoder, UserError, add_lora, load_denoiser, load_sam, load_vae, shard
 from pixel_gan import PixelDiscriminator
 
 
@@ -25,6 +27,7 @@ class Cast:
     vae: object
     teacher: object  # μ_real, and guided
     guided_teacher: object
+    null: dict  # the null prompt's condition
     G: object
     fake: object  # μ_fake
     D: object  # Pixel-GAN's, or None
@@ -37,6 +40,12 @@ class Cast:
     def update(self, name, loss, max_norm=inf):
         """One optimizer step of a player. -> (gradient norm, stepped)."""
         return update(*self.players[name], loss, max_norm)
+
+    def pace(self, factor):
+        """Learning rates of G and of the score estimator: `factor` times those asked for."""
+        for name, rate in (("G", self.config.lr), ("fake", self.config.fake_lr)):
+            for group in self.players[name][1].param_groups:
+                group["lr"] = rate * factor
 
     def passes(self):
         """Network passes of the three denoisers on this rank so far, in samples."""
@@ -62,24 +71,27 @@ def assemble(config, ranks, device):
     if config.checkpointing:
         for net in (G.net, fake.net, vae.net):
             net.enable_gradient_checkpointing()
+    if config.fake_lora:
+        torch.manual_seed(config.seed)
+        add_lora(fake.net, config.fake_lora, dmdr.FAKE_SCALE)
     for player in (G, fake):
         player.net.train()
         if ranks > 1 or device.type == "cuda":
             shard(player.net, dtype)
-    if config.compile and config.gan == "latent":
-        raise UserError("--compile and --gan latent do not go together: the compiled score estimator hides its features")
+    if config.compile and config.gan != "pixel":
+        raise UserError(f"--compile and --gan {config.gan} do not go together: the compiled score estimator hides its features")
     if config.compile:
         for net in (G.net, fake.net, teacher.net):
             net.compile()
     fused = device.type == "cuda"
-    adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=config.weight_decay, fused=fused)  # noqa: E731
+    adam = lambda net, lr: torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr, weight_decay=config.weight_decay, fused=fused)  # noqa: E731
     players = {"G": (G.net, adam(G.net, config.lr)), "fake": (fake.net, adam(fake.net, config.fake_lr))}
     D = head = None
     torch.manual_seed(config.seed)
     if config.gan == "pixel" and config.gan_weight > 0:  # line 3
         D = PixelDiscriminator(load_sam(config.sam, device), checkpointing=config.checkpointing).to(device)
         players["D"] = (D, adam(D, config.d_lr))
-    if config.gan == "latent" and config.gan_weight > 0:
+    if config.gan in ("latent", "online") and config.gan_weight > 0:
         head = latent_gan.Head(fake.net.config.block_out_channels[-1]).to(device)
         players["head"] = (head, adam(head, config.fake_lr))
     ref = R = None
@@ -87,12 +99,22 @@ def assemble(config, ranks, device):
         checkpoint.restore(config.init, players, optimizers=False)
         ref = load_denoiser(config.model, device, dtype, unet=checkpoint.newest(config.init) / "unet")  # p_ref
         freeze(ref.net, dtype)
-        R = LatentRewardModel.from_pretrained(config.reward, config.resolution, config.model, device, dtype)
-        if (channels := R.unet.config.in_channels) != vae.channels:
-            raise UserError(f"the reward model in {config.reward} judges latents of {channels} channels, those of {config.model} have {vae.channels}")
         players["G, RL"] = (G.net, adam(G.net, config.rl_lr))
-    S = teacher.schedule.steps(config.student_steps)  # τ_K > ... > τ_1
-    return Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, encoder.null(), config.guidance), G, fake, D, head, ref, R, players, S)
+    if config.stage == 2 or config.reward_weight:
+        if config.reward == "clip" and config.stage == 1:
+            R = metrics.Clip(config.clip, device)
+        else:
+            R = load_reward(config, vae, device, dtype)
+    S, null = teacher.schedule.steps(config.student_steps), encoder.null()  # τ_K > ... > τ_1
+    return Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, null, config.guidance), null, G, fake, D, head, ref, R, players, S)
+
+
+def load_reward(config, vae, device, dtype):
+    """The latent reward model. Raises UserError for one of another latent width."""
+    R = LatentRewardModel.from_pretrained(checkpoint.reward_folder(config), config.resolution, config.model, device, dtype)
+    if (channels := R.unet.config.in_channels) != vae.channels:
+        raise UserError(f"the reward model in {config.reward} judges latents of {channels} channels, those of {config.model} have {vae.channels}")
+    return R
 
 
 def freeze(net, dtype):

@@ -161,10 +161,15 @@ def from_stage_1(config):
             raise UserError(f"{run} was trained with --{key.replace('_', '-')} {before[key]}, not {getattr(config, key)}")
     if config.gan_weight and not before["gan_weight"]:
         raise UserError(f"{run} was trained without a GAN: pass --gan-weight 0")
+    return dataclasses.replace(config, init=str(run), reward=reward_folder(config))
+
+
+def reward_folder(config):
+    """The latent reward model's folder: --reward, or "lrm" beside the model. Raises UserError where there is none."""
     reward = config.reward or str(Path(config.model).parent / "lrm")
     if not any((root / reward).is_dir() for root in (Path(), Path(__file__).parent)):
         raise UserError(f"no latent reward model in {reward}: name its folder with --reward")
-    return dataclasses.replace(config, init=str(run), reward=reward)
+    return reward
 
 
 def open_run(config, rank):
@@ -197,7 +202,7 @@ def refusal(config, run):
         if not saved.exists():
             return f"nothing to resume in {run}: it has no config.json"
         before = DEFAULTS | json.loads(saved.read_text())
-        for key in ("stage", "model", "data", "prompts", "gan", "sam", "student_steps", "resolution", "seed", "batch_size"):
+        for key in ("stage", "model", "data", "prompts", "gan", "fake_lora", "sam", "student_steps", "resolution", "seed", "batch_size"):
             old, new = before[key], getattr(config, key)
             if old != new and Path(str(old)).resolve() != Path(str(new)).resolve():
                 return f"{run} was trained with --{key.replace('_', '-')} {old}, not {new}: resume it with its own"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT
@@ -74,6 +76,24 @@ class Denoiser:
             return self(x_t, t, c), kept[0]
         finally:
             handle.remove()
+
+
+def add_lora(net, rank, scale=1.0):
+    """In place: the UNet's weights freeze, and every attention, feed-forward and residual layer gets a trainable LoRA (peft), zero at first.
+
+    Its update is scale · B A. Names are diffusers', so that it saves and loads as any LoRA does.
+    """
+    net.requires_grad_(False)
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"]
+    net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
+    lora_scale(net, scale)
+
+
+def lora_scale(net, scale):
+    """In place: the strength of the net's LoRA."""
+    for layer in net.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_scale("default", scale)
 
 
 def load_schedule(model):
