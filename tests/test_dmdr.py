@@ -61,7 +61,7 @@ def test_reward_gradient_through_one_step(kind, scene):
     G, vae, c, tau = load_denoiser("toy/sdxl"), load_vae("toy/sdxl"), encoder.encode(prompts), torch.tensor([499, 499])
     if kind == "lrm":
         R, s = LatentRewardModel.from_pretrained("toy/lrm", 64, "toy/sdxl"), torch.tensor([249, 249])
-        reward, margin = lambda x: R(add_noise(G.schedule, x, s, eps), s, R.encoder.encode(prompts)), 100.0  # noqa: E731
+        reward, margin = lambda x: R(add_noise(G.schedule, x, s, eps), s, R.encoder.encode(prompts)), 20.0  # noqa: E731
     else:
         clip = Clip("toy/clip")
         reward, margin = lambda x: clip.score(clip.features(vae.decode(x)), prompts), 1.0  # noqa: E731
@@ -69,7 +69,7 @@ def test_reward_gradient_through_one_step(kind, scene):
     value().backward()
     weight = G.net.conv_out.weight
     slope, direction = weight.grad.norm().item(), weight.grad / weight.grad.norm()
-    ends, h = [], 2e-3
+    ends, h = [], 1e-4
     with torch.no_grad():
         for sign in (1, -2):
             weight += sign * h * direction
