@@ -24,9 +24,7 @@ class Config:
     dm_steps: str = "high"  # student steps that the DM loss trains: high = all but the last (timestep-aware), or all
     ttur: int = 1  # loops per generator update (Algorithm 1, line 12)
     ema: float = 0.9  # lambda of Eq. 11; 1 = no pull
-    gan: str = (
-        "pixel"  # pixel = Eq. 9, 10 on SAM's features; latent = DMD2's, Eq. 5, 7 (the baseline); online = AdvDMD's reward
-    )
+    gan: str = "pixel"  # pixel = Eq. 9, 10 on SAM's features; latent = DMD2's, Eq. 5, 7 (the baseline); online = AdvDMD's reward
     gan_weight: float = 0.03  # lambda of Algorithm 1, line 16; 0 = no GAN
     critic_weight: float = 0.01  # --gan latent: weight of Eq. 7 beside Eq. 6, as in DMD2
     gan_loss: str = "hinge"  # hinge or logistic

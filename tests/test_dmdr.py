@@ -69,7 +69,7 @@ def test_reward_gradient_through_one_step(kind, scene):
     value().backward()
     weight = G.net.conv_out.weight
     slope, direction = weight.grad.norm().item(), weight.grad / weight.grad.norm()
-    ends, h = [], 1e-4
+    ends, h = [], 3e-5
     with torch.no_grad():
         for sign in (1, -2):
             weight += sign * h * direction
