@@ -113,7 +113,7 @@ def distil(cast, loop, x_real, prompts, c, draw, watched):
     """Lines 5-26: one loop of distribution matching and Pixel-GAN. x_real (B, 3, H, W), its prompts, c their condition; draw(purpose):
     a generator per sample. -> what to log, with the health signals where `watched`; whether G moved; whether every update was finite."""
     config, G, fake, D = cast.config, cast.G, cast.fake, cast.D
-    noise, size = {purpose: draw(purpose) for purpose in ("rollout", "renoise", "fake")}, config.micro_batch or len(x_real)
+    noise, size = {purpose: draw(purpose) for purpose in ("rollout", "renoise", "fake", "unseen")}, config.micro_batch or len(x_real)
     nth = loop // (config.rl_ratio + 1) if config.stage == 2 else loop  # of the loops that come here
     k = (nth - 1) // config.ttur  # generator updates so far
     common = {"share": size / len(x_real), "look_at": window(config, cast.vae, cast.latent.shape[-1], loop), "k": k}
@@ -163,6 +163,7 @@ class Part:
     rollout: list  # generators, one per sample and purpose
     renoise: list
     fake: list
+    unseen: list
     share: float  # of the rank's batch
     look_at: tuple  # where D looks: indices into latents and into pixels
     k: int  # generator updates so far
@@ -236,7 +237,7 @@ def reinforce_turn(cast, part):
     config, G, S, states, c = cast.config, cast.G, cast.S, part.states, part.c
     with torch.no_grad():
         R = advdmd.logits(cast.fake, cast.head, states, S, c)
-        _, right = advdmd.discriminator_loss(cast.fake, cast.head, states, cast.vae.encode(part.x_real), S, randn(part.fake, part.x), c)
+        _, right = advdmd.discriminator_loss(cast.fake, cast.head, states, cast.vae.encode(part.x_real), S, randn(part.unseen, part.x), c)
     if dist.is_initialized():
         dist.all_reduce(right)
         right /= cast.ranks
