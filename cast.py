@@ -12,7 +12,7 @@ import metrics
 from diffusion import guided
 from distributed import update
 from latent_reward import LatentRewardModel
-from models import PromptEncoder, UserError, add_lora, load_denoiser, load_sam, load_vae, shard
+from models import UserError, add_lora, load_denoiser, load_encoder, load_sam, load_vae, shard
 from pixel_gan import PixelDiscriminator
 
 
@@ -55,7 +55,7 @@ class Cast:
 def assemble(config, ranks, device):
     """Algorithm 1, lines 1-3 (and in stage 2 the reference and the reward model) -> Cast. Raises UserError for what does not fit."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    encoder = PromptEncoder(config.model, config.resolution, device, dtype)
+    encoder = load_encoder(config.model, config.resolution, device, dtype)
     vae = load_vae(config.model, device)
     side, rest = divmod(config.resolution, vae.factor)
     if rest or side % 4:
@@ -97,7 +97,7 @@ def assemble(config, ranks, device):
     ref = R = None
     if config.stage == 2:
         checkpoint.restore(config.init, players, optimizers=False)
-        ref = load_denoiser(config.model, device, dtype, unet=checkpoint.newest(config.init) / "unet")  # p_ref
+        ref = load_denoiser(config.model, device, dtype, student=checkpoint.newest(config.init))  # p_ref
         freeze(ref.net, dtype)
         players["G, RL"] = (G.net, adam(G.net, config.rl_lr))
     if config.stage == 2 or config.reward_weight:

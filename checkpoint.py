@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from config import Config
-from models import UserError
+from models import PARTS, UserError, part_name, part_of
 
 DEFAULTS = dataclasses.asdict(Config())  # a run of before a setting existed had its default
 
@@ -46,7 +46,7 @@ def newest(run):
 def save(run, players, progress, keep=1, export=None):
     """Write a checkpoint of players {name: (module, optimizer)} and progress (a dict with "loops"); then all but the `keep` newest are removed.
 
-    All ranks call it. export(folder, module, weights) writes, on rank 0, what others load of the first player; a diffusers UNet by default.
+    All ranks call it. export(folder, module, weights) writes, on rank 0, what others load of the first player; a diffusers model by default.
     """
     final = Path(run) / f"checkpoint-{progress['loops']:06d}"
     aside = final.with_name(final.name + ".tmp")
@@ -61,7 +61,7 @@ def save(run, players, progress, keep=1, export=None):
     module = next(iter(players.values()))[0]
     whole = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if first:
-        (export or save_unet)(aside, module, whole)
+        (export or save_student)(aside, module, whole)
         (aside / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
@@ -110,12 +110,13 @@ def load(path, players, optimizers=True):
     return json.loads((Path(path) / "progress.json").read_text())
 
 
-def save_unet(path, net, weights):
-    """A diffusers model folder, path/unet: config.json and fp32 safetensors."""
-    (path / "unet").mkdir()
-    config = dict(net.config) | {"_class_name": "UNet2DConditionModel"}
-    (path / "unet" / "config.json").write_text(json.dumps(config, indent=2, default=list))
-    save_file({k: v.contiguous() for k, v in weights.items()}, path / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+def save_student(path, net, weights):
+    """A diffusers model folder, path/unet or path/transformer: config.json and fp32 safetensors."""
+    name = part_name(net)
+    (path / name).mkdir()
+    config = dict(net.config) | {"_class_name": PARTS[name].__name__}
+    (path / name / "config.json").write_text(json.dumps(config, indent=2, default=list))
+    save_file({k: v.contiguous() for k, v in weights.items()}, path / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 def _state(players, optimizers=True):
@@ -166,6 +167,8 @@ def from_stage_1(config):
 
 def reward_folder(config):
     """The latent reward model's folder: --reward, or "lrm" beside the model. Raises UserError where there is none."""
+    if not config.reward and part_of(config.model) == "transformer":
+        raise UserError("there is no latent reward model for SD3: name a folder of your own with --reward")
     reward = config.reward or str(Path(config.model).parent / "lrm")
     if not any((root / reward).is_dir() for root in (Path(), Path(__file__).parent)):
         raise UserError(f"no latent reward model in {reward}: name its folder with --reward")

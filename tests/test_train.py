@@ -311,7 +311,7 @@ def test_plain_diffusers_draws_the_same_picture(trained):
     pipeline.set_progress_bar_config(disable=True)
     generators = sample_generators(3, 0, range(2), "sample")
     theirs = pipeline(prompts, num_inference_steps=4, guidance_scale=0.0, generator=generators, height=64, width=64, output_type="pt").images
-    G = load_denoiser("toy/sdxl", unet=checkpoint.newest(trained) / "unet")
+    G = load_denoiser("toy/sdxl", student=checkpoint.newest(trained))
     ours = generate(G, PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl"), prompts, 4, 3)
     assert ((ours.clamp(-1, 1) + 1) / 2 - theirs).abs().max() < 2 / 255
 
@@ -323,7 +323,7 @@ def test_export_is_a_pipeline_of_its_own(trained, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     generators = sample_generators(3, 0, range(1), "sample")
     theirs = pipeline(["a red circle"], num_inference_steps=4, guidance_scale=0, generator=generators, height=64, width=64, output_type="pt").images
-    G = load_denoiser("toy/sdxl", unet=checkpoint.newest(trained) / "unet")
+    G = load_denoiser("toy/sdxl", student=checkpoint.newest(trained))
     ours = generate(G, PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl"), ["a red circle"], 4, 3)
     assert ((ours + 1) / 2 - theirs).abs().max() < 2 / 255
     card = (out / "README.md").read_text()
@@ -333,7 +333,7 @@ def test_export_is_a_pipeline_of_its_own(trained, tmp_path):
 
 
 def test_picture_does_not_depend_on_the_batch(trained):
-    G = load_denoiser("toy/sdxl", unet=checkpoint.newest(trained) / "unet")
+    G = load_denoiser("toy/sdxl", student=checkpoint.newest(trained))
     encoder, vae, prompts = PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl"), ["a red circle", "a blue ring", "a green cross"]
     whole = generate(G, encoder, vae, prompts, 4, 0, batch=3)
     for batch in (1, 2):
