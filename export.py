@@ -28,7 +28,7 @@ Distilled with Flash-DMD (arXiv 2511.20549), stage {stage}: {loops} loops at bat
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
+pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER"{without})
 image = pipe("a prompt", {call}, guidance_scale=0, height={resolution}, width={resolution}).images[0]
 ```
 
@@ -56,8 +56,8 @@ def export(run, out):
         raise UserError(f"{out} is not empty: name a new folder")
     model = folder(config["model"], "model_index.json")
     part, steps = part_of(model), config["student_steps"]
-    student = {part: load_part(PARTS[part], str(newest), part)}
-    pipeline = DiffusionPipeline.from_pretrained(model, **student, torch_dtype=torch.float32)
+    without = {"text_encoder_3": None, "tokenizer_3": None} if part == "transformer" else {}  # SD3's T5 has no part in training
+    pipeline = DiffusionPipeline.from_pretrained(model, **{part: load_part(PARTS[part], str(newest), part)}, **without, torch_dtype=torch.float32)
     if part == "unet":
         pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=steps)
     else:
@@ -72,6 +72,7 @@ def export(run, out):
         **{k: config[k] for k in ("model", "stage", "batch_size", "resolution", "guidance")},
         steps=steps,
         call=call,
+        without="".join(f", {name}=None" for name in without),
         loops=json.loads((newest / "progress.json").read_text())["loops"],
         timesteps=", ".join(f"{t:g}" for t in load_schedule(config["model"]).steps(steps).tolist()),
         metrics=metrics,

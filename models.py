@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, UNet2DConditionModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -120,7 +120,7 @@ def lora_scale(net, scale):
 
 def load_schedule(model):
     """The noise schedule of a pipeline folder's (or hub name's) scheduler config."""
-    config = load_part(SchedulerMixin, folder(model, "scheduler/scheduler_config.json"), "scheduler", how="load_config")
+    config = load_part(FlowMatchEulerDiscreteScheduler, folder(model, "scheduler/scheduler_config.json"), "scheduler", how="load_config")
     if config["_class_name"] == "FlowMatchEulerDiscreteScheduler":
         return Schedule("flow", shift=config["shift"])
     if config.get("prediction_type", "epsilon") != "epsilon" or config.get("beta_schedule") != "scaled_linear":

@@ -70,7 +70,7 @@ def test_multi_step_sampling_is_diffusers(sd3):
     encoder, vae, denoiser = load_encoder(sd3, 64), load_vae(sd3), load_denoiser(sd3)
     assert denoiser.schedule.prediction == "flow" and denoiser.schedule.shift == 3.0
     ours = generate(guided(denoiser, encoder.null(), 4.0), encoder, vae, PROMPTS, 6, 0, ode=True)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3, torch_dtype=torch.float32)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
     theirs = diffusers_picture(pipeline, 6, 4.0, sample_generators(0, 0, range(2), "sample"))
     assert (ours - theirs.clamp(-1, 1)).abs().max() < 2 / 255
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
@@ -102,7 +102,7 @@ def test_stage_1_and_export(sd3, tmp_path):
     assert any(not torch.equal(p, before[name]) for name, p in student.net.state_dict().items())
 
     out = export(run, tmp_path / "student")
-    pipeline = StableDiffusion3Pipeline.from_pretrained(out, torch_dtype=torch.float32)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(out, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
     assert pipeline.scheduler.config.stochastic_sampling and pipeline.scheduler.config.shift == 3.0
     assert "sigmas=[1.0, 0.75, 0.5, 0.25], max_sequence_length=32" in (out / "README.md").read_text()
     theirs = diffusers_picture(pipeline, 4, 0, sample_generators(0, 0, range(2), "sample"), seed=5)
