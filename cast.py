@@ -10,9 +10,9 @@ import dmdr
 import latent_gan
 import metrics
 from diffusion import guided
-from distributed import update
+from distributed import update, weights
 from latent_reward import LatentRewardModel
-from models import UserError, add_lora, load_denoiser, load_encoder, load_sam, load_vae, shard
+from models import Denoiser, UserError, add_lora, load_denoiser, load_encoder, load_sam, load_vae, shard
 from pixel_gan import PixelDiscriminator
 
 
@@ -39,7 +39,16 @@ class Cast:
 
     def update(self, name, loss, max_norm=inf):
         """One optimizer step of a player. -> (gradient norm, stepped)."""
-        return update(*self.players[name], loss, max_norm)
+        return update(self.players[name][1], loss, max_norm)
+
+    def weights(self, name):
+        """What a player trains."""
+        return weights(self.players[name][1])
+
+    def forget(self, name):
+        """Drop a player's gradients."""
+        for p in self.weights(name):
+            p.grad = None
 
     def pace(self, factor):
         """Learning rates of G and of the score estimator: `factor` times those asked for."""
@@ -64,28 +73,39 @@ def assemble(config, ranks, device):
         raise UserError(f"--gan-crop {config.gan_crop} must be a multiple of {vae.factor}, at most --resolution {config.resolution}")
     latent = torch.empty(config.batch_size // ranks, vae.channels, side, side, device=device)
 
+    torch.manual_seed(config.seed)
     teacher = load_denoiser(config.model, device, dtype)  # μ_real
-    freeze(teacher.net, dtype)
-    G = load_denoiser(config.model, device, dtype)  # line 1
-    fake = load_denoiser(config.model, device, dtype)  # line 2
+    if config.lora_rank:  # one network, three ways to wear it
+        net, schedule = teacher.net, teacher.schedule
+        add_lora(net, config.lora_rank, "student", "fake")
+        teacher, G, fake = (Denoiser(net, schedule, dtype, {"student": a, "fake": b}) for a, b in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)))
+    else:
+        freeze(teacher.net, dtype)
+        G = load_denoiser(config.model, device, dtype)  # line 1
+        fake = load_denoiser(config.model, device, dtype)  # line 2
+        if config.fake_lora:
+            add_lora(fake.net, config.fake_lora, "fake")
+            fake.scales = {"fake": dmdr.FAKE_SCALE}
     if config.checkpointing:
         for net in (G.net, fake.net, vae.net):
             net.enable_gradient_checkpointing()
-    if config.fake_lora:
-        torch.manual_seed(config.seed)
-        add_lora(fake.net, config.fake_lora, dmdr.FAKE_SCALE)
-    for player in (G, fake):
-        player.net.train()
+    for net in dict.fromkeys((G.net, fake.net)):
+        net.train()
         if ranks > 1 or device.type == "cuda":
-            shard(player.net, dtype)
+            shard(net, dtype)
     if config.compile and config.gan != "pixel":
         raise UserError(f"--compile and --gan {config.gan} do not go together: the compiled score estimator hides its features")
     if config.compile:
         for net in (G.net, fake.net, teacher.net):
             net.compile()
     fused = device.type == "cuda"
-    adam = lambda net, lr: torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr, weight_decay=config.weight_decay, fused=fused)  # noqa: E731
-    players = {"G": (G.net, adam(G.net, config.lr)), "fake": (fake.net, adam(fake.net, config.fake_lr))}
+
+    def adam(net, lr, lora=""):
+        trained = [p for name, p in net.named_parameters() if p.requires_grad and (not lora or f".{lora}." in name)]
+        return torch.optim.AdamW(trained, lr=lr, weight_decay=config.weight_decay, fused=fused)
+
+    mine, fakes = ("student", "fake") if config.lora_rank else ("", "")
+    players = {"G": (G.net, adam(G.net, config.lr, mine)), "fake": (fake.net, adam(fake.net, config.fake_lr, fakes))}
     D = head = None
     torch.manual_seed(config.seed)
     if config.gan == "pixel" and config.gan_weight > 0:  # line 3
@@ -99,7 +119,7 @@ def assemble(config, ranks, device):
         checkpoint.restore(config.init, players, optimizers=False)
         ref = load_denoiser(config.model, device, dtype, student=checkpoint.newest(config.init))  # p_ref
         freeze(ref.net, dtype)
-        players["G, RL"] = (G.net, adam(G.net, config.rl_lr))
+        players["G, RL"] = (G.net, adam(G.net, config.rl_lr, mine))
     if config.stage == 2 or config.reward_weight:
         if config.reward == "clip" and config.stage == 1:
             R = metrics.Clip(config.clip, device)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from config import Config
 from models import PARTS, UserError, part_name, part_of
 
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what a LoRA stands on is the model's own, and is not saved again
 DEFAULTS = dataclasses.asdict(Config())  # a run of before a setting existed had its default
 
 
@@ -104,15 +106,20 @@ def load(path, players, optimizers=True):
         dcp.load(state, checkpoint_id=Path(path) / "state", no_dist=not dist.is_initialized())
     for name, (module, optimizer) in players.items():
         if "model" in state[name]:
-            set_model_state_dict(module, state[name]["model"])
+            set_model_state_dict(module, state[name]["model"], options=TRAINED)
         if optimizers:
             set_optimizer_state_dict(module, optimizer, state[name]["optimizer"])
     return json.loads((Path(path) / "progress.json").read_text())
 
 
 def save_student(path, net, weights):
-    """A diffusers model folder, path/unet or path/transformer: config.json and fp32 safetensors."""
+    """What diffusers loads: a model folder, path/unet or path/transformer; of a LoRA student path/lora, for a pipeline's load_lora_weights."""
     name = part_name(net)
+    if "student" in getattr(net, "peft_config", {}):
+        lora = get_peft_model_state_dict(net, weights, "student")
+        (path / "lora").mkdir()
+        lora = {f"{name}.{k}": v.contiguous() for k, v in lora.items()}
+        return save_file(lora, path / "lora" / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
     (path / name).mkdir()
     config = dict(net.config) | {"_class_name": PARTS[name].__name__}
     (path / name / "config.json").write_text(json.dumps(config, indent=2, default=list))
@@ -124,7 +131,7 @@ def _state(players, optimizers=True):
     for name, (module, optimizer) in players.items():
         out[name] = {"optimizer": get_optimizer_state_dict(module, optimizer)} if optimizers else {}
         if module not in seen:  # in stage 2 the generator has two optimizers
-            out[name]["model"] = get_model_state_dict(module)
+            out[name]["model"] = get_model_state_dict(module, options=TRAINED)
             seen.append(module)
     return out
 
@@ -157,7 +164,7 @@ def from_stage_1(config):
     """The config of a stage-2 run, naming the stage-1 run it starts from: --init, or the newest. Raises UserError for one that does not fit."""
     run, before = find_run(config.init, stage=1)
     before = DEFAULTS | before
-    for key in ("model", "resolution", "student_steps", "gan"):
+    for key in ("model", "resolution", "student_steps", "gan", "lora_rank"):
         if before[key] != getattr(config, key):
             raise UserError(f"{run} was trained with --{key.replace('_', '-')} {before[key]}, not {getattr(config, key)}")
     if config.gan_weight and not before["gan_weight"]:
@@ -205,7 +212,7 @@ def refusal(config, run):
         if not saved.exists():
             return f"nothing to resume in {run}: it has no config.json"
         before = DEFAULTS | json.loads(saved.read_text())
-        for key in ("stage", "model", "data", "prompts", "gan", "fake_lora", "sam", "student_steps", "resolution", "seed", "batch_size"):
+        for key in ("stage", "model", "data", "prompts", "gan", "lora_rank", "fake_lora", "sam", "student_steps", "resolution", "seed", "batch_size"):
             old, new = before[key], getattr(config, key)
             if old != new and Path(str(old)).resolve() != Path(str(new)).resolve():
                 return f"{run} was trained with --{key.replace('_', '-')} {old}, not {new}: resume it with its own"

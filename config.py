@@ -51,6 +51,7 @@ class Config:
     ratio_clip: float = 0.0  # stage 2: hold the ratio of each mean density to the reference's within 1 +- this (LPO: 0.1); 0 = off
     rl_lr: float = 5e-6  # stage 2: learning rate of the preference updates
     rl_only: bool = False  # stage 2: no distillation beside it (the paper's post-training)
+    lora_rank: int = 0  # G and the score estimator as two LoRAs of this rank on one frozen teacher; 0 = copies of their own
     fake_lora: int = 0  # DMDR: rank of the LoRA that makes the score estimator out of the frozen teacher; 0 = a copy of its own
     dynamic: int = 0  # DMDR: K, generator updates of the dynamic cold start (DynaDG, DynaRS); 0 = none. Needs --fake-lora
     real_scale: float = 0.75  # DMDR: r_0, the LoRA's scale in the real score at the start
@@ -142,7 +143,19 @@ def parse(argv=None):
         before = json.loads(saved.read_text())
         given = {k: v for k, v in before.items() if k not in ("preset", "overwrite", "renoise")} | {"renoise": tuple(before["renoise"])} | given
     config = Config(**{**PRESETS[given.get("preset", "toy")], **given})
-    unsigned = ("seed", "workers", "micro_batch", "gan_crop", "gan_weight", "critic_weight", "fake_lora", "dynamic", "reward_weight", "rl_after")
+    unsigned = (
+        "seed",
+        "workers",
+        "micro_batch",
+        "gan_crop",
+        "gan_weight",
+        "critic_weight",
+        "lora_rank",
+        "fake_lora",
+        "dynamic",
+        "reward_weight",
+        "rl_after",
+    )
     for name in (*unsigned, "preview_every", "weight_decay"):
         if getattr(config, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
@@ -166,6 +179,8 @@ def parse(argv=None):
         parser.error(f"--gan online needs groups: --candidates {config.candidates} must divide --batch-size and --micro-batch")
     if config.dynamic and not config.fake_lora:
         parser.error("--dynamic needs --fake-lora: DynaDG scales the score estimator's LoRA")
+    if config.lora_rank and config.fake_lora:
+        parser.error("--lora-rank has a LoRA for the score estimator already: leave --fake-lora out")
     if config.fake_lora and config.ema < 1:
         parser.error("--fake-lora needs --ema 1: Eq. 11 pulls whole weights, not a LoRA's")
     if not 0 <= config.ema <= 1:

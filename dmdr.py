@@ -18,8 +18,6 @@ import math
 import numpy as np
 import torch
 
-from models import lora_scale
-
 FAKE_SCALE = 2.0  # of ΔW in μ_fake
 
 
@@ -33,11 +31,11 @@ def real_score(fake, scale):
 
     @torch.no_grad()
     def x_0(x_t, t, c):
-        lora_scale(fake.net, scale)
+        own, fake.scales = fake.scales, fake.scales | {"fake": scale}
         try:
             return fake(x_t, t, c)
         finally:
-            lora_scale(fake.net, FAKE_SCALE)
+            fake.scales = own
 
     x_0.schedule = fake.schedule
     return x_0

@@ -74,6 +74,9 @@ class Unmoved(Cast):
     def update(self, name, loss, max_norm=None):
         return loss, True
 
+    def weights(self, name):
+        return list(self.players[name][0].parameters())
+
 
 def assemble(config, batch):
     """cast.assemble's cast at SDXL's size and the config's resolution; inside a FakeTensorMode. UNets compute in bf16, as on a GPU."""
@@ -184,8 +187,8 @@ def report(config, distil, prefer):
     """Print what the run needs, and whether it fits; distil, prefer: train.py's. Raises UserError for a preset whose geometry is not SDXL's."""
     if not config.preset.startswith("sdxl"):
         raise UserError(f"--dry-run knows SDXL's geometry, not that of --preset {config.preset}: give one of the sdxl presets")
-    if config.fake_lora or config.gan == "online":
-        raise UserError("--dry-run knows neither DMDR (--fake-lora) nor AdvDMD (--gan online) yet")
+    if config.fake_lora or config.lora_rank or config.gan == "online":
+        raise UserError("--dry-run knows neither LoRAs (--lora-rank, --fake-lora) nor AdvDMD (--gan online) yet")
     began, gpus, share = time.time(), config.gpus, -(-config.batch_size // config.gpus)
     print(f"{config.preset}: stage {config.stage}, {config.resolution} pixels, batch {config.batch_size}, {gpus} GPUs of {config.gpu_memory:g} GB\n")
     kinds = {"distillation": 1} | ({IDLE: config.ttur - 1} if config.ttur > 1 else {})  # how often each kind of loop comes

@@ -71,21 +71,25 @@ def part_name(net):
 class Denoiser:
     """(x_t, t, c) -> x_0, the clean estimate of an SDXL UNet or SD3 transformer. x_t, x_0 (B, C, h, w); t (B,); c from load_encoder's.
 
-    The network computes in `dtype`; the estimate is formed in fp32.
+    The network computes in `dtype`; the estimate is formed in fp32. Several Denoisers may share one network, each with `scales`
+    of its own for the LoRAs in it (lora_scale); the backward pass puts them back, for a checkpointed block runs again there.
     """
 
-    def __init__(self, net, schedule, dtype=torch.float32):
-        self.net, self.schedule, self.dtype = net, schedule, dtype
+    def __init__(self, net, schedule, dtype=torch.float32, scales=None):
+        self.net, self.schedule, self.dtype, self.scales = net, schedule, dtype, scales or {}
         self.passes = 0  # forward passes so far, in samples; a pass with gradient counts as 3 (its backward costs two forwards)
 
     def __call__(self, x_t, t, c):
         self.passes += len(x_t) * (3 if torch.is_grad_enabled() else 1)
-        x, c = x_t.to(self.dtype), {k: v.to(self.dtype) for k, v in c.items()}
+        x, c, scales = x_t.to(self.dtype), {k: v.to(self.dtype) for k, v in c.items()}, self.scales
+        lora_scale(self.net, scales) if scales else None
         if isinstance(self.net, SD3Transformer2DModel):
             output = self.net(x, c["tokens"], c["pooled"], t, return_dict=False)[0]
         else:
             added = {"text_embeds": c["pooled"], "time_ids": c["size"]}
             output = self.net(x, t, c["tokens"], added_cond_kwargs=added, return_dict=False)[0]
+        if scales and output.requires_grad:
+            output.register_hook(lambda grad: lora_scale(self.net, scales))
         return self.schedule.x_0(output, x_t, t)
 
     def with_features(self, x_t, t, c):
@@ -100,22 +104,31 @@ class Denoiser:
             handle.remove()
 
 
-def add_lora(net, rank, scale=1.0):
-    """In place: the UNet's weights freeze, and every attention, feed-forward and residual layer gets a trainable LoRA (peft), zero at first.
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2"]
+LAYERS += ["proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"]  # attention, feed-forward and residual layers, as diffusers names them
 
-    Its update is scale · B A. Names are diffusers', so that it saves and loads as any LoRA does.
+
+def add_lora(net, rank, *names):
+    """In place: the network's weights freeze, and a trainable LoRA (peft) of this rank joins every one of LAYERS under each of `names`.
+
+    All are in force at once, and all start as the same zero update B A; lora_scale says how much each adds.
     """
     net.requires_grad_(False)
-    layers = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"]
-    net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
-    lora_scale(net, scale)
-
-
-def lora_scale(net, scale):
-    """In place: the strength of the net's LoRA."""
+    for name in names:
+        net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS), name)
+    net.set_adapter(list(names))
     for layer in net.modules():
         if isinstance(layer, LoraLayer):
-            layer.set_scale("default", scale)
+            for name in names[1:]:
+                layer.lora_A[name].load_state_dict(layer.lora_A[names[0]].state_dict())
+
+
+def lora_scale(net, scales):
+    """In place: the strength of each of the net's LoRAs, {name: factor of B A}. At 0 a LoRA changes nothing, to the bit."""
+    for layer in net.modules():
+        if isinstance(layer, LoraLayer):
+            for name, scale in scales.items():
+                layer.set_scale(name, scale)
 
 
 def load_schedule(model):
@@ -129,9 +142,17 @@ def load_schedule(model):
 
 
 def load_denoiser(model, device="cpu", dtype=torch.float32, student=None):
-    """The denoiser of pipeline folder `model`, or the one in the checkpoint folder `student`, with the schedule of `model`; fp32 weights."""
-    part = part_of(model)
-    net = load_part(PARTS[part], folder(model, "model_index.json", part) if student is None else str(student), part, low_cpu_mem_usage=False)
+    """The denoiser of pipeline folder `model`, or the one in the checkpoint folder `student` (whole; or a LoRA, which is merged), fp32.
+
+    The schedule is that of `model`.
+    """
+    part, lora = part_of(model), student is not None and (Path(student) / "lora").is_dir()
+    where = folder(model, "model_index.json", part) if student is None or lora else str(student)
+    net = load_part(PARTS[part], where, part, low_cpu_mem_usage=False)
+    if lora:
+        net.load_lora_adapter(str(Path(student) / "lora"), prefix=part, weight_name="pytorch_lora_weights.safetensors")
+        net.fuse_lora()
+        net.unload_lora()
     return Denoiser(net.float().to(device), load_schedule(model), dtype)
 
 

@@ -112,7 +112,7 @@ def train(config):
 def distil(cast, loop, x_real, prompts, c, draw, watched):
     """Lines 5-26: one loop of distribution matching and Pixel-GAN. x_real (B, 3, H, W), its prompts, c their condition; draw(purpose):
     a generator per sample. -> what to log, with the health signals where `watched`; whether G moved; whether every update was finite."""
-    config, G, fake, D = cast.config, cast.G, cast.fake, cast.D
+    config, D = cast.config, cast.D
     noise, size = {purpose: draw(purpose) for purpose in ("rollout", "renoise", "fake", "unseen")}, config.micro_batch or len(x_real)
     nth = loop // (config.rl_ratio + 1) if config.stage == 2 else loop  # of the loops that come here
     k = (nth - 1) // config.ttur  # generator updates so far
@@ -132,7 +132,7 @@ def distil(cast, loop, x_real, prompts, c, draw, watched):
     if updates_G:  # lines 17-18
         logged["g_norm"], moved = cast.update("G", sum(logged.values()), config.clip_grad)  # losses, and what would show a NaN as well
         if moved:
-            score_estimator.pull(fake.net.parameters(), G.net.parameters(), config.ema)  # Eq. 11
+            score_estimator.pull(cast.weights("fake"), cast.weights("G"), config.ema)  # Eq. 11
         ok &= moved
 
     logged |= (fake_loss := monitor.mean([estimator_turn(cast, part) for part in parts]))  # lines 21-23
@@ -210,8 +210,8 @@ def generator_turn(cast, part, i, updates_G):
             L = L + config.gan_weight * L_adv
             logged["adv_loss"] = L_adv.detach()
         (part.share * L).backward()
-        for module in (cast.fake.net, cast.head) if cast.head is not None else ():
-            module.zero_grad()  # Eq. 5 is G's alone
+        for name in ("fake", "head") if cast.head is not None else ():
+            cast.forget(name)  # Eq. 5 is G's alone
     part.x = x = x.detach()  # line 20, before the rest of the rollout re-uses it
 
     if D is not None:  # lines 9, 11: x_adv at the last step, whose input is a detached rollout (Eq. 8)

@@ -51,10 +51,11 @@ def test_updates_per_network(ttur, tmp_path, monkeypatch):
     names, pulls, real_update, real_pull = {1e-5: "G", 2e-5: "fake", 3e-5: "D"}, [], cast.update, train.score_estimator.pull
     moves = dict.fromkeys(names.values(), 0)
 
-    def update(module, optimizer, loss, *rest):
-        before = [p.detach().clone() for p in module.parameters()]
-        result = real_update(module, optimizer, loss, *rest)
-        moves[names[optimizer.param_groups[0]["lr"]]] += any(not torch.equal(b, p) for b, p in zip(before, module.parameters()))
+    def update(optimizer, loss, *rest):
+        module = optimizer.param_groups[0]["params"]
+        before = [p.detach().clone() for p in module]
+        result = real_update(optimizer, loss, *rest)
+        moves[names[optimizer.param_groups[0]["lr"]]] += any(not torch.equal(b, p) for b, p in zip(before, module))
         return result
 
     monkeypatch.setattr(cast, "update", update)
