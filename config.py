@@ -143,20 +143,8 @@ def parse(argv=None):
         before = json.loads(saved.read_text())
         given = {k: v for k, v in before.items() if k not in ("preset", "overwrite", "renoise")} | {"renoise": tuple(before["renoise"])} | given
     config = Config(**{**PRESETS[given.get("preset", "toy")], **given})
-    unsigned = (
-        "seed",
-        "workers",
-        "micro_batch",
-        "gan_crop",
-        "gan_weight",
-        "critic_weight",
-        "lora_rank",
-        "fake_lora",
-        "dynamic",
-        "reward_weight",
-        "rl_after",
-    )
-    for name in (*unsigned, "preview_every", "weight_decay"):
+    weights = ("gan_weight", "critic_weight", "reward_weight", "weight_decay")
+    for name in ("seed", "workers", "micro_batch", "gan_crop", "lora_rank", "fake_lora", "dynamic", "rl_after", "preview_every", *weights):
         if getattr(config, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     for name in ("lr", "fake_lr", "d_lr", "rl_lr", "reward_lr", "beta", "clip_grad", "gpu_memory", "gpu_tflops"):
