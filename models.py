@@ -7,6 +7,7 @@ Everything that knows about SDXL's and SD3's classes lives here; the losses see 
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -114,8 +115,10 @@ def add_lora(net, rank, *names):
     All are in force at once, and all start as the same zero update B A; lora_scale says how much each adds.
     """
     net.requires_grad_(False)
-    for name in names:
-        net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS), name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft takes a second LoRA for a mistake
+        for name in names:
+            net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS), name)
     net.set_adapter(list(names))
     for layer in net.modules():
         if isinstance(layer, LoraLayer):
