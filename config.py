@@ -88,6 +88,7 @@ _SDXL = {
     "fake_lr": 2.5e-6,
     "checkpointing": True,
 }
+_SD3 = _SDXL | {"model": "stabilityai/stable-diffusion-3-medium-diffusers", "guidance": 7.0, "lora_rank": 64, "lr": 1e-5, "fake_lr": 2e-5}
 _DMD2 = {"gan": "latent", "gan_weight": 5e-3, "dm_steps": "all", "ttur": 5, "ema": 1.0}  # as the paper describes it (3.1, 3.2); weights: DMD2's
 PRESETS = {
     "toy": {},
@@ -99,6 +100,7 @@ PRESETS = {
     "sdxl-4step-ttur2": _SDXL | {"batch_size": 64, "iterations": 4000, "ttur": 2},  # Table 1; 8,000 too
     "sdxl-4step-ttur5": _SDXL | {"batch_size": 64, "iterations": 18000, "ttur": 5},  # Table 1
     "sdxl-8step": _SDXL | {"batch_size": 48, "iterations": 3000, "ttur": 2, "student_steps": 8},  # Table 6; 6,000 too
+    "sd3-4step": _SD3 | {"batch_size": 32, "iterations": 4000, "ttur": 2},  # Table 2; 7,000 too. Rank and rates are not printed
     "sdxl-stage2": _SDXL | {"stage": 2, "batch_size": 64, "iterations": 5000, "rl_lr": 2e-7},  # Tables 3, 4
     "sdxl-8step-stage2": _SDXL | {"stage": 2, "batch_size": 48, "iterations": 3000, "student_steps": 8, "rl_lr": 2e-7},  # Table 7; 6,000 too
 }
