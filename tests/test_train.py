@@ -71,7 +71,7 @@ def test_updates_per_network(ttur, tmp_path, monkeypatch):
 @pytest.mark.parametrize("settings", [{"adv_reading": "a", "gan_loss": "logistic", "gan_reals": "vae"}, {"dm_steps": "all", "preview_every": 2}])
 def test_frozen_networks_stay_bit_identical(settings, tmp_path, monkeypatch):
     kept = {}
-    for name in ("load_denoiser", "load_vae", "load_sam", "PromptEncoder"):
+    for name in ("load_denoiser", "load_vae", "load_sam", "load_encoder"):
         real = getattr(cast, name)
         monkeypatch.setattr(cast, name, lambda *a, real=real, name=name: kept.setdefault(name, []).append(real(*a)) or kept[name][-1])
     run = train.train(Config(**{**SMALL, **settings}, out=str(tmp_path / "run")))
