@@ -77,7 +77,7 @@ def test_frozen_networks_stay_bit_identical(settings, tmp_path, monkeypatch):
     run = train.train(Config(**{**SMALL, **settings}, out=str(tmp_path / "run")))
     teacher, G, fake = kept["load_denoiser"]
     pairs = [(teacher.net, load_denoiser("toy/sdxl").net), (kept["load_vae"][0], load_vae("toy/sdxl")), (kept["load_sam"][0], load_sam("toy/sam"))]
-    pairs += zip(kept["PromptEncoder"][0].encoders, PromptEncoder("toy/sdxl", 64).encoders)
+    pairs += zip(kept["load_encoder"][0].encoders, PromptEncoder("toy/sdxl", 64).encoders)
     for used, fresh in pairs:
         assert all(torch.equal(a, b) for a, b in zip(used.state_dict().values(), fresh.state_dict().values()))
     for moved in (G, fake):
