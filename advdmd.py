@@ -1,4 +1,4 @@
-"""AdvDMD, "Adversarial Reward Meets DMD" (arXiv number unknown here): DMD2's discriminator as an online reward.
+"""AdvDMD, "Adversarial Reward Meets DMD For High-Quality Few-Step Generation" (2026): DMD2's discriminator as an online reward.
 
 What is known, from the abstract: the discriminator of DMD2 is the reward model (real high, generated low); it is trained on
 intermediate AND final states of sampling, online with the generator; one SDE backward simulation serves distribution matching

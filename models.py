@@ -53,7 +53,7 @@ def load_part(cls, path, sub="", how="from_pretrained", **kwargs):
     try:
         return getattr(cls, how)(path, **({"subfolder": sub} if sub else {}), **kwargs)
     except Exception as e:  # the libraries raise OSError, ValueError, SafetensorError, ...: all mean that this part cannot be read
-        raise UserError(f"cannot read {sub} of {path}: {(str(e).strip() or type(e).__name__).splitlines()[0]}") from None
+        raise UserError(f"cannot read {sub or 'model_index.json'} of {path}: {(str(e).strip() or type(e).__name__).splitlines()[0]}") from None
 
 
 def part_of(model):
