@@ -1,4 +1,4 @@
-"""DMDR, "Distribution Matching Distillation Meets Reinforcement Learning" (Jiang et al., arXiv 2511.13649): what it adds to plain DMD.
+"""DMDR, "Distribution Matching Distillation Meets Reinforcement Learning" (Jiang et al., 2025): what it adds to plain DMD.
 
     c_k      (1 + cos(π min(k/K, 1)))/2                         1 at the first generator update, 0 from the K-th on: the cold start
     DynaDG   μ_fake = teacher + 2 ΔW,   μ_real = teacher + r_0 c_k ΔW      one network, one LoRA ΔW, two scales
