@@ -11,7 +11,7 @@ THE REST IS OUR RECONSTRUCTION:
     L_rl         = -E min(ρ A, clamp(ρ, 1 - ε, 1 + ε) A)           ρ = (π_θ/π_old)^(1/numbers), the ratio of mean densities
 
     states       z_s at every student step but the first, and x_0;  the final state's A is added to that of the last z_s, its only cause
-    gate         RL runs while D tells real from generated on latents it has not been trained on: the running accuracy of its first look
+    gate         RL runs while D tells real from generated on a batch it has not been trained on yet (--rl-gate)
 
 A group needs one prompt several times: `spread` repeats every g-th. Left out: KL to a reference; DM is the regulariser here.
 """
@@ -52,15 +52,23 @@ def logits(fake, head, states, S, c):
     return torch.stack([head(fake.with_features(z, t, c)[1]) for z, t in zip(states[1:], levels(S, states[0]), strict=True)], 1)
 
 
-def discriminator_loss(fake, head, states, x_real, S, eps, c):
-    """Eq. 7 on the states of sampling: -log D(real at level s) - log(1 - D(z_s)), the mean over states.
+def judged(fake, head, states, x_real, S, eps, c):
+    """D's logits of real latents at the levels of the states, and of the states, (B, number of states) each; the second are R.
 
-    x_real, eps (B, C, h, w): real latents and their noise. Returns (scalar, the share judged right).
+    x_real, eps (B, C, h, w): real latents and their noise.
     """
     reals = [x_real, *(add_noise(fake.schedule, x_real, t, eps) for t in levels(S, x_real))]
-    real, made = logits(fake, head, reals, S, c), logits(fake, head, states, S, c)
-    right = (real > 0).float().mean() / 2 + (made <= 0).float().mean() / 2
-    return F.softplus(-real).mean() + F.softplus(made).mean(), right
+    return logits(fake, head, reals, S, c), logits(fake, head, states, S, c)
+
+
+def discriminator_loss(real, made):
+    """Eq. 7 on the states of sampling: E -log D(real at level s) + E -log(1 - D(z_s)). real, made: logits (B, n). Scalar."""
+    return F.softplus(-real).mean() + F.softplus(made).mean()
+
+
+def accuracy(real, made):
+    """The share of logits on the right side of 0, reals and made counted alike."""
+    return ((real > 0).float().mean() + (made <= 0).float().mean()) / 2
 
 
 def advantages(R, g):

@@ -112,6 +112,8 @@ def assemble(config, ranks, device):
         D = PixelDiscriminator(load_sam(config.sam, device), checkpointing=config.checkpointing).to(device)
         players["D"] = (D, adam(D, config.d_lr))
     if config.gan in ("latent", "online") and config.gan_weight > 0:
+        if not hasattr(fake.net, "mid_block"):
+            raise UserError(f"--gan {config.gan} looks at a UNet's bottleneck, which {config.model} does not have: use --gan pixel")
         head = latent_gan.Head(fake.net.config.block_out_channels[-1]).to(device)
         players["head"] = (head, adam(head, config.fake_lr))
     ref = R = None
@@ -133,7 +135,9 @@ def load_reward(config, vae, device, dtype):
     """The latent reward model. Raises UserError for one of another latent width."""
     R = LatentRewardModel.from_pretrained(checkpoint.reward_folder(config), config.resolution, config.model, device, dtype)
     if (channels := R.unet.config.in_channels) != vae.channels:
-        raise UserError(f"the reward model in {config.reward} judges latents of {channels} channels, those of {config.model} have {vae.channels}")
+        raise UserError(
+            f"the reward model in {checkpoint.reward_folder(config)} judges latents of {channels} channels, those of {config.model} have {vae.channels}"
+        )
     return R
 
 

@@ -165,8 +165,6 @@ def parse(argv=None):
         parser.error("--ratio-clip must lie in [0, 1)")
     if config.gan_crop > config.resolution:
         parser.error("--gan-crop must not be larger than --resolution")
-    if config.gan == "online" and (config.micro_batch or config.batch_size) % config.candidates:
-        parser.error(f"--gan online needs groups: --candidates {config.candidates} must divide --batch-size and --micro-batch")
     if config.dynamic and not config.fake_lora:
         parser.error("--dynamic needs --fake-lora: DynaDG scales the score estimator's LoRA")
     if config.lora_rank and config.fake_lora:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 import checkpoint
-from models import PARTS, UserError, folder, load_part, load_schedule, part_of
+from models import UserError, folder, load_denoiser, load_schedule, part_of
 
 CARD = """---
 library_name: diffusers
@@ -57,7 +57,7 @@ def export(run, out):
     model = folder(config["model"], "model_index.json")
     part, steps = part_of(model), config["student_steps"]
     without = {"text_encoder_3": None, "tokenizer_3": None} if part == "transformer" else {}  # SD3's T5 has no part in training
-    pipeline = DiffusionPipeline.from_pretrained(model, **{part: load_part(PARTS[part], str(newest), part)}, **without, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(model, **{part: load_denoiser(model, student=newest).net}, **without, torch_dtype=torch.float32)
     if part == "unet":
         pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=steps)
     else:

@@ -83,7 +83,8 @@ class Denoiser:
     def __call__(self, x_t, t, c):
         self.passes += len(x_t) * (3 if torch.is_grad_enabled() else 1)
         x, c, scales = x_t.to(self.dtype), {k: v.to(self.dtype) for k, v in c.items()}, self.scales
-        lora_scale(self.net, scales) if scales else None
+        if scales:
+            lora_scale(self.net, scales)
         if isinstance(self.net, SD3Transformer2DModel):
             output = self.net(x, c["tokens"], c["pooled"], t, return_dict=False)[0]
         else:
@@ -95,8 +96,6 @@ class Denoiser:
 
     def with_features(self, x_t, t, c):
         """-> (x_0, the mid block's output (B, C, h', w')): what a discriminator on the network's bottleneck sees (latent_gan.py)."""
-        if not hasattr(self.net, "mid_block"):
-            raise UserError("--gan latent and online look at a UNet's bottleneck, which SD3 does not have")
         kept = []
         handle = self.net.mid_block.register_forward_hook(lambda module, inputs, output: kept.append(output))
         try:

@@ -48,6 +48,8 @@ def train(config):
         raise UserError(f"--batch-size {config.batch_size} is not divisible by {ranks} ranks")
     if config.micro_batch and config.batch_size // ranks % config.micro_batch:
         raise UserError(f"--micro-batch {config.micro_batch} does not divide the {config.batch_size // ranks} samples of a rank")
+    if config.gan == "online" and (config.micro_batch or config.batch_size // ranks) % config.candidates:
+        raise UserError(f"--gan online needs whole groups: --candidates {config.candidates} must divide what a rank takes at once")
     if config.stage == 2:
         config = checkpoint.from_stage_1(config)
     source = data.source(config.data, config.resolution, config.seed, config.prompts)
@@ -236,8 +238,8 @@ def reinforce_turn(cast, part):
     """AdvDMD: the gradients of its policy loss, where D is not blind on this batch, which it has not been trained on. -> what to log."""
     config, G, S, states, c = cast.config, cast.G, cast.S, part.states, part.c
     with torch.no_grad():
-        R = advdmd.logits(cast.fake, cast.head, states, S, c)
-        _, right = advdmd.discriminator_loss(cast.fake, cast.head, states, cast.vae.encode(part.x_real), S, randn(part.unseen, part.x), c)
+        real, R = advdmd.judged(cast.fake, cast.head, states, cast.vae.encode(part.x_real), S, randn(part.unseen, part.x), c)
+        right = advdmd.accuracy(real, R)
     if dist.is_initialized():
         dist.all_reduce(right)
         right /= cast.ranks
@@ -276,7 +278,8 @@ def estimator_turn(cast, part):
     if cast.head is not None:
         real = cast.vae.encode(part.x_real)
         if part.states:  # AdvDMD
-            L_D, right = advdmd.discriminator_loss(cast.fake, cast.head, part.states, real, cast.S, part.eps, part.c)
+            judged = advdmd.judged(cast.fake, cast.head, part.states, real, cast.S, part.eps, part.c)
+            L_D, right = advdmd.discriminator_loss(*judged), advdmd.accuracy(*judged)
         else:  # DMD2
             L_D, right = latent_gan.discriminator_loss(cast.fake, cast.head, part.x, real, part.t, part.eps, part.c)
         L = L_fake + cast.config.critic_weight * L_D

@@ -57,6 +57,11 @@ def test_groups_share_a_prompt():
         advdmd.spread(list("abcd"), 3)
 
 
+def test_groups_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(train.UserError, match="--candidates 3"):
+        train.train(config.parse(["--preset", "advdmd", "--candidates", "3", "--batch-size", "4", "--out", str(tmp_path / "run")]))
+
+
 def run(tmp_path, name, *flags):
     common = "--preset advdmd --ttur 1 --batch-size 4 --iterations 2 --preview-every 0 --log-every 1 --save-every 2 --rl-after 0".split()
     folder = train.train(config.parse([*common, *flags, "--out", str(tmp_path / name)]))

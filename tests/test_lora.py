@@ -11,6 +11,7 @@ import checkpoint
 import config
 import train
 from diffusion import sample_generators
+from export import export
 from models import Denoiser, PromptEncoder, add_lora, generate, load_denoiser, load_schedule, load_vae
 
 SMALL = "--lora-rank 4 --batch-size 4 --preview-every 0 --log-every 1 --lr 1e-3 --fake-lr 1e-3".split()
@@ -70,6 +71,10 @@ def test_students_lora_trains_resumes_and_loads_back(tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     sizes = {"num_inference_steps": 4, "guidance_scale": 0, "height": 64, "width": 64, "output_type": "pt"}
     theirs = pipeline(["a red circle"], generator=sample_generators(0, 0, range(1), "sample"), **sizes).images
+    assert ((ours + 1) / 2 - theirs).abs().max() < 2 / 255
+    merged = StableDiffusionXLPipeline.from_pretrained(export(whole, tmp_path / "merged"), torch_dtype=torch.float32)
+    merged.set_progress_bar_config(disable=True)
+    theirs = merged(["a red circle"], generator=sample_generators(0, 0, range(1), "sample"), **sizes).images
     assert ((ours + 1) / 2 - theirs).abs().max() < 2 / 255
 
 

@@ -126,6 +126,11 @@ def test_stage_2_without_a_reward_model_is_refused(sd3, tmp_path):
         train.train(config.parse([*flags[:-1], str(tmp_path / "two"), "--stage", "2", "--init", str(run)]))
 
 
+def test_latent_gan_is_refused(sd3, tmp_path):
+    with pytest.raises(UserError, match="bottleneck"):
+        train.train(config.parse(["--model", str(sd3), "--preset", "dmd2", "--batch-size", "4", "--out", str(tmp_path / "run")]))
+
+
 def test_unknown_pipeline_is_named(sd3, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(sd3, other)
