@@ -133,11 +133,10 @@ def assemble(config, ranks, device):
 
 def load_reward(config, vae, device, dtype):
     """The latent reward model. Raises UserError for one of another latent width."""
-    R = LatentRewardModel.from_pretrained(checkpoint.reward_folder(config), config.resolution, config.model, device, dtype)
+    folder = checkpoint.reward_folder(config)
+    R = LatentRewardModel.from_pretrained(folder, config.resolution, config.model, device, dtype)
     if (channels := R.unet.config.in_channels) != vae.channels:
-        raise UserError(
-            f"the reward model in {checkpoint.reward_folder(config)} judges latents of {channels} channels, those of {config.model} have {vae.channels}"
-        )
+        raise UserError(f"the reward model in {folder} judges latents of {channels} channels, those of {config.model} have {vae.channels}")
     return R
 
 
