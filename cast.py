@@ -6,11 +6,13 @@ from math import inf
 import torch
 
 import checkpoint
+import dmdr
 import latent_gan
+import metrics
 from diffusion import guided
-from distributed import update
+from distributed import update, weights
 from latent_reward import LatentRewardModel
-from models import PromptEncoder, UserError, load_denoiser, load_sam, load_vae, shard
+from models import Denoiser, UserError, add_lora, load_denoiser, load_encoder, load_sam, load_vae, shard
 from pixel_gan import PixelDiscriminator
 
 
@@ -25,6 +27,7 @@ class Cast:
     vae: object
     teacher: object  # μ_real, and guided
     guided_teacher: object
+    null: dict  # the null prompt's condition
     G: object
     fake: object  # μ_fake
     D: object  # Pixel-GAN's, or None
@@ -36,7 +39,22 @@ class Cast:
 
     def update(self, name, loss, max_norm=inf):
         """One optimizer step of a player. -> (gradient norm, stepped)."""
-        return update(*self.players[name], loss, max_norm)
+        return update(self.players[name][1], loss, max_norm)
+
+    def weights(self, name):
+        """What a player trains."""
+        return weights(self.players[name][1])
+
+    def forget(self, name):
+        """Drop a player's gradients."""
+        for p in self.weights(name):
+            p.grad = None
+
+    def pace(self, factor):
+        """Learning rates of G and of the score estimator: `factor` times those asked for."""
+        for name, rate in (("G", self.config.lr), ("fake", self.config.fake_lr)):
+            for group in self.players[name][1].param_groups:
+                group["lr"] = rate * factor
 
     def passes(self):
         """Network passes of the three denoisers on this rank so far, in samples."""
@@ -46,7 +64,7 @@ class Cast:
 def assemble(config, ranks, device):
     """Algorithm 1, lines 1-3 (and in stage 2 the reference and the reward model) -> Cast. Raises UserError for what does not fit."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    encoder = PromptEncoder(config.model, config.resolution, device, dtype)
+    encoder = load_encoder(config.model, config.resolution, device, dtype)
     vae = load_vae(config.model, device)
     side, rest = divmod(config.resolution, vae.factor)
     if rest or side % 4:
@@ -55,44 +73,71 @@ def assemble(config, ranks, device):
         raise UserError(f"--gan-crop {config.gan_crop} must be a multiple of {vae.factor}, at most --resolution {config.resolution}")
     latent = torch.empty(config.batch_size // ranks, vae.channels, side, side, device=device)
 
+    torch.manual_seed(config.seed)
     teacher = load_denoiser(config.model, device, dtype)  # μ_real
-    freeze(teacher.net, dtype)
-    G = load_denoiser(config.model, device, dtype)  # line 1
-    fake = load_denoiser(config.model, device, dtype)  # line 2
+    if config.lora_rank:  # one network, three ways to wear it
+        net, schedule = teacher.net, teacher.schedule
+        add_lora(net, config.lora_rank, "student", "fake")
+        teacher, G, fake = (Denoiser(net, schedule, dtype, {"student": a, "fake": b}) for a, b in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)))
+    else:
+        freeze(teacher.net, dtype)
+        G = load_denoiser(config.model, device, dtype)  # line 1
+        fake = load_denoiser(config.model, device, dtype)  # line 2
+        if config.fake_lora:
+            add_lora(fake.net, config.fake_lora, "fake")
+            fake.scales = {"fake": dmdr.FAKE_SCALE}
     if config.checkpointing:
         for net in (G.net, fake.net, vae.net):
             net.enable_gradient_checkpointing()
-    for player in (G, fake):
-        player.net.train()
+    for net in dict.fromkeys((G.net, fake.net)):
+        net.train()
         if ranks > 1 or device.type == "cuda":
-            shard(player.net, dtype)
-    if config.compile and config.gan == "latent":
-        raise UserError("--compile and --gan latent do not go together: the compiled score estimator hides its features")
+            shard(net, dtype)
+    if config.compile and config.gan != "pixel":
+        raise UserError(f"--compile and --gan {config.gan} do not go together: the compiled score estimator hides its features")
     if config.compile:
         for net in (G.net, fake.net, teacher.net):
             net.compile()
     fused = device.type == "cuda"
-    adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=config.weight_decay, fused=fused)  # noqa: E731
-    players = {"G": (G.net, adam(G.net, config.lr)), "fake": (fake.net, adam(fake.net, config.fake_lr))}
+
+    def adam(net, lr, lora=""):
+        trained = [p for name, p in net.named_parameters() if p.requires_grad and (not lora or f".{lora}." in name)]
+        return torch.optim.AdamW(trained, lr=lr, weight_decay=config.weight_decay, fused=fused)
+
+    mine, fakes = ("student", "fake") if config.lora_rank else ("", "")
+    players = {"G": (G.net, adam(G.net, config.lr, mine)), "fake": (fake.net, adam(fake.net, config.fake_lr, fakes))}
     D = head = None
     torch.manual_seed(config.seed)
     if config.gan == "pixel" and config.gan_weight > 0:  # line 3
         D = PixelDiscriminator(load_sam(config.sam, device), checkpointing=config.checkpointing).to(device)
         players["D"] = (D, adam(D, config.d_lr))
-    if config.gan == "latent" and config.gan_weight > 0:
+    if config.gan in ("latent", "online") and config.gan_weight > 0:
+        if not hasattr(fake.net, "mid_block"):
+            raise UserError(f"--gan {config.gan} looks at a UNet's bottleneck, which {config.model} does not have: use --gan pixel")
         head = latent_gan.Head(fake.net.config.block_out_channels[-1]).to(device)
         players["head"] = (head, adam(head, config.fake_lr))
     ref = R = None
     if config.stage == 2:
         checkpoint.restore(config.init, players, optimizers=False)
-        ref = load_denoiser(config.model, device, dtype, unet=checkpoint.newest(config.init) / "unet")  # p_ref
+        ref = load_denoiser(config.model, device, dtype, student=checkpoint.newest(config.init))  # p_ref
         freeze(ref.net, dtype)
-        R = LatentRewardModel.from_pretrained(config.reward, config.resolution, config.model, device, dtype)
-        if (channels := R.unet.config.in_channels) != vae.channels:
-            raise UserError(f"the reward model in {config.reward} judges latents of {channels} channels, those of {config.model} have {vae.channels}")
-        players["G, RL"] = (G.net, adam(G.net, config.rl_lr))
-    S = teacher.schedule.steps(config.student_steps)  # τ_K > ... > τ_1
-    return Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, encoder.null(), config.guidance), G, fake, D, head, ref, R, players, S)
+        players["G, RL"] = (G.net, adam(G.net, config.rl_lr, mine))
+    if config.stage == 2 or config.reward_weight:
+        if config.reward == "clip" and config.stage == 1:
+            R = metrics.Clip(config.clip, device)
+        else:
+            R = load_reward(config, vae, device, dtype)
+    S, null = teacher.schedule.steps(config.student_steps), encoder.null()  # τ_K > ... > τ_1
+    return Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, null, config.guidance), null, G, fake, D, head, ref, R, players, S)
+
+
+def load_reward(config, vae, device, dtype):
+    """The latent reward model. Raises UserError for one of another latent width."""
+    folder = checkpoint.reward_folder(config)
+    R = LatentRewardModel.from_pretrained(folder, config.resolution, config.model, device, dtype)
+    if (channels := R.unet.config.in_channels) != vae.channels:
+        raise UserError(f"the reward model in {folder} judges latents of {channels} channels, those of {config.model} have {vae.channels}")
+    return R
 
 
 def freeze(net, dtype):

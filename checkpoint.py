@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,8 +29,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from config import Config
-from models import UserError
+from models import PARTS, UserError, part_name, part_of
 
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what a LoRA stands on is the model's own, and is not saved again
 DEFAULTS = dataclasses.asdict(Config())  # a run of before a setting existed had its default
 
 
@@ -46,7 +48,7 @@ def newest(run):
 def save(run, players, progress, keep=1, export=None):
     """Write a checkpoint of players {name: (module, optimizer)} and progress (a dict with "loops"); then all but the `keep` newest are removed.
 
-    All ranks call it. export(folder, module, weights) writes, on rank 0, what others load of the first player; a diffusers UNet by default.
+    All ranks call it. export(folder, module, weights) writes, on rank 0, what others load of the first player; a diffusers model by default.
     """
     final = Path(run) / f"checkpoint-{progress['loops']:06d}"
     aside = final.with_name(final.name + ".tmp")
@@ -61,7 +63,7 @@ def save(run, players, progress, keep=1, export=None):
     module = next(iter(players.values()))[0]
     whole = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if first:
-        (export or save_unet)(aside, module, whole)
+        (export or save_student)(aside, module, whole)
         (aside / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
@@ -104,18 +106,24 @@ def load(path, players, optimizers=True):
         dcp.load(state, checkpoint_id=Path(path) / "state", no_dist=not dist.is_initialized())
     for name, (module, optimizer) in players.items():
         if "model" in state[name]:
-            set_model_state_dict(module, state[name]["model"])
+            set_model_state_dict(module, state[name]["model"], options=TRAINED)
         if optimizers:
             set_optimizer_state_dict(module, optimizer, state[name]["optimizer"])
     return json.loads((Path(path) / "progress.json").read_text())
 
 
-def save_unet(path, net, weights):
-    """A diffusers model folder, path/unet: config.json and fp32 safetensors."""
-    (path / "unet").mkdir()
-    config = dict(net.config) | {"_class_name": "UNet2DConditionModel"}
-    (path / "unet" / "config.json").write_text(json.dumps(config, indent=2, default=list))
-    save_file({k: v.contiguous() for k, v in weights.items()}, path / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+def save_student(path, net, weights):
+    """What diffusers loads: a model folder, path/unet or path/transformer; of a LoRA student path/lora, for a pipeline's load_lora_weights."""
+    name = part_name(net)
+    if "student" in getattr(net, "peft_config", {}):
+        lora = get_peft_model_state_dict(net, weights, "student")
+        (path / "lora").mkdir()
+        lora = {f"{name}.{k}": v.contiguous() for k, v in lora.items()}
+        return save_file(lora, path / "lora" / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+    (path / name).mkdir()
+    config = dict(net.config) | {"_class_name": PARTS[name].__name__}
+    (path / name / "config.json").write_text(json.dumps(config, indent=2, default=list))
+    save_file({k: v.contiguous() for k, v in weights.items()}, path / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 def _state(players, optimizers=True):
@@ -123,7 +131,7 @@ def _state(players, optimizers=True):
     for name, (module, optimizer) in players.items():
         out[name] = {"optimizer": get_optimizer_state_dict(module, optimizer)} if optimizers else {}
         if module not in seen:  # in stage 2 the generator has two optimizers
-            out[name]["model"] = get_model_state_dict(module)
+            out[name]["model"] = get_model_state_dict(module, options=TRAINED)
             seen.append(module)
     return out
 
@@ -156,15 +164,22 @@ def from_stage_1(config):
     """The config of a stage-2 run, naming the stage-1 run it starts from: --init, or the newest. Raises UserError for one that does not fit."""
     run, before = find_run(config.init, stage=1)
     before = DEFAULTS | before
-    for key in ("model", "resolution", "student_steps", "gan"):
+    for key in ("model", "resolution", "student_steps", "gan", "lora_rank"):
         if before[key] != getattr(config, key):
             raise UserError(f"{run} was trained with --{key.replace('_', '-')} {before[key]}, not {getattr(config, key)}")
     if config.gan_weight and not before["gan_weight"]:
         raise UserError(f"{run} was trained without a GAN: pass --gan-weight 0")
+    return dataclasses.replace(config, init=str(run), reward=reward_folder(config))
+
+
+def reward_folder(config):
+    """The latent reward model's folder: --reward, or "lrm" beside the model. Raises UserError where there is none."""
+    if not config.reward and part_of(config.model) == "transformer":
+        raise UserError("there is no latent reward model for SD3: name a folder of your own with --reward")
     reward = config.reward or str(Path(config.model).parent / "lrm")
     if not any((root / reward).is_dir() for root in (Path(), Path(__file__).parent)):
         raise UserError(f"no latent reward model in {reward}: name its folder with --reward")
-    return dataclasses.replace(config, init=str(run), reward=reward)
+    return reward
 
 
 def open_run(config, rank):
@@ -197,7 +212,7 @@ def refusal(config, run):
         if not saved.exists():
             return f"nothing to resume in {run}: it has no config.json"
         before = DEFAULTS | json.loads(saved.read_text())
-        for key in ("stage", "model", "data", "prompts", "gan", "sam", "student_steps", "resolution", "seed", "batch_size"):
+        for key in ("stage", "model", "data", "prompts", "gan", "lora_rank", "fake_lora", "sam", "student_steps", "resolution", "seed", "batch_size"):
             old, new = before[key], getattr(config, key)
             if old != new and Path(str(old)).resolve() != Path(str(new)).resolve():
                 return f"{run} was trained with --{key.replace('_', '-')} {old}, not {new}: resume it with its own"

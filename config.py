@@ -24,7 +24,7 @@ class Config:
     dm_steps: str = "high"  # student steps that the DM loss trains: high = all but the last (timestep-aware), or all
     ttur: int = 1  # loops per generator update (Algorithm 1, line 12)
     ema: float = 0.9  # lambda of Eq. 11; 1 = no pull
-    gan: str = "pixel"  # pixel = Eq. 9, 10 on SAM's features; latent = DMD2's Eq. 5, 7 on the score estimator's (the baseline)
+    gan: str = "pixel"  # pixel = Eq. 9, 10 on SAM's features; latent = DMD2's, Eq. 5, 7 (the baseline); online = AdvDMD's reward
     gan_weight: float = 0.03  # lambda of Algorithm 1, line 16; 0 = no GAN
     critic_weight: float = 0.01  # --gan latent: weight of Eq. 7 beside Eq. 6, as in DMD2
     gan_loss: str = "hinge"  # hinge or logistic
@@ -41,7 +41,7 @@ class Config:
     weight_decay: float = 0.01  # of all three
     clip_grad: float = 1.0  # largest gradient norm of G and of the score estimator
     init: str = ""  # stage 2: the stage-1 run to go on from; default the newest
-    reward: str = ""  # stage 2: folder of the latent reward model; default "lrm" beside the model (toy/lrm)
+    reward: str = ""  # stage 2, DMDR: folder of the latent reward model; default "lrm" beside the model (toy/lrm). DMDR: or "clip"
     rl_ratio: int = 5  # stage 2: preference updates per distillation update; --iterations counts both
     rl_steps: str = "high"  # stage 2: student steps whose candidates are judged: high = the two noisiest, or all
     candidates: int = 4  # stage 2: k, candidates per step
@@ -51,6 +51,14 @@ class Config:
     ratio_clip: float = 0.0  # stage 2: hold the ratio of each mean density to the reference's within 1 +- this (LPO: 0.1); 0 = off
     rl_lr: float = 5e-6  # stage 2: learning rate of the preference updates
     rl_only: bool = False  # stage 2: no distillation beside it (the paper's post-training)
+    lora_rank: int = 0  # G and the score estimator as two LoRAs of this rank on one frozen teacher; 0 = copies of their own
+    fake_lora: int = 0  # DMDR: rank of the LoRA that makes the score estimator out of the frozen teacher; 0 = a copy of its own
+    dynamic: int = 0  # DMDR: K, generator updates of the dynamic cold start (DynaDG, DynaRS); 0 = none. Needs --fake-lora
+    real_scale: float = 0.75  # DMDR: r_0, the LoRA's scale in the real score at the start
+    reward_weight: float = 0.0  # DMDR: of the reward loss beside the DM loss, after the cold start; 0 = none
+    reward_margin: float = 8.0  # DMDR: m, the score above which the reward loss asks for no more
+    rl_after: int = 100  # --gan online: generator updates before reinforcement begins
+    rl_gate: float = 0.6  # --gan online: reinforcement waits while D judges fewer than this share of unseen latents right
     pairs: str = ""  # stage reward: a folder of picture pairs, metadata.jsonl with caption, jpg_0_file_name, jpg_1_file_name, label_0
     reward_lr: float = 1e-5  # stage reward: learning rate
     compile: bool = False  # torch.compile the three denoisers; needs a C++ compiler
@@ -80,15 +88,19 @@ _SDXL = {
     "fake_lr": 2.5e-6,
     "checkpointing": True,
 }
+_SD3 = _SDXL | {"model": "stabilityai/stable-diffusion-3-medium-diffusers", "guidance": 7.0, "lora_rank": 64, "lr": 1e-5, "fake_lr": 2e-5}
 _DMD2 = {"gan": "latent", "gan_weight": 5e-3, "dm_steps": "all", "ttur": 5, "ema": 1.0}  # as the paper describes it (3.1, 3.2); weights: DMD2's
 PRESETS = {
     "toy": {},
     "dmd2": _DMD2 | {"iterations": 2000},  # the toy
+    "dmdr": {"gan_weight": 0.0, "dm_steps": "all", "ttur": 5, "ema": 1.0, "fake_lora": 16, "dynamic": 100, "reward_weight": 0.1, "iterations": 2000},
+    "advdmd": _DMD2 | {"gan": "online", "gan_weight": 1.0, "iterations": 2000},
     "sdxl-dmd2": _SDXL | _DMD2 | {"batch_size": 128, "iterations": 24000},  # Table 1
     "sdxl-4step": _SDXL | {"batch_size": 64, "iterations": 1000},  # Table 1
     "sdxl-4step-ttur2": _SDXL | {"batch_size": 64, "iterations": 4000, "ttur": 2},  # Table 1; 8,000 too
     "sdxl-4step-ttur5": _SDXL | {"batch_size": 64, "iterations": 18000, "ttur": 5},  # Table 1
     "sdxl-8step": _SDXL | {"batch_size": 48, "iterations": 3000, "ttur": 2, "student_steps": 8},  # Table 6; 6,000 too
+    "sd3-4step": _SD3 | {"batch_size": 32, "iterations": 4000, "ttur": 2},  # Table 2; 7,000 too. Rank and rates are not printed
     "sdxl-stage2": _SDXL | {"stage": 2, "batch_size": 64, "iterations": 5000, "rl_lr": 2e-7},  # Tables 3, 4
     "sdxl-8step-stage2": _SDXL | {"stage": 2, "batch_size": 48, "iterations": 3000, "student_steps": 8, "rl_lr": 2e-7},  # Table 7; 6,000 too
 }
@@ -99,7 +111,7 @@ CHOICES = {
     "carry": ("random", "best"),
     "student_steps": (4, 8),
     "dm_steps": ("high", "all"),
-    "gan": ("pixel", "latent"),
+    "gan": ("pixel", "latent", "online"),
     "gan_loss": ("hinge", "logistic"),
     "adv_reading": ("a", "b"),
     "gan_reals": ("raw", "vae"),
@@ -133,7 +145,8 @@ def parse(argv=None):
         before = json.loads(saved.read_text())
         given = {k: v for k, v in before.items() if k not in ("preset", "overwrite", "renoise")} | {"renoise": tuple(before["renoise"])} | given
     config = Config(**{**PRESETS[given.get("preset", "toy")], **given})
-    for name in ("seed", "workers", "micro_batch", "gan_crop", "gan_weight", "preview_every", "weight_decay", "critic_weight"):
+    weights = ("gan_weight", "critic_weight", "reward_weight", "weight_decay")
+    for name in ("seed", "workers", "micro_batch", "gan_crop", "lora_rank", "fake_lora", "dynamic", "rl_after", "preview_every", *weights):
         if getattr(config, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     for name in ("lr", "fake_lr", "d_lr", "rl_lr", "reward_lr", "beta", "clip_grad", "gpu_memory", "gpu_tflops"):
@@ -146,10 +159,18 @@ def parse(argv=None):
         parser.error("--candidates must be at least 2: a pair needs a best and a worst")
     if not 0 <= config.pair_threshold < 1:
         parser.error("--pair-threshold must lie in [0, 1)")
+    if not 0 <= config.rl_gate <= 1:
+        parser.error("--rl-gate must lie in [0, 1]")
     if not 0 <= config.ratio_clip < 1:
         parser.error("--ratio-clip must lie in [0, 1)")
     if config.gan_crop > config.resolution:
         parser.error("--gan-crop must not be larger than --resolution")
+    if config.dynamic and not config.fake_lora:
+        parser.error("--dynamic needs --fake-lora: DynaDG scales the score estimator's LoRA")
+    if config.lora_rank and config.fake_lora:
+        parser.error("--lora-rank has a LoRA for the score estimator already: leave --fake-lora out")
+    if config.fake_lora and config.ema < 1:
+        parser.error("--fake-lora needs --ema 1: Eq. 11 pulls whole weights, not a LoRA's")
     if not 0 <= config.ema <= 1:
         parser.error("--ema must lie in [0, 1]")
     return config

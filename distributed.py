@@ -36,9 +36,14 @@ class Ending:
         return bool(self.flag)
 
 
-def update(module, optimizer, loss, max_norm=float("inf")):
+def weights(optimizer):
+    """What an optimizer trains, in the order of the network's parameters."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def update(optimizer, loss, max_norm=float("inf")):
     """One optimizer step on the gradients at hand; none where loss or gradient is not finite. -> (gradient norm, stepped)."""
-    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+    norm = nn.utils.clip_grad_norm_(weights(optimizer), max_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
     if dist.is_initialized():  # all ranks skip, or none

@@ -74,6 +74,9 @@ class Unmoved(Cast):
     def update(self, name, loss, max_norm=None):
         return loss, True
 
+    def weights(self, name):
+        return list(self.players[name][0].parameters())
+
 
 def assemble(config, batch):
     """cast.assemble's cast at SDXL's size and the config's resolution; inside a FakeTensorMode. UNets compute in bf16, as on a GPU."""
@@ -101,8 +104,8 @@ def assemble(config, batch):
         for p in net.parameters():
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # gradients are counted with the states
     latent, S = torch.empty(batch, 4, side, side), schedule.steps(config.student_steps)
-    teach = guided(teacher, words.encode([""]), config.guidance)
-    return Unmoved(config, 1, latent, words, vae, teacher, teach, G, fake, D, head, ref, R, players, S)
+    null = words.encode([""])
+    return Unmoved(config, 1, latent, words, vae, teacher, guided(teacher, null, config.guidance), null, G, fake, D, head, ref, R, players, S)
 
 
 class Memory(TorchDispatchMode):
@@ -143,7 +146,7 @@ def iterate(config, kind, turn, watcher):
             if kind == "preference":
                 turn(cast, ["a"], c, draw)
             else:
-                turn(cast, loop, picture, c, draw, watched=False)
+                turn(cast, loop, picture, ["a"], c, draw, watched=False)
     return cast
 
 
@@ -184,6 +187,8 @@ def report(config, distil, prefer):
     """Print what the run needs, and whether it fits; distil, prefer: train.py's. Raises UserError for a preset whose geometry is not SDXL's."""
     if not config.preset.startswith("sdxl"):
         raise UserError(f"--dry-run knows SDXL's geometry, not that of --preset {config.preset}: give one of the sdxl presets")
+    if config.fake_lora or config.lora_rank or config.gan == "online":
+        raise UserError("--dry-run knows neither LoRAs (--lora-rank, --fake-lora) nor AdvDMD (--gan online) yet")
     began, gpus, share = time.time(), config.gpus, -(-config.batch_size // config.gpus)
     print(f"{config.preset}: stage {config.stage}, {config.resolution} pixels, batch {config.batch_size}, {gpus} GPUs of {config.gpu_memory:g} GB\n")
     kinds = {"distillation": 1} | ({IDLE: config.ttur - 1} if config.ttur > 1 else {})  # how often each kind of loop comes

@@ -19,7 +19,7 @@ import metrics
 from config import Config
 from diffusion import guided
 from latent_reward import LatentRewardModel
-from models import PromptEncoder, UserError, generate, load_denoiser, load_vae
+from models import UserError, generate, load_denoiser, load_encoder, load_vae
 
 
 def evaluate(denoiser, encoder, vae, clip, source, steps, num, seed, ode, nfe, reference="real", teacher=None, R=None):
@@ -69,20 +69,20 @@ def main():
     try:
         if args.num < 8:
             raise UserError("--num must be at least 8: the metrics compare distributions")
-        config, unet = {"model": args.model, "data": Config.data, "resolution": Config.resolution, "clip": Config.clip}, None
+        config, student = {"model": args.model, "data": Config.data, "resolution": Config.resolution, "clip": Config.clip}, None
         trained = not (args.teacher or args.undistilled)
         steps = args.steps if args.steps is not None else 50 if args.teacher else 4
         if trained:
             run, config = checkpoint.find_run(args.run)
-            steps, unet = config["student_steps"] if args.steps is None else args.steps, checkpoint.newest(run) / "unet"
+            steps, student = config["student_steps"] if args.steps is None else args.steps, checkpoint.newest(run)
         if steps < 1:
             raise UserError("--steps must be at least 1")
         model = config["model"]
-        encoder, vae, clip = PromptEncoder(model, config["resolution"], device), load_vae(model, device), metrics.Clip(config["clip"], device)
+        encoder, vae, clip = load_encoder(model, config["resolution"], device), load_vae(model, device), metrics.Clip(config["clip"], device)
         source = data.source(config["data"], config["resolution"])
         if source.held_out is None:
             raise UserError(f"{config['data']} has no held-out part to evaluate on")
-        denoiser = load_denoiser(model, device, unet=unet)
+        denoiser = load_denoiser(model, device, student=student)
         denoiser.net.eval()
         teacher = load_denoiser(model, device)
         teacher.net.eval()

@@ -1,7 +1,7 @@
 """A student as a diffusers pipeline folder of its own, with a model card: python export.py RUN OUT
 
-The scheduler that draws the student's steps is baked in (LCMScheduler with original_inference_steps = K). What diffusers keeps
-outside of configs, the number of steps and guidance 0, is on the card.
+The scheduler that draws the student's steps is baked in: LCMScheduler with original_inference_steps = K for SDXL, FlowMatchEulerDiscreteScheduler
+with stochastic_sampling for SD3. What diffusers keeps outside of configs, the number of steps (SD3: sigmas) and guidance 0, is on the card.
 """
 
 import argparse
@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 import checkpoint
-from models import UserError, folder, load_part, load_schedule
+from models import UserError, folder, load_denoiser, load_schedule, part_of
 
 CARD = """---
 library_name: diffusers
@@ -26,13 +26,13 @@ base_model: {model}
 Distilled with Flash-DMD (arXiv 2511.20549), stage {stage}: {loops} loops at batch {batch_size}.
 
 ```python
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 
-pipe = StableDiffusionXLPipeline.from_pretrained("THIS_FOLDER")
-image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=0, height={resolution}, width={resolution}).images[0]
+pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER"{without})
+image = pipe("a prompt", {call}, guidance_scale=0, height={resolution}, width={resolution}).images[0]
 ```
 
-- Steps: {steps}, at timesteps {timesteps}; the scheduler in this folder gives them for `num_inference_steps={steps}`.
+- Steps: {steps}, at timesteps {timesteps}; the scheduler in this folder gives them for `{call}`.
 - Guidance: none, `guidance_scale=0`. The teacher's guidance ({guidance:g}) is distilled into the weights.
 - ComfyUI (untested): sampler "lcm", scheduler "sgm_uniform", {steps} steps, cfg 1.
 
@@ -55,17 +55,26 @@ def export(run, out):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: name a new folder")
     model = folder(config["model"], "model_index.json")
-    unet = load_part(UNet2DConditionModel, str(newest), "unet")
-    pipeline = StableDiffusionXLPipeline.from_pretrained(model, unet=unet, torch_dtype=torch.float32)
-    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=config["student_steps"])
+    part, steps = part_of(model), config["student_steps"]
+    without = {"text_encoder_3": None, "tokenizer_3": None} if part == "transformer" else {}  # SD3's T5 has no part in training
+    pipeline = DiffusionPipeline.from_pretrained(model, **{part: load_denoiser(model, student=newest).net}, **without, torch_dtype=torch.float32)
+    if part == "unet":
+        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=steps)
+    else:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, stochastic_sampling=True)
     pipeline.save_pretrained(out)
-    measured, steps = run / "metrics.json", config["student_steps"]
+    measured = run / "metrics.json"
     metrics = f"```json\n{measured.read_text().strip()}\n```" if measured.is_file() else f"Not measured (evaluate.py --json {measured})."
+    call = f"num_inference_steps={steps}"
+    if part == "transformer":  # sigmas before the shift; as many tokens of zeros as CLIP has stand for the missing T5
+        call = f"sigmas={[n / steps for n in range(steps, 0, -1)]}, max_sequence_length={pipeline.tokenizer.model_max_length}"
     card = CARD.format(
         **{k: config[k] for k in ("model", "stage", "batch_size", "resolution", "guidance")},
         steps=steps,
+        call=call,
+        without="".join(f", {name}=None" for name in without),
         loops=json.loads((newest / "progress.json").read_text())["loops"],
-        timesteps=", ".join(map(str, load_schedule(config["model"]).steps(steps).tolist())),
+        timesteps=", ".join(f"{t:g}" for t in load_schedule(config["model"]).steps(steps).tolist()),
         metrics=metrics,
         settings=json.dumps(config, indent=2),
     )

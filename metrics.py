@@ -25,16 +25,14 @@ class Clip:
         self.mean = torch.tensor(pixels.get("image_mean", [0.48145466, 0.4578275, 0.40821073]), device=device).view(3, 1, 1)
         self.std = torch.tensor(pixels.get("image_std", [0.26862954, 0.26130258, 0.27577711]), device=device).view(3, 1, 1)
 
-    @torch.no_grad()
     def features(self, images):
-        """The projected image embeddings, not normalised, (N, d)."""
+        """The projected image embeddings, not normalised, (N, d). Gradient passes to images that ask for it."""
         size = self.model.config.vision_config.image_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
         pixels = ((images + 1) / 2 - self.mean) / self.std
         return torch.cat([self.model.visual_projection(self.model.vision_model(p)[1]) for p in pixels.split(256)])
 
-    @torch.no_grad()
     def score(self, features, prompts):
         """CLIP scores (N,): the cosine of image features (N, d) with their N prompts'."""
         tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(features.device)

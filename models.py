@@ -1,16 +1,20 @@
 """A diffusers pipeline folder -> Denoiser, prompt encoder, VAE; a SAM folder or checkpoint -> image encoder.
 
-Everything that knows about SDXL's classes lives here; the losses see callables and tensors.
-`model` is a local folder in the diffusers pipeline layout (toy/sdxl is one) or a hub name.
+Everything that knows about SDXL's and SD3's classes lives here; the losses see callables and tensors.
+`model` is a local folder in the diffusers pipeline layout (toy/sdxl, toy/sd3) or a hub name.
 """
 
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, UNet2DConditionModel
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT
@@ -21,6 +25,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from diffusion import Schedule, backward_simulation, randn, sample_generators, sample_ode
 
 HERE = Path(__file__).parent
+PARTS = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}  # what a denoiser is called in a pipeline folder, and its class
+PIPELINES = {"StableDiffusionXLPipeline": "unet", "StableDiffusion3Pipeline": "transformer"}
 
 
 class UserError(Exception):
@@ -43,27 +49,49 @@ def folder(path, *parts, hub=True):
     return str(found)
 
 
-def load_part(cls, path, sub="", **kwargs):
+def load_part(cls, path, sub="", how="from_pretrained", **kwargs):
     try:
-        return cls.from_pretrained(path, subfolder=sub, **kwargs)
+        return getattr(cls, how)(path, **({"subfolder": sub} if sub else {}), **kwargs)
     except Exception as e:  # the libraries raise OSError, ValueError, SafetensorError, ...: all mean that this part cannot be read
-        raise UserError(f"cannot read {sub} of {path}: {(str(e).strip() or type(e).__name__).splitlines()[0]}") from None
+        raise UserError(f"cannot read {sub or 'model_index.json'} of {path}: {(str(e).strip() or type(e).__name__).splitlines()[0]}") from None
+
+
+def part_of(model):
+    """What the denoiser of pipeline folder (or hub name) `model` is called there: "unet" (SDXL) or "transformer" (SD3)."""
+    config = load_part(DiffusionPipeline, folder(model, "model_index.json"), how="load_config")
+    if config["_class_name"] not in PIPELINES:
+        raise UserError(f"{model} is a {config['_class_name']}: only {' and '.join(PIPELINES)} are supported")
+    return PIPELINES[config["_class_name"]]
+
+
+def part_name(net):
+    """The same of a network."""
+    return next(name for name, cls in PARTS.items() if isinstance(net, cls))
 
 
 class Denoiser:
-    """(x_t, t, c) -> x_0, the clean estimate of an SDXL UNet. x_t, x_0 (B, C, h, w); t (B,); c from PromptEncoder.
+    """(x_t, t, c) -> x_0, the clean estimate of an SDXL UNet or SD3 transformer. x_t, x_0 (B, C, h, w); t (B,); c from load_encoder's.
 
-    The network computes in `dtype`; the estimate is formed in fp32.
+    The network computes in `dtype`; the estimate is formed in fp32. Several Denoisers may share one network, each with `scales`
+    of its own for the LoRAs in it (lora_scale); the backward pass puts them back, for a checkpointed block runs again there.
     """
 
-    def __init__(self, net, schedule, dtype=torch.float32):
-        self.net, self.schedule, self.dtype = net, schedule, dtype
+    def __init__(self, net, schedule, dtype=torch.float32, scales=None):
+        self.net, self.schedule, self.dtype, self.scales = net, schedule, dtype, scales or {}
         self.passes = 0  # forward passes so far, in samples; a pass with gradient counts as 3 (its backward costs two forwards)
 
     def __call__(self, x_t, t, c):
         self.passes += len(x_t) * (3 if torch.is_grad_enabled() else 1)
-        added = {"text_embeds": c["pooled"].to(self.dtype), "time_ids": c["size"].to(self.dtype)}
-        output = self.net(x_t.to(self.dtype), t, c["tokens"].to(self.dtype), added_cond_kwargs=added, return_dict=False)[0]
+        x, c, scales = x_t.to(self.dtype), {k: v.to(self.dtype) for k, v in c.items()}, self.scales
+        if scales:
+            lora_scale(self.net, scales)
+        if isinstance(self.net, SD3Transformer2DModel):
+            output = self.net(x, c["tokens"], c["pooled"], t, return_dict=False)[0]
+        else:
+            added = {"text_embeds": c["pooled"], "time_ids": c["size"]}
+            output = self.net(x, t, c["tokens"], added_cond_kwargs=added, return_dict=False)[0]
+        if scales and output.requires_grad:
+            output.register_hook(lambda grad: lora_scale(self.net, scales))
         return self.schedule.x_0(output, x_t, t)
 
     def with_features(self, x_t, t, c):
@@ -76,33 +104,70 @@ class Denoiser:
             handle.remove()
 
 
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2"]
+LAYERS += ["proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"]  # attention, feed-forward and residual layers, as diffusers names them
+
+
+def add_lora(net, rank, *names):
+    """In place: the network's weights freeze, and a trainable LoRA (peft) of this rank joins every one of LAYERS under each of `names`.
+
+    All are in force at once, and all start as the same zero update B A; lora_scale says how much each adds.
+    """
+    net.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft takes a second LoRA for a mistake
+        for name in names:
+            net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS), name)
+    net.set_adapter(list(names))
+    for layer in net.modules():
+        if isinstance(layer, LoraLayer):
+            for name in names[1:]:
+                layer.lora_A[name].load_state_dict(layer.lora_A[names[0]].state_dict())
+
+
+def lora_scale(net, scales):
+    """In place: the strength of each of the net's LoRAs, {name: factor of B A}. At 0 a LoRA changes nothing, to the bit."""
+    for layer in net.modules():
+        if isinstance(layer, LoraLayer):
+            for name, scale in scales.items():
+                layer.set_scale(name, scale)
+
+
 def load_schedule(model):
-    """The noise schedule of a pipeline folder's scheduler config."""
-    path = Path(folder(model, "scheduler/scheduler_config.json"))
-    if not path.is_dir():
-        return Schedule()  # a hub name: SDXL's own
-    config = json.loads((path / "scheduler/scheduler_config.json").read_text())
+    """The noise schedule of a pipeline folder's (or hub name's) scheduler config."""
+    config = load_part(FlowMatchEulerDiscreteScheduler, folder(model, "scheduler/scheduler_config.json"), "scheduler", how="load_config")
+    if config["_class_name"] == "FlowMatchEulerDiscreteScheduler":
+        return Schedule("flow", shift=config["shift"])
     if config.get("prediction_type", "epsilon") != "epsilon" or config.get("beta_schedule") != "scaled_linear":
-        raise UserError(f"{model}: only eps-prediction with scaled_linear betas (SDXL) is supported so far")
+        raise UserError(f"{model}: only eps-prediction with scaled_linear betas (SDXL) and flow matching (SD3) are supported")
     return Schedule("eps", config["beta_start"], config["beta_end"])
 
 
-def load_denoiser(model, device="cpu", dtype=torch.float32, unet=None):
-    """The UNet of pipeline folder `model`, or the one in folder `unet`, with the schedule of `model`; fp32 weights."""
-    whole = folder(model, "model_index.json", "unet")
-    net = load_part(UNet2DConditionModel, *((whole, "unet") if unet is None else (unet, "")), low_cpu_mem_usage=False)
+def load_denoiser(model, device="cpu", dtype=torch.float32, student=None):
+    """The denoiser of pipeline folder `model`, or the one in the checkpoint folder `student` (whole; or a LoRA, which is merged), fp32.
+
+    The schedule is that of `model`.
+    """
+    part, lora = part_of(model), student is not None and (Path(student) / "lora").is_dir()
+    where = folder(model, "model_index.json", part) if student is None or lora else str(student)
+    net = load_part(PARTS[part], where, part, low_cpu_mem_usage=False)
+    if lora:
+        net.load_lora_adapter(str(Path(student) / "lora"), prefix=part, weight_name="pytorch_lora_weights.safetensors")
+        net.fuse_lora()
+        net.unload_lora()
     return Denoiser(net.float().to(device), load_schedule(model), dtype)
 
 
 class PromptEncoder:
     """SDXL's two frozen text encoders. encode(prompts) -> c: tokens (B, L, d1 + d2), pooled (B, p), size (B, 6)."""
 
+    classes = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
+
     def __init__(self, model, image_size, device="cpu", dtype=torch.float32, tokenizers=None):
         """tokenizers: another folder to take the tokenizers from."""
         path, words = folder(model, "text_encoder", "text_encoder_2"), folder(tokenizers or model, "tokenizer", "tokenizer_2")
         self.tokenizers = [load_part(CLIPTokenizer, words, f"tokenizer{n}") for n in ("", "_2")]
-        classes = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
-        self.encoders = [load_part(cls, path, f"text_encoder{n}").to(device, dtype).eval().requires_grad_(False) for n, cls in classes.items()]
+        self.encoders = [load_part(cls, path, f"text_encoder{n}").to(device, dtype).eval().requires_grad_(False) for n, cls in self.classes.items()]
         self.size, self.device, self.warned = image_size, device, False
 
     @torch.no_grad()
@@ -112,14 +177,15 @@ class PromptEncoder:
             self.warned = True
             long, length = next(filter(self.too_long, prompts)), self.tokenizers[0].model_max_length
             print(f"warning: prompts are cut off after {length} tokens, the first of them: {long[:60]!r} ...", file=sys.stderr)
-        states, pooled = [], None
+        states, pooled = [], []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders):
             tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
             out = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
             states.append(out.hidden_states[-2])
-            pooled = out[0]  # of the second encoder: its projected pooled embedding
+            if isinstance(encoder, CLIPTextModelWithProjection):
+                pooled.append(out[0])  # SDXL: the second encoder's alone
         size = torch.tensor([self.size, self.size, 0, 0, self.size, self.size], dtype=torch.float32, device=self.device)
-        return {"tokens": torch.cat(states, -1).float(), "pooled": pooled.float(), "size": size.expand(len(prompts), 6)}
+        return {"tokens": torch.cat(states, -1).float(), "pooled": torch.cat(pooled, -1).float(), "size": size.expand(len(prompts), 6)}
 
     def too_long(self, prompt):
         """Whether `prompt` has more tokens than the encoders take."""
@@ -130,6 +196,35 @@ class PromptEncoder:
         """The null prompt's condition, batch of one: zeros, as SDXL's pipeline has it (`force_zeros_for_empty_prompt`)."""
         c = self.encode([""])
         return {"tokens": torch.zeros_like(c["tokens"]), "pooled": torch.zeros_like(c["pooled"]), "size": c["size"]}
+
+
+class SD3Encoder(PromptEncoder):
+    """SD3's, without its T5: encode(prompts) -> tokens (B, 2 L, joint), pooled (B, p1 + p2).
+
+    The two CLIPs' tokens side by side, padded with zeros to the transformer's width, then the missing T5's tokens, all zeros:
+    as many as CLIP has. In diffusers that is `max_sequence_length=L` (77).
+    """
+
+    classes = {"": CLIPTextModelWithProjection, "_2": CLIPTextModelWithProjection}
+
+    def __init__(self, model, image_size, device="cpu", dtype=torch.float32):
+        super().__init__(model, image_size, device, dtype)
+        self.width = load_part(SD3Transformer2DModel, folder(model, "transformer"), "transformer", how="load_config")["joint_attention_dim"]
+
+    def encode(self, prompts):
+        c = super().encode(prompts)
+        tokens = F.pad(c["tokens"], (0, self.width - c["tokens"].shape[-1]))
+        return {"tokens": torch.cat([tokens, torch.zeros_like(tokens)], 1), "pooled": c["pooled"]}
+
+    def null(self):
+        """The encoded empty prompt, batch of one."""
+        return self.encode([""])
+
+
+def load_encoder(model, image_size, device="cpu", dtype=torch.float32):
+    """The prompt encoder of pipeline folder `model`."""
+    cls = {"unet": PromptEncoder, "transformer": SD3Encoder}[part_of(model)]
+    return cls(model, image_size, device, dtype)
 
 
 class VAE(nn.Module):
@@ -187,7 +282,11 @@ def shard(net, dtype):
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # a cast would round t to bf16
     settings = {"mp_policy": policy, "reshard_after_forward": True}  # Eq. 11 reads the shards after a forward pass
     # The stem too: where gradient reaches the mid block's features alone (latent_gan.py), the root's own weights would not be gathered.
-    for block in [net.conv_in, net.time_embedding, net.add_embedding, *net.down_blocks, net.mid_block, *net.up_blocks]:
+    if isinstance(net, SD3Transformer2DModel):
+        blocks = [net.pos_embed, net.time_text_embed, net.context_embedder, *net.transformer_blocks]
+    else:
+        blocks = [net.conv_in, net.time_embedding, net.add_embedding, *net.down_blocks, net.mid_block, *net.up_blocks]
+    for block in blocks:
         fully_shard(block, **settings)
     return fully_shard(net, **settings)
 

@@ -14,7 +14,7 @@ import torch
 
 import checkpoint
 import data
-from models import PromptEncoder, UserError, generate, load_denoiser, load_vae
+from models import UserError, generate, load_denoiser, load_encoder, load_vae
 
 
 def read_prompts(args, config):
@@ -57,8 +57,8 @@ def main():
             raise UserError(f"{out} holds something already: give another --out")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = args.model or config["model"]
-        encoder, vae = PromptEncoder(model, config["resolution"], device), load_vae(model, device)
-        G = load_denoiser(model, device, unet=checkpoint.newest(run) / "unet")  # fp32, so that the batch size does not show
+        encoder, vae = load_encoder(model, config["resolution"], device), load_vae(model, device)
+        G = load_denoiser(model, device, student=checkpoint.newest(run))  # fp32, so that the batch size does not show
         G.net.eval()
         prompts = [p for p in read_prompts(args, config) for _ in range(args.num)]
         began = time.time()

@@ -29,6 +29,9 @@ def loss(fake, x, t, eps, c):
 def pull(psi, theta, lam):
     """Eq. 11: ψ <- λ ψ + (1 - λ) θ, in place. psi, theta: parameters in the same order (sharded alike, if sharded); λ in [0, 1].
 
+    On LoRAs it averages the factors A and B. NOTE: that is not the average of the products B A, which has no such factors of
+    the same rank; both start from one A, and at λ near 1 the two differ by (1 - λ) λ (B_ψ - B_θ)(A_ψ - A_θ) alone.
+
     λ = 1 is "off". fp32 weights: bf16 would lose (1 - λ)(θ - ψ).
     ASSUMPTION: the value of λ is not in the paper; the README has the sweep that chose ours.
     """

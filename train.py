@@ -6,8 +6,8 @@
     python train.py --preset sdxl-4step --dry-run     memory, FLOPs and GPU-hours, without weights or GPU (dry_run.py)
     python train.py --stage reward --pairs FOLDER     a latent reward model for stage 2 (train_reward.py)
 
-The mathematics lives in dmd.py, score_estimator.py, pixel_gan.py, latent_reward.py, diffusion.py and, for the baseline DMD2,
-latent_gan.py; this file says in which order it happens.
+The mathematics lives in dmd.py, score_estimator.py, pixel_gan.py, latent_reward.py, diffusion.py and, for the baseline DMD2 and the
+siblings DMDR and AdvDMD, latent_gan.py, dmdr.py and advdmd.py; this file says in which order it happens.
 """
 
 import dataclasses
@@ -20,9 +20,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import advdmd
 import checkpoint
 import data
 import dmd
+import dmdr
 import dry_run
 import latent_gan
 import latent_reward
@@ -31,7 +33,7 @@ import pixel_gan
 import score_estimator
 from cast import assemble
 from config import parse
-from diffusion import backward_simulation, rand, randn, renoise, sample_generators, times
+from diffusion import add_noise, backward_simulation, guided, rand, randn, renoise, sample_generators, times
 from distributed import Ending, average_gradients, start_process
 from models import UserError
 from train_reward import train_reward
@@ -46,6 +48,8 @@ def train(config):
         raise UserError(f"--batch-size {config.batch_size} is not divisible by {ranks} ranks")
     if config.micro_batch and config.batch_size // ranks % config.micro_batch:
         raise UserError(f"--micro-batch {config.micro_batch} does not divide the {config.batch_size // ranks} samples of a rank")
+    if config.gan == "online" and (config.micro_batch or config.batch_size // ranks) % config.candidates:
+        raise UserError(f"--gan online needs whole groups: --candidates {config.candidates} must divide what a rank takes at once")
     if config.stage == 2:
         config = checkpoint.from_stage_1(config)
     source = data.source(config.data, config.resolution, config.seed, config.prompts)
@@ -60,7 +64,7 @@ def train(config):
         (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     log = monitor.Log(run, rank, config, progress)
     preview = monitor.Preview(cast, source) if config.preview_every else None
-    held_out = monitor.HeldOut(cast, source) if preview and cast.R else None
+    held_out = monitor.HeldOut(cast, source) if preview and cast.R and config.reward != "clip" else None
 
     firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
     batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
@@ -69,12 +73,14 @@ def train(config):
     for loop in range(progress["loops"] + 1, config.iterations + 1):  # line 4
         draw = lambda purpose: sample_generators(config.seed, loop, index.tolist(), purpose)  # noqa: B023, E731
         x_real, prompts, index = next(batches)  # line 7
+        if config.gan == "online":  # AdvDMD compares rollouts of one prompt
+            x_real, prompts = (advdmd.spread(v, config.candidates) for v in (x_real, prompts))
         x_real, c = x_real.to(device), cast.encoder.encode(prompts)
         passes_before, watched = cast.passes(), loop % config.log_every == 0 or loop == config.iterations
         if config.stage == 2 and (config.rl_only or loop % (config.rl_ratio + 1)):  # lines 27-32, r times per update of lines 5-26
             kind, (logged, moved, ok) = "rl_updates", prefer(cast, prompts, c, draw)
         else:
-            kind, (logged, moved, ok) = "generator_updates", distil(cast, loop, x_real, c, draw, watched)
+            kind, (logged, moved, ok) = "generator_updates", distil(cast, loop, x_real, prompts, c, draw, watched)
 
         progress |= {
             "loops": loop,
@@ -105,25 +111,30 @@ def train(config):
 # --------------------------------------------------------------------------- Algorithm 1, one iteration
 
 
-def distil(cast, loop, x_real, c, draw, watched):
-    """Lines 5-26: one loop of distribution matching and Pixel-GAN. x_real (B, 3, H, W), c its prompts' condition; draw(purpose):
+def distil(cast, loop, x_real, prompts, c, draw, watched):
+    """Lines 5-26: one loop of distribution matching and Pixel-GAN. x_real (B, 3, H, W), its prompts, c their condition; draw(purpose):
     a generator per sample. -> what to log, with the health signals where `watched`; whether G moved; whether every update was finite."""
-    config, G, fake, D = cast.config, cast.G, cast.fake, cast.D
-    noise, size = {purpose: draw(purpose) for purpose in ("rollout", "renoise", "fake")}, config.micro_batch or len(x_real)
-    common = {"share": size / len(x_real), "look_at": window(config, cast.vae, cast.latent.shape[-1], loop)}
-    parts = [slice(k, k + size) for k in range(0, len(x_real), size)]  # gradients add up over micro-batches
-    parts = [Part(x_real[k], {key: v[k] for key, v in c.items()}, **{key: v[k] for key, v in noise.items()}, **common) for k in parts]
+    config, D = cast.config, cast.D
+    noise, size = {purpose: draw(purpose) for purpose in ("rollout", "renoise", "fake", "unseen")}, config.micro_batch or len(x_real)
+    nth = loop // (config.rl_ratio + 1) if config.stage == 2 else loop  # of the loops that come here
+    k = (nth - 1) // config.ttur  # generator updates so far
+    common = {"share": size / len(x_real), "look_at": window(config, cast.vae, cast.latent.shape[-1], loop), "k": k}
+    parts = [slice(n, n + size) for n in range(0, len(x_real), size)]  # gradients add up over micro-batches
+    parts = [Part(x_real[n], prompts[n], {key: v[n] for key, v in c.items()}, **{key: v[n] for key, v in noise.items()}, **common) for n in parts]
     ok, moved = True, False
+    if config.reward_weight:  # DMDR: reward joins after the cold start, at half the rates
+        cast.pace(0.5 if k >= config.dynamic else 1.0)
 
     # The timestep-aware part: x, for the DM loss, starts from any student step but the last (3.3).
     i = int(np.random.default_rng([config.seed, loop]).integers(len(cast.S) - (config.dm_steps == "high")))
-    nth = loop // (config.rl_ratio + 1) if config.stage == 2 else loop  # of the loops that come here
     updates_G = nth % config.ttur == 0  # line 12
     logged = monitor.mean([generator_turn(cast, part, i, updates_G) for part in parts])  # lines 5-16
+    if updates_G and config.gan == "online" and cast.head is not None and k >= config.rl_after:
+        logged |= monitor.mean([reinforce_turn(cast, part) for part in parts])
     if updates_G:  # lines 17-18
-        logged["g_norm"], moved = cast.update("G", sum(logged.values()), config.clip_grad)
+        logged["g_norm"], moved = cast.update("G", sum(logged.values()), config.clip_grad)  # losses, and what would show a NaN as well
         if moved:
-            score_estimator.pull(fake.net.parameters(), G.net.parameters(), config.ema)  # Eq. 11
+            score_estimator.pull(cast.weights("fake"), cast.weights("G"), config.ema)  # Eq. 11
         ok &= moved
 
     logged |= (fake_loss := monitor.mean([estimator_turn(cast, part) for part in parts]))  # lines 21-23
@@ -149,14 +160,18 @@ class Part:
     """A micro-batch, and what its turns leave for the next ones."""
 
     x_real: torch.Tensor
+    prompts: list
     c: dict
     rollout: list  # generators, one per sample and purpose
     renoise: list
     fake: list
+    unseen: list
     share: float  # of the rank's batch
     look_at: tuple  # where D looks: indices into latents and into pixels
+    k: int  # generator updates so far
     x: torch.Tensor = None  # detached, as all of these
     x_adv: torch.Tensor = None
+    states: list = None  # AdvDMD: the rollout, from noise to x_0
     features: list = None  # D's, of V(x_adv), where it looks
     t: torch.Tensor = None  # where Eq. 6 was taken
     eps: torch.Tensor = None
@@ -175,22 +190,30 @@ def generator_turn(cast, part, i, updates_G):
     config, G, D, S, c = cast.config, cast.G, cast.D, cast.S, part.c
     schedule, last, rollout, logged = G.schedule, len(S) - 1, part.rollout, {}
     z = randn(rollout, cast.latent[: len(part.x_real)])
-    x_tau = backward_simulation(G, z, c, S, rollout, 0, i)
+    if config.gan == "online":  # AdvDMD: one simulation for distribution matching and reinforcement
+        part.states = advdmd.simulate(G, z, c, S, rollout)
+    x_tau = part.states[i] if part.states else backward_simulation(G, z, c, S, rollout, 0, i)
     with torch.set_grad_enabled(updates_G):
         x = G(x_tau, times(S[i], x_tau), c)
     if updates_G:  # lines 13-14, Eq. 4
         low, high = config.renoise
-        t = schedule.t_at(low + (high - low) * rand(part.renoise, x.device))
-        eps = randn(part.renoise, x)
-        L = L_dmd = dmd.loss(x, dmd.gradient(cast.guided_teacher, cast.fake, x, t, eps, c))
+        t = schedule.t_at(low + (high - low) * renoise_share(config, part.k, part.renoise, x.device))
+        eps, teacher = randn(part.renoise, x), cast.guided_teacher
+        if part.k < config.dynamic:  # DMDR's DynaDG
+            teacher = guided(dmdr.real_score(cast.fake, config.real_scale * dmdr.c_at(part.k, config.dynamic)), cast.null, config.guidance)
+        L = L_dmd = dmd.loss(x, dmd.gradient(teacher, cast.fake, x, t, eps, c))
         logged["dm_loss"] = L_dmd.detach()
-        if cast.head is not None:  # DMD2, Eq. 5: beside the DM loss, at whichever step it is
+        if config.reward_weight and part.k >= config.dynamic:  # DMDR's reward, through this one step
+            L_reward, scores = dmdr.reward_loss(judge(cast, part, i, eps), x, config.reward_margin)
+            L = L + config.reward_weight * L_reward
+            logged["reward"] = scores.mean()
+        if cast.head is not None and config.gan == "latent":  # DMD2, Eq. 5: beside the DM loss, at whichever step it is
             L_adv = latent_gan.generator_loss(cast.fake, cast.head, x, t, eps, c)
-            L = L_dmd + config.gan_weight * L_adv
+            L = L + config.gan_weight * L_adv
             logged["adv_loss"] = L_adv.detach()
         (part.share * L).backward()
-        for module in (cast.fake.net, cast.head) if cast.head is not None else ():
-            module.zero_grad()  # Eq. 5 is G's alone
+        for name in ("fake", "head") if cast.head is not None else ():
+            cast.forget(name)  # Eq. 5 is G's alone
     part.x = x = x.detach()  # line 20, before the rest of the rollout re-uses it
 
     if D is not None:  # lines 9, 11: x_adv at the last step, whose input is a detached rollout (Eq. 8)
@@ -211,13 +234,54 @@ def generator_turn(cast, part, i, updates_G):
     return logged
 
 
+def reinforce_turn(cast, part):
+    """AdvDMD: the gradients of its policy loss, where D is not blind on this batch, which it has not been trained on. -> what to log."""
+    config, G, S, states, c = cast.config, cast.G, cast.S, part.states, part.c
+    with torch.no_grad():
+        real, R = advdmd.judged(cast.fake, cast.head, states, cast.vae.encode(part.x_real), S, randn(part.unseen, part.x), c)
+        right = advdmd.accuracy(real, R)
+    if dist.is_initialized():
+        dist.all_reduce(right)
+        right /= cast.ranks
+    total = torch.zeros((), device=part.x.device)
+    if right >= config.rl_gate:
+        A = advdmd.credit(advdmd.advantages(R, config.candidates))
+        for i in range(len(S) - 1):
+            s = times(S[i + 1], part.x)
+            x0 = G(states[i], times(S[i], part.x), c)  # one update per rollout: π_old is π_θ, so ρ is 1 and its gradient is not 0
+            L = advdmd.loss(states[i + 1], x0, x0.detach(), G.schedule.alpha(s), G.schedule.sigma(s), A[:, i]) / (len(S) - 1)
+            (part.share * config.gan_weight * L).backward()
+            total = total + L.detach()
+    return {"rl_loss": total, "reward": R[:, -1].mean(), "d_accuracy_unseen": right, "rl_open": (right >= config.rl_gate).float()}
+
+
+def judge(cast, part, i, eps):
+    """DMDR's reward of a clean estimate x at student step i, as a callable: CLIP's of the picture, or the latent reward model's of x
+    re-noised to the next student step (to the last one from the last)."""
+    if cast.config.reward == "clip":
+        return lambda x: cast.R.score(cast.R.features(cast.vae.decode(x)), part.prompts)
+    s, c_R = times(cast.S[min(i + 1, len(cast.S) - 1)], part.x_real), cast.R.encoder.encode(part.prompts)
+    return lambda x: cast.R(add_noise(cast.G.schedule, x, s, eps), s, c_R)
+
+
+def renoise_share(config, k, generators, device):
+    """u, which t follows from: uniform, or in a dynamic phase DMDR's DynaRS. (B,)"""
+    return dmdr.renoise_share(generators, dmdr.c_at(k, config.dynamic), device) if k < config.dynamic else rand(generators, device)
+
+
 def estimator_turn(cast, part):
     """Lines 21-23, Eq. 6: the score estimator follows x; in DMD2 it is the discriminator too, Eq. 7. -> its losses."""
-    part.t, part.eps = cast.G.schedule.t_at(rand(part.fake, part.x.device)), randn(part.fake, part.x)
+    part.t = cast.G.schedule.t_at(renoise_share(cast.config, part.k, part.fake, part.x.device))
+    part.eps = randn(part.fake, part.x)
     L = L_fake = score_estimator.loss(cast.fake, part.x, part.t, part.eps, part.c)
     logged = {"fake_loss": L_fake.detach()}
     if cast.head is not None:
-        L_D, right = latent_gan.discriminator_loss(cast.fake, cast.head, part.x, cast.vae.encode(part.x_real), part.t, part.eps, part.c)
+        real = cast.vae.encode(part.x_real)
+        if part.states:  # AdvDMD
+            judged = advdmd.judged(cast.fake, cast.head, part.states, real, cast.S, part.eps, part.c)
+            L_D, right = advdmd.discriminator_loss(*judged), advdmd.accuracy(*judged)
+        else:  # DMD2
+            L_D, right = latent_gan.discriminator_loss(cast.fake, cast.head, part.x, real, part.t, part.eps, part.c)
         L = L_fake + cast.config.critic_weight * L_D
         logged |= {"d_loss": L_D.detach(), "d_accuracy": right}
     (part.share * L).backward()

@@ -59,7 +59,7 @@ def train_reward(config):
             L = bradley_terry(better, worse)
         L.backward()
         average_gradients(R, ranks)
-        norm, ok = update(R, players["R"][1], L, config.clip_grad)
+        norm, ok = update(players["R"][1], L, config.clip_grad)
         progress |= {"loops": loop, "samples": loop * config.batch_size, "skipped_updates": progress["skipped_updates"] + (not ok)}
         last = loop == config.iterations
         if loop % config.log_every == 0 or last:

@@ -20,13 +20,13 @@ import score_estimator
 from config import Config
 from diffusion import guided
 from lab import rows
-from models import PromptEncoder, load_denoiser, load_sam, load_vae
+from models import load_denoiser, load_encoder, load_sam, load_vae
 
 
 def passes(config):
     """-> {name: (function, how many times an iteration of reading (b) at TTUR 1 needs it)}."""
     n = config.batch_size
-    encoder, vae = PromptEncoder(config.model, config.resolution), load_vae(config.model)
+    encoder, vae = load_encoder(config.model, config.resolution), load_vae(config.model)
     teacher, G, fake = (load_denoiser(config.model) for _ in range(3))
     teacher.net.requires_grad_(False)
     D = pixel_gan.PixelDiscriminator(load_sam(config.sam))

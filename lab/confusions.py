@@ -10,7 +10,7 @@ from collections import Counter
 import checkpoint
 from config import Config
 from diffusion import guided
-from models import PromptEncoder, generate, load_denoiser, load_vae
+from models import generate, load_denoiser, load_encoder, load_vae
 from toy import world
 
 
@@ -20,10 +20,10 @@ def main():
     parser.add_argument("--steps", type=int, default=16, help="the teacher's guided sampling steps")
     parser.add_argument("--run", help="look at this run's student instead, at its own steps")
     args = parser.parse_args()
-    encoder, vae, denoiser, steps = PromptEncoder(Config.model, world.SIZE), load_vae(Config.model), load_denoiser(Config.model), args.steps
+    encoder, vae, denoiser, steps = load_encoder(Config.model, world.SIZE), load_vae(Config.model), load_denoiser(Config.model), args.steps
     if args.run:
         run, config = checkpoint.find_run(args.run)
-        denoiser, steps = load_denoiser(Config.model, unet=checkpoint.newest(run) / "unet"), config["student_steps"]
+        denoiser, steps = load_denoiser(Config.model, student=checkpoint.newest(run)), config["student_steps"]
     else:
         denoiser = guided(denoiser, encoder.null(), Config.guidance)
     prompts = [world.scene(i, "test")[1] for i in range(args.num)]

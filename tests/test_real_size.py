@@ -34,7 +34,7 @@ def test_iteration_at_full_size(stage, monkeypatch):
         cast = dry_run.assemble(parse(["--preset", "sdxl-stage2" if stage == 2 else "sdxl-4step"]), B)
         c = cast.encoder.encode(["a", "b"])
         if stage == 1:
-            logged, stepped, ok = train.distil(cast, 1, torch.empty(B, 3, 1024, 1024), c, draw, watched=False)
+            logged, stepped, ok = train.distil(cast, 1, torch.empty(B, 3, 1024, 1024), ["a", "b"], c, draw, watched=False)
             assert {"dm_loss", "adv_loss", "fake_loss", "d_loss"} <= set(logged) and lacking == {"G": [], "fake": [], "D": []}
         else:
             logged, stepped, ok = train.prefer(cast, ["a", "b"], c, draw)

@@ -51,10 +51,11 @@ def test_updates_per_network(ttur, tmp_path, monkeypatch):
     names, pulls, real_update, real_pull = {1e-5: "G", 2e-5: "fake", 3e-5: "D"}, [], cast.update, train.score_estimator.pull
     moves = dict.fromkeys(names.values(), 0)
 
-    def update(module, optimizer, loss, *rest):
-        before = [p.detach().clone() for p in module.parameters()]
-        result = real_update(module, optimizer, loss, *rest)
-        moves[names[optimizer.param_groups[0]["lr"]]] += any(not torch.equal(b, p) for b, p in zip(before, module.parameters()))
+    def update(optimizer, loss, *rest):
+        module = optimizer.param_groups[0]["params"]
+        before = [p.detach().clone() for p in module]
+        result = real_update(optimizer, loss, *rest)
+        moves[names[optimizer.param_groups[0]["lr"]]] += any(not torch.equal(b, p) for b, p in zip(before, module))
         return result
 
     monkeypatch.setattr(cast, "update", update)
@@ -70,13 +71,13 @@ def test_updates_per_network(ttur, tmp_path, monkeypatch):
 @pytest.mark.parametrize("settings", [{"adv_reading": "a", "gan_loss": "logistic", "gan_reals": "vae"}, {"dm_steps": "all", "preview_every": 2}])
 def test_frozen_networks_stay_bit_identical(settings, tmp_path, monkeypatch):
     kept = {}
-    for name in ("load_denoiser", "load_vae", "load_sam", "PromptEncoder"):
+    for name in ("load_denoiser", "load_vae", "load_sam", "load_encoder"):
         real = getattr(cast, name)
         monkeypatch.setattr(cast, name, lambda *a, real=real, name=name: kept.setdefault(name, []).append(real(*a)) or kept[name][-1])
     run = train.train(Config(**{**SMALL, **settings}, out=str(tmp_path / "run")))
     teacher, G, fake = kept["load_denoiser"]
     pairs = [(teacher.net, load_denoiser("toy/sdxl").net), (kept["load_vae"][0], load_vae("toy/sdxl")), (kept["load_sam"][0], load_sam("toy/sam"))]
-    pairs += zip(kept["PromptEncoder"][0].encoders, PromptEncoder("toy/sdxl", 64).encoders)
+    pairs += zip(kept["load_encoder"][0].encoders, PromptEncoder("toy/sdxl", 64).encoders)
     for used, fresh in pairs:
         assert all(torch.equal(a, b) for a, b in zip(used.state_dict().values(), fresh.state_dict().values()))
     for moved in (G, fake):
@@ -311,7 +312,7 @@ def test_plain_diffusers_draws_the_same_picture(trained):
     pipeline.set_progress_bar_config(disable=True)
     generators = sample_generators(3, 0, range(2), "sample")
     theirs = pipeline(prompts, num_inference_steps=4, guidance_scale=0.0, generator=generators, height=64, width=64, output_type="pt").images
-    G = load_denoiser("toy/sdxl", unet=checkpoint.newest(trained) / "unet")
+    G = load_denoiser("toy/sdxl", student=checkpoint.newest(trained))
     ours = generate(G, PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl"), prompts, 4, 3)
     assert ((ours.clamp(-1, 1) + 1) / 2 - theirs).abs().max() < 2 / 255
 
@@ -323,7 +324,7 @@ def test_export_is_a_pipeline_of_its_own(trained, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     generators = sample_generators(3, 0, range(1), "sample")
     theirs = pipeline(["a red circle"], num_inference_steps=4, guidance_scale=0, generator=generators, height=64, width=64, output_type="pt").images
-    G = load_denoiser("toy/sdxl", unet=checkpoint.newest(trained) / "unet")
+    G = load_denoiser("toy/sdxl", student=checkpoint.newest(trained))
     ours = generate(G, PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl"), ["a red circle"], 4, 3)
     assert ((ours + 1) / 2 - theirs).abs().max() < 2 / 255
     card = (out / "README.md").read_text()
@@ -333,7 +334,7 @@ def test_export_is_a_pipeline_of_its_own(trained, tmp_path):
 
 
 def test_picture_does_not_depend_on_the_batch(trained):
-    G = load_denoiser("toy/sdxl", unet=checkpoint.newest(trained) / "unet")
+    G = load_denoiser("toy/sdxl", student=checkpoint.newest(trained))
     encoder, vae, prompts = PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl"), ["a red circle", "a blue ring", "a green cross"]
     whole = generate(G, encoder, vae, prompts, 4, 0, batch=3)
     for batch in (1, 2):

@@ -1,0 +1,79 @@
+"""AdvDMD: the group-relative gradient against an analytic policy gradient, the clip, which states have a likelihood, and the gate."""
+
+import json
+
+import pytest
+import torch
+
+import advdmd
+import checkpoint
+import config
+import train
+from diffusion import Schedule
+
+
+def test_gradient_of_a_scalar_gaussian_policy():
+    """π = N(αθ, σ²), reward linear in z: A is (z - αθ)/σ, so d/dθ of -E[A log π] is -α/σ."""
+    alpha, sigma, n = torch.tensor(0.6), torch.tensor(0.8), 40000
+    theta = torch.tensor(0.3, requires_grad=True)
+    z = (alpha * 0.3 + sigma * torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(0))).detach()
+    A = advdmd.advantages(5.0 * z.flatten(1) - 2.0, n)[:, 0]
+    x0 = theta.expand(n, 1, 1, 1)
+    advdmd.loss(z, x0, x0.detach(), alpha, sigma, A).backward()
+    assert theta.grad.item() == pytest.approx(-(alpha / sigma).item(), rel=0.03)
+
+
+def test_advantages_are_relative_to_the_group():
+    R = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    A = advdmd.advantages(R, 4)
+    torch.testing.assert_close(A.view(2, 4, 3).mean(1), torch.zeros(2, 3), atol=1e-5, rtol=0)
+    shifted = R + torch.tensor([10.0, -7.0]).repeat_interleave(4)[:, None]  # an easier prompt is no better picture
+    torch.testing.assert_close(advdmd.advantages(shifted, 4), A, atol=1e-4, rtol=1e-4)
+    assert advdmd.advantages(torch.ones(4, 2), 4).abs().max() == 0
+
+
+@pytest.mark.parametrize("A, toward, moves", [(1.0, True, False), (1.0, False, True), (-1.0, True, True), (-1.0, False, False)])
+def test_clip_stops_what_has_gone_far_enough(A, toward, moves):
+    """A policy already moved past 1 ± ε in the direction that its advantage asks for gets no further gradient."""
+    z_s, x_old = torch.full((1, 1, 2, 2), 2.0), torch.zeros(1, 1, 2, 2)
+    x = torch.full((1, 1, 2, 2), 0.5 if toward else -0.5, requires_grad=True)
+    one = torch.tensor(1.0)
+    advdmd.loss(z_s, x, x_old, one, one, torch.tensor([A])).backward()
+    assert (x.grad.abs().max() > 0) == moves
+
+
+def test_last_transition_has_no_likelihood():
+    """Of K states that are judged, K - 1 transitions have a density; the end's advantage goes to the last of them."""
+    A = torch.tensor([[1.0, 2.0, 3.0, 10.0]])
+    assert advdmd.credit(A).tolist() == [[1.0, 2.0, 13.0]]
+    S = Schedule().steps(4)
+    assert [int(t) for t in torch.stack(advdmd.levels(S, torch.zeros(1, 1, 1, 1))).flatten()] == [749, 499, 249, 0]
+
+
+def test_groups_share_a_prompt():
+    assert advdmd.spread(list("abcdefgh"), 4) == list("aaaaeeee")
+    assert advdmd.spread(torch.arange(4), 2).tolist() == [0, 0, 2, 2]
+    with pytest.raises(ValueError, match="groups of 3"):
+        advdmd.spread(list("abcd"), 3)
+
+
+def test_groups_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(train.UserError, match="--candidates 3"):
+        train.train(config.parse(["--preset", "advdmd", "--candidates", "3", "--batch-size", "4", "--out", str(tmp_path / "run")]))
+
+
+def run(tmp_path, name, *flags):
+    common = "--preset advdmd --ttur 1 --batch-size 4 --iterations 2 --preview-every 0 --log-every 1 --save-every 2 --rl-after 0".split()
+    folder = train.train(config.parse([*common, *flags, "--out", str(tmp_path / name)]))
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], checkpoint.newest(folder) / "unet"
+
+
+def test_gate_stops_reinforcement_while_d_is_blind(tmp_path):
+    """At --rl-gate 1 nothing is reinforced, to the bit what --rl-after 1000 gives; at 0 everything is, and costs K - 1 passes more."""
+    shut, weights_shut = run(tmp_path, "shut", "--rl-gate", "1")
+    late, weights_late = run(tmp_path, "late", "--rl-after", "1000")
+    open_, weights_open = run(tmp_path, "open", "--rl-gate", "0")
+    read = lambda folder: (folder / "diffusion_pytorch_model.safetensors").read_bytes()  # noqa: E731
+    assert all(m["rl_open"] == 0 and m["rl_loss"] == 0 and m["d_accuracy_unseen"] < 1 for m in shut) and all(m["rl_open"] == 1 for m in open_)
+    assert "rl_open" not in late[-1] and read(weights_shut) == read(weights_late) != read(weights_open)
+    assert open_[-1]["passes"] - shut[-1]["passes"] == 2 * 4 * 3 * 3  # loops, samples, transitions with a density, a pass with gradient

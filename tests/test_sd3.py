@@ -1,0 +1,140 @@
+"""SD3: an untrained pipeline of the toy's size; its sampling is diffusers', stage 1 and export run on it, and the wrong shift shows."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+import checkpoint
+import config
+import train
+from diffusion import guided, sample_generators
+from export import export
+from models import UserError, generate, load_denoiser, load_encoder, load_vae
+
+PROMPTS = ["a red circle", "a large blue ring"]
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory):
+    """A pipeline folder: the toy's VAE and text encoders, a transformer with random weights."""
+    folder = tmp_path_factory.mktemp("sd3") / "pipeline"
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=256,
+        caption_projection_dim=32,
+        pooled_projection_dim=128,
+        pos_embed_max_size=8,
+    )
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.3)
+    vae = AutoencoderKL.from_pretrained("toy/sdxl/vae")
+    vae.register_to_config(shift_factor=0.0)
+    text = lambda: CLIPTextModelWithProjection.from_pretrained("toy/sdxl/text_encoder_2")  # noqa: E731
+    words = lambda: CLIPTokenizer.from_pretrained("toy/sdxl/tokenizer")  # noqa: E731
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=text(),
+        text_encoder_2=text(),
+        tokenizer=words(),
+        tokenizer_2=words(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).save_pretrained(folder)
+    return folder
+
+
+def diffusers_picture(pipeline, steps, guidance, generators=None, seed=0):
+    """What a diffusers user gets for PROMPTS, in [-1, 1]; latents are the samples' own noise, later noise torch's global one."""
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.stack([torch.randn(4, 16, 16, generator=g) for g in generators])
+    torch.manual_seed(seed)
+    sigmas = [n / steps for n in range(steps, 0, -1)]
+    settings = {"sigmas": sigmas, "max_sequence_length": 32, "height": 64, "width": 64, "output_type": "pt"}
+    return pipeline(PROMPTS, guidance_scale=guidance, latents=latents, **settings).images * 2 - 1
+
+
+def test_multi_step_sampling_is_diffusers(sd3):
+    """Guided Euler steps: prompt encoding, the null prompt, shift and sigmas agree; with another shift they do not."""
+    encoder, vae, denoiser = load_encoder(sd3, 64), load_vae(sd3), load_denoiser(sd3)
+    assert denoiser.schedule.prediction == "flow" and denoiser.schedule.shift == 3.0
+    ours = generate(guided(denoiser, encoder.null(), 4.0), encoder, vae, PROMPTS, 6, 0, ode=True)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
+    theirs = diffusers_picture(pipeline, 6, 4.0, sample_generators(0, 0, range(2), "sample"))
+    assert (ours - theirs.clamp(-1, 1)).abs().max() < 2 / 255
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    wrong = diffusers_picture(pipeline, 6, 4.0, sample_generators(0, 0, range(2), "sample"))
+    assert (ours - wrong.clamp(-1, 1)).abs().max() > 20 / 255
+
+
+def test_stage_1_and_export(sd3, tmp_path):
+    """Two loops; the student reloads in plain diffusers with the scheduler baked in and draws, from the same noise, our own picture."""
+    flags = [
+        "--model",
+        str(sd3),
+        "--iterations",
+        "2",
+        "--batch-size",
+        "2",
+        "--log-every",
+        "1",
+        "--preview-every",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    run = train.train(config.parse(flags))
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(m["dm_loss"] > 0 for m in logged if "dm_loss" in m) and logged[-1]["skipped_updates"] == 0
+    student = load_denoiser(sd3, student=checkpoint.newest(run))
+    before = load_denoiser(sd3).net.state_dict()
+    assert any(not torch.equal(p, before[name]) for name, p in student.net.state_dict().items())
+
+    out = export(run, tmp_path / "student")
+    pipeline = StableDiffusion3Pipeline.from_pretrained(out, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
+    assert pipeline.scheduler.config.stochastic_sampling and pipeline.scheduler.config.shift == 3.0
+    assert "sigmas=[1.0, 0.75, 0.5, 0.25], max_sequence_length=32" in (out / "README.md").read_text()
+    theirs = diffusers_picture(pipeline, 4, 0, sample_generators(0, 0, range(2), "sample"), seed=5)
+    encoder, vae, S = load_encoder(sd3, 64), load_vae(sd3), student.schedule.steps(4)
+    z = torch.stack([torch.randn(4, 16, 16, generator=g) for g in sample_generators(0, 0, range(2), "sample")])
+    torch.manual_seed(5)  # that pipeline gives its scheduler no generator
+    with torch.no_grad():
+        for i, t in enumerate(S):
+            x_0 = student(z, t.expand(2), encoder.encode(PROMPTS))
+            if i + 1 < len(S):
+                s = S[i + 1] / 1000
+                z = (1 - s) * x_0 + s * torch.randn(x_0.shape)
+        ours = vae.decode(x_0)
+    assert (ours.clamp(-1, 1) - theirs.clamp(-1, 1)).abs().max() < 2 / 255
+
+
+def test_stage_2_without_a_reward_model_is_refused(sd3, tmp_path):
+    flags = ["--model", str(sd3), "--iterations", "1", "--batch-size", "2", "--preview-every", "0", "--out", str(tmp_path / "run")]
+    run = train.train(config.parse(flags))
+    with pytest.raises(UserError, match="no latent reward model for SD3"):
+        train.train(config.parse([*flags[:-1], str(tmp_path / "two"), "--stage", "2", "--init", str(run)]))
+
+
+def test_latent_gan_is_refused(sd3, tmp_path):
+    with pytest.raises(UserError, match="bottleneck"):
+        train.train(config.parse(["--model", str(sd3), "--preset", "dmd2", "--batch-size", "4", "--out", str(tmp_path / "run")]))
+
+
+def test_unknown_pipeline_is_named(sd3, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(sd3, other)
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    with pytest.raises(UserError, match="FluxPipeline"):
+        load_denoiser(other)
