@@ -33,7 +33,7 @@ import pixel_gan
 import score_estimator
 from cast import assemble
 from config import parse
-from diffusion import add_noise, backward_simulation, guided, rand, randn, renoise, sample_generators, times
+from diffusion import backward_simulation, guided, rand, randn, renoise, sample_generators, times
 from distributed import Ending, average_gradients, start_process
 from models import UserError
 from train_reward import train_reward
@@ -130,7 +130,7 @@ def distil(cast, loop, x_real, prompts, c, draw, watched):
     updates_G = nth % config.ttur == 0  # line 12
     logged = monitor.mean([generator_turn(cast, part, i, updates_G) for part in parts])  # lines 5-16
     if updates_G and config.gan == "online" and cast.head is not None and k >= config.rl_after:
-        logged |= monitor.mean([reinforce_turn(cast, part) for part in parts])
+        logged |= monitor.mean([advdmd.reinforce(cast, part) for part in parts])
     if updates_G:  # lines 17-18
         logged["g_norm"], moved = cast.update("G", sum(logged.values()), config.clip_grad)  # losses, and what would show a NaN as well
         if moved:
@@ -204,7 +204,7 @@ def generator_turn(cast, part, i, updates_G):
         L = L_dmd = dmd.loss(x, dmd.gradient(teacher, cast.fake, x, t, eps, c))
         logged["dm_loss"] = L_dmd.detach()
         if config.reward_weight and part.k >= config.dynamic:  # DMDR's reward, through this one step
-            L_reward, scores = dmdr.reward_loss(judge(cast, part, i, eps), x, config.reward_margin)
+            L_reward, scores = dmdr.reward_loss(dmdr.judge(cast, part, i, eps), x, config.reward_margin)
             L = L + config.reward_weight * L_reward
             logged["reward"] = scores.mean()
         if cast.head is not None and config.gan == "latent":  # DMD2, Eq. 5: beside the DM loss, at whichever step it is
@@ -232,36 +232,6 @@ def generator_turn(cast, part, i, updates_G):
             logged["adv_loss"] = L_adv.detach()
         part.x_adv, part.features = x_adv.detach(), [f.detach() for f in features]
     return logged
-
-
-def reinforce_turn(cast, part):
-    """AdvDMD: the gradients of its policy loss, where D is not blind on this batch, which it has not been trained on. -> what to log."""
-    config, G, S, states, c = cast.config, cast.G, cast.S, part.states, part.c
-    with torch.no_grad():
-        real, R = advdmd.judged(cast.fake, cast.head, states, cast.vae.encode(part.x_real), S, randn(part.unseen, part.x), c)
-        right = advdmd.accuracy(real, R)
-    if dist.is_initialized():
-        dist.all_reduce(right)
-        right /= cast.ranks
-    total = torch.zeros((), device=part.x.device)
-    if right >= config.rl_gate:
-        A = advdmd.credit(advdmd.advantages(R, config.candidates))
-        for i in range(len(S) - 1):
-            s = times(S[i + 1], part.x)
-            x0 = G(states[i], times(S[i], part.x), c)  # one update per rollout: π_old is π_θ, so ρ is 1 and its gradient is not 0
-            L = advdmd.loss(states[i + 1], x0, x0.detach(), G.schedule.alpha(s), G.schedule.sigma(s), A[:, i]) / (len(S) - 1)
-            (part.share * config.gan_weight * L).backward()
-            total = total + L.detach()
-    return {"rl_loss": total, "reward": R[:, -1].mean(), "d_accuracy_unseen": right, "rl_open": (right >= config.rl_gate).float()}
-
-
-def judge(cast, part, i, eps):
-    """DMDR's reward of a clean estimate x at student step i, as a callable: CLIP's of the picture, or the latent reward model's of x
-    re-noised to the next student step (to the last one from the last)."""
-    if cast.config.reward == "clip":
-        return lambda x: cast.R.score(cast.R.features(cast.vae.decode(x)), part.prompts)
-    s, c_R = times(cast.S[min(i + 1, len(cast.S) - 1)], part.x_real), cast.R.encoder.encode(part.prompts)
-    return lambda x: cast.R(add_noise(cast.G.schedule, x, s, eps), s, c_R)
 
 
 def renoise_share(config, k, generators, device):

@@ -1,4 +1,4 @@
-"""Trains the toy's weights from nothing: VAE, CLIP, SDXL-shaped teacher, SAM image encoder, latent reward model.
+"""Trains the toy's weights from nothing: VAE, CLIP, SAM image encoder; the two teachers (teacher.py) and the latent reward model (reward.py).
 
     python -m toy.build              all parts, in this order; a part already built is kept
     python -m toy.build --rebuild    forget what is there and train again; if interrupted, go on without --rebuild
@@ -14,24 +14,21 @@ import time
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from segment_anything.modeling import ImageEncoderViT
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from tqdm import tqdm
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, logging
 
-from diffusion import Schedule, add_noise, backward_simulation, guided, sample_ode
-from models import Denoiser, PromptEncoder, load_vae
 from pixel_gan import sam_input
 from toy import world
-from toy.fit import HERE, accuracies, batch_of, crowd_of, fit, forget_path, report, scenes
+from toy.fit import HERE, accuracies, batch_of, crowd_of, fit, report, scenes
 from toy.reward import build_lrm
+from toy.teacher import build_sd3, build_sdxl
 
 logging.set_verbosity_error()  # a CLIP's text half loads with a page of "unexpected" vision weights
 MAX_TOKENS = 32
-GUIDANCE = 3.0
 
 
 # ------------------------------------------------------------------------------------------- 1. the VAE
@@ -132,95 +129,13 @@ def build_clip():
         logits = clip(**tokens(captions + wrong), pixel_values=images).logits_per_image
     right = (logits[:, :500].diagonal() > logits[:, 500:].diagonal()).float().mean().item()
     found = (logits[:, :500].argmax(1) == torch.arange(500)).float().mean().item()
-    for folder in (HERE / "clip", HERE / "sdxl" / "tokenizer", HERE / "sdxl" / "tokenizer_2"):
-        tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(HERE / "clip")
     CLIPImageProcessorPil(size=world.SIZE, crop_size=world.SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(HERE / "clip")
     clip.half().save_pretrained(HERE / "clip")
     report("clip", time.time() - began, {"right_caption_over_altered": 0.9}, right_caption_over_altered=right, retrieval_of_500=found)
 
 
-# --------------------------------------------------------------------------------------- 3. the teacher
-
-
-def build_teacher():
-    where = HERE / "sdxl"
-    encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    for name, cls in encoders.items():
-        cls.from_pretrained(HERE / "clip").half().save_pretrained(where / name)
-    prompt_encoder, vae, schedule = PromptEncoder(where, world.SIZE), load_vae(where), Schedule()
-    text = prompt_encoder.encode(["a red circle"])
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64, 96),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=[1, 1, 1],
-        attention_head_dim=[2, 4, 4],  # diffusers' name for the number of heads
-        use_linear_projection=True,
-        cross_attention_dim=text["tokens"].shape[-1],
-        resnet_time_scale_shift="scale_shift",
-        addition_embed_type="text_time",
-        addition_time_embed_dim=16,
-        projection_class_embeddings_input_dim=text["pooled"].shape[-1] + 6 * 16,
-    )
-    teacher = Denoiser(unet, schedule)
-
-    began, batch = time.time(), 32
-    images, captions, _ = scenes()
-    latents = torch.cat([vae.encode(part) for part in tqdm(images.split(128), desc="latents", mininterval=5)])
-    encoded = [prompt_encoder.encode(captions[i : i + 256]) for i in tqdm(range(0, len(captions), 256), desc="captions", mininterval=5)]
-    conditions = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
-
-    def loss(step):
-        """eps-prediction with guidance's dropout, and an x_0 error where eps' own weight (SNR) is small.
-
-        What the caption decides (which shape, which colour) is decided at high noise, where SNR is 1/100.
-        """
-        which = torch.randint(len(latents), (batch,))
-        x_0, t, eps = latents[which], torch.randint(1000, (batch,)), torch.randn(batch, 4, 16, 16)
-        c = {k: v[which] for k, v in conditions.items()}
-        kept = (torch.rand(batch) >= 0.1).float()  # the null prompt is zeros
-        c = {"tokens": c["tokens"] * kept[:, None, None], "pooled": c["pooled"] * kept[:, None], "size": c["size"]}
-        x_0_hat = teacher(add_noise(schedule, x_0, t, eps), t, c)
-        snr = schedule.weight(t)
-        return ((snr + (20 * snr).clamp(max=1)) * (x_0_hat - x_0) ** 2).mean()
-
-    fit("teacher", [unet], loss, steps=10000, lr=1e-3)
-    unet.eval().requires_grad_(False)
-    scheduler = EulerDiscreteScheduler(
-        beta_start=schedule.beta_start, beta_end=schedule.beta_end, beta_schedule="scaled_linear", timestep_spacing="trailing"
-    )
-    pipeline = StableDiffusionXLPipeline(
-        vae=vae.net.half(),
-        text_encoder=prompt_encoder.encoders[0].half(),
-        text_encoder_2=prompt_encoder.encoders[1].half(),
-        tokenizer=prompt_encoder.tokenizers[0],
-        tokenizer_2=prompt_encoder.tokenizers[1],
-        unet=unet.half(),
-        scheduler=scheduler,
-        force_zeros_for_empty_prompt=True,
-    )
-    pipeline.save_pretrained(where)
-    forget_path(where)
-
-    for part in (vae.net, unet, *prompt_encoder.encoders):
-        part.float()
-    _, prompts, _ = scenes(200, "test")
-    c, z = prompt_encoder.encode(prompts), torch.randn(200, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    generators = [torch.Generator().manual_seed(i) for i in range(200)]
-    reached = {}
-    with torch.no_grad():
-        for w in (1.0, GUIDANCE):
-            denoiser = guided(teacher, prompt_encoder.null(), w)
-            fifty, four = sample_ode(denoiser, z, c, 50), backward_simulation(denoiser, z, c, schedule.steps(4), generators)
-            reached[f"prompt_accuracy_50_steps_guidance_{w:g}"] = accuracies(vae.decode(fifty), prompts)["prompt_accuracy"]
-            reached[f"prompt_accuracy_4_steps_guidance_{w:g}"] = accuracies(vae.decode(four), prompts)["prompt_accuracy"]
-    report("teacher", time.time() - began, **reached)
-
-
-# ---------------------------------------------------------------------------------- 4. the image encoder
+# ---------------------------------------------------------------------------------- 3. the image encoder
 
 
 SAM = {  # segment_anything.modeling.ImageEncoderViT
@@ -264,9 +179,10 @@ def build_sam():
 PARTS = {
     "vae": ("sdxl/vae", build_vae),
     "clip": ("clip", build_clip),
-    "teacher": ("sdxl/unet", build_teacher),
     "sam": ("sam", build_sam),
+    "teacher": ("sdxl/unet", build_sdxl),
     "lrm": ("lrm", build_lrm),
+    "sd3": ("sd3", build_sd3),
 }  # name -> (folder, function)
 
 
