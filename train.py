@@ -77,6 +77,7 @@ def train(config):
             x_real, prompts = (advdmd.spread(v, config.candidates) for v in (x_real, prompts))
         x_real, c = x_real.to(device), cast.encoder.encode(prompts)
         passes_before, watched = cast.passes(), loop % config.log_every == 0 or loop == config.iterations
+        cast.pace(pace(config, loop))
         if config.stage == 2 and (config.rl_only or loop % (config.rl_ratio + 1)):  # lines 27-32, r times per update of lines 5-26
             kind, (logged, moved, ok) = "rl_updates", prefer(cast, prompts, c, draw)
         else:
@@ -122,8 +123,6 @@ def distil(cast, loop, x_real, prompts, c, draw, watched):
     parts = [slice(n, n + size) for n in range(0, len(x_real), size)]  # gradients add up over micro-batches
     parts = [Part(x_real[n], prompts[n], {key: v[n] for key, v in c.items()}, **{key: v[n] for key, v in noise.items()}, **common) for n in parts]
     ok, moved = True, False
-    if config.reward_weight:  # DMDR: reward joins after the cold start, at half the rates
-        cast.pace(0.5 if k >= config.dynamic else 1.0)
 
     # The timestep-aware part: x, for the DM loss, starts from any student step but the last (3.3).
     i = int(np.random.default_rng([config.seed, loop]).integers(len(cast.S) - (config.dm_steps == "high")))
@@ -153,6 +152,13 @@ def distil(cast, loop, x_real, prompts, c, draw, watched):
     if watched:
         logged |= monitor.mean([look(cast, part, i, logged["fake_loss"]) for part in parts])
     return logged, moved, ok
+
+
+def pace(config, loop):
+    """What the learning rates of G and the score estimator are multiplied by in this loop."""
+    left = 1 - (loop - 1) / config.iterations if config.lr_schedule == "linear" else 1.0
+    with_reward = config.reward_weight and (loop - 1) // config.ttur >= config.dynamic  # DMDR: reward joins after the cold start, at half the rates
+    return left / 2 if with_reward else left
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ from config import Config
 from lab import rows
 
 RESULTS = Path("results/stage1.json")
-SETTINGS = ("iterations", "batch_size", "ttur", "lr", "fake_lr", "d_lr", "ema", "gan_weight", "dm_steps", "clip_grad", "guidance")
+SETTINGS = ("iterations", "batch_size", "ttur", "lr", "fake_lr", "d_lr", "lr_schedule", "ema", "gan_weight", "dm_steps", "clip_grad", "guidance")
 FULL = {f"--{name.replace('_', '-')}": getattr(Config, name) for name in SETTINGS}  # the defaults, spelt out: they are part of a row's name
 SEEDS = (0, 1, 2)
 
@@ -33,15 +33,14 @@ TABLES = {
     },
     "sweep": {
         **{f"`--ema {v}`": (FULL | {"--ema": v}, (0,)) for v in (0.8, 0.95, 0.99)},
-        **{f"`--gan-weight {v}`": (FULL | {"--gan-weight": v}, (0,)) for v in (0.01, 0.1)},
-        "`--lr 1e-5`": (FULL | {"--lr": 1e-5}, (0,)),
+        "`--gan-weight 0.1`": (FULL | {"--gan-weight": 0.1}, (0,)),
+        "`--lr-schedule constant`": (FULL | {"--lr-schedule": "constant"}, (0,)),
         "`--lr 4e-5 --fake-lr 2e-4`": (FULL | {"--lr": 4e-5, "--fake-lr": 2e-4}, (0,)),
-        "`--guidance 5`": (FULL | {"--guidance": 5.0}, (0,)),
-        "`--guidance 5 --lr 3e-5 --fake-lr 2e-4`": (FULL | {"--guidance": 5.0, "--lr": 3e-5, "--fake-lr": 2e-4}, (0,)),
-        "`--guidance 4 --lr 4e-5 --fake-lr 4e-4 --gan-weight 0.06`": (
-            FULL | {"--guidance": 4.0, "--lr": 4e-5, "--fake-lr": 4e-4, "--gan-weight": 0.06},
-            (0,),
-        ),
+        "`--lr 4e-5 --fake-lr 2e-4 --lr-schedule constant`": (FULL | {"--lr": 4e-5, "--fake-lr": 2e-4, "--lr-schedule": "constant"}, (0,)),
+        "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant`": (FULL | {"--lr": 3e-5, "--fake-lr": 2e-4, "--lr-schedule": "constant"}, (0,)),
+        "`--lr 2e-5 --fake-lr 1e-4 --lr-schedule constant`": (FULL | {"--lr": 2e-5, "--fake-lr": 1e-4, "--lr-schedule": "constant"}, (0,)),
+        "`--lr 6e-5 --gan-weight 0.1`": (FULL | {"--lr": 6e-5, "--gan-weight": 0.1}, (0,)),
+        "`--fake-lr 8e-4`": (FULL | {"--fake-lr": 8e-4}, (0,)),
     },
 }
 BASELINES = {

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from config import Config
 from diffusion import sample_generators
 from models import PromptEncoder, UserError, generate, load_denoiser, load_sam, load_vae
 
-SMALL = {"iterations": 3, "batch_size": 4, "preview_every": 0, "log_every": 1, "save_every": 1000}
+SMALL = {"iterations": 3, "batch_size": 4, "preview_every": 0, "log_every": 1, "save_every": 1000, "lr_schedule": "constant"}
 
 
 def metrics_of(run):
@@ -36,13 +37,27 @@ def flags(**settings):
     return [part for k, v in {**SMALL, **settings}.items() for part in ([f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]))]
 
 
-def launch(*argv, ranks=1):
+def launch(*argv, ranks=1, restarts=0):
     """Start train.py as its user does, with torchrun for several ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
     program = [sys.executable, *(torchrun if ranks > 1 else [])]
     return subprocess.Popen(
         [*program, "train.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
+
+
+def test_learning_rates_fall_to_zero(tmp_path, monkeypatch):
+    """In 4 loops G and the score estimator step at 4, 3, 2 and 1 quarters of their rates, D at its whole one."""
+    rates, real_update = {"G": [], "fake": [], "D": []}, cast.Cast.update
+
+    def update(self, name, *rest):
+        rates[name].append(self.players[name][1].param_groups[0]["lr"])
+        return real_update(self, name, *rest)
+
+    monkeypatch.setattr(cast.Cast, "update", update)
+    few = {**SMALL, "iterations": 4, "batch_size": 2, "lr_schedule": "linear", "lr": 4e-5, "fake_lr": 8e-5, "d_lr": 1e-4}
+    train.train(Config(**few, out=str(tmp_path / "run")))
+    assert rates == {"G": pytest.approx([4e-5, 3e-5, 2e-5, 1e-5]), "fake": pytest.approx([8e-5, 6e-5, 4e-5, 2e-5]), "D": [1e-4] * 4}
 
 
 @pytest.mark.parametrize("ttur", [1, 2, 5])
@@ -289,6 +304,21 @@ def test_sigterm_saves_and_ends(tmp_path):
     out, _ = ended.communicate(timeout=100)
     saved = json.loads((checkpoint.newest(tmp_path / "ended") / "progress.json").read_text())
     assert ended.returncode == 0 and 0 < saved["loops"] < 500, out[-3000:]
+
+
+def test_a_killed_rank_restarts_the_run(tmp_path):
+    """kill -9 on one of two ranks: torchrun ends the other and starts both again, and --resume ends with an unbroken run's weights."""
+    settings = {"gan_weight": 0, "iterations": 16, "save_every": 4}
+    whole = launch(*flags(**settings, out=tmp_path / "whole"), ranks=2)
+    assert whole.communicate(timeout=300) and whole.returncode == 0
+    broken = launch(*flags(**settings, out=tmp_path / "broken", resume=True), ranks=2, restarts=1)
+    wait_for(tmp_path / "broken" / "checkpoint-000004")
+    rank = int(Path(f"/proc/{broken.pid}/task/{broken.pid}/children").read_text().split()[0])
+    os.kill(rank, signal.SIGKILL)
+    out, _ = broken.communicate(timeout=120)
+    assert broken.returncode == 0 and "exitcode: -9" in out, out[-3000:]
+    a, b = student(tmp_path / "whole"), student(tmp_path / "broken")
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def wait_for(path, content=False):
