@@ -17,9 +17,10 @@ A group needs one prompt several times: `spread` repeats every g-th. Left out: K
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from diffusion import add_noise, renoise, times
+from diffusion import add_noise, randn, renoise, times
 
 CLIP, MOST, DELTA = 0.2, 3.0, 1e-4  # ε, A_max, δ
 
@@ -91,3 +92,24 @@ def loss(z_s, x0_theta, x0_old, alpha_s, sigma_s, A):
     old, new = ((z_s - alpha_s * x_0).square() for x_0 in (x0_old, x0_theta))
     rho = ((old - new) / (2 * sigma_s**2)).flatten(1).mean(1).exp()
     return -torch.minimum(rho * A, rho.clamp(1 - CLIP, 1 + CLIP) * A).mean()
+
+
+def reinforce(cast, part):
+    """AdvDMD: the gradients of its policy loss, where D is not blind on this batch, which it has not been trained on. -> what to log."""
+    config, G, S, states, c = cast.config, cast.G, cast.S, part.states, part.c
+    with torch.no_grad():
+        real, R = judged(cast.fake, cast.head, states, cast.vae.encode(part.x_real), S, randn(part.unseen, part.x), c)
+        right = accuracy(real, R)
+    if dist.is_initialized():
+        dist.all_reduce(right)
+        right /= cast.ranks
+    total = torch.zeros((), device=part.x.device)
+    if right >= config.rl_gate:
+        A = credit(advantages(R, config.candidates))
+        for i in range(len(S) - 1):
+            s = times(S[i + 1], part.x)
+            x0 = G(states[i], times(S[i], part.x), c)  # one update per rollout: π_old is π_θ, so ρ is 1 and its gradient is not 0
+            L = loss(states[i + 1], x0, x0.detach(), G.schedule.alpha(s), G.schedule.sigma(s), A[:, i]) / (len(S) - 1)
+            (part.share * config.gan_weight * L).backward()
+            total = total + L.detach()
+    return {"rl_loss": total, "reward": R[:, -1].mean(), "d_accuracy_unseen": right, "rl_open": (right >= config.rl_gate).float()}

@@ -52,8 +52,8 @@ class Cast:
 
     def pace(self, factor):
         """Learning rates of G and of the score estimator: `factor` times those asked for."""
-        for name, rate in (("G", self.config.lr), ("fake", self.config.fake_lr)):
-            for group in self.players[name][1].param_groups:
+        for name, rate in (("G", self.config.lr), ("fake", self.config.fake_lr), ("G, RL", self.config.rl_lr)):
+            for group in self.players[name][1].param_groups if name in self.players else ():
                 group["lr"] = rate * factor
 
     def passes(self):

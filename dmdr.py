@@ -18,6 +18,8 @@ import math
 import numpy as np
 import torch
 
+from diffusion import add_noise, times
+
 FAKE_SCALE = 2.0  # of ΔW in μ_fake
 
 
@@ -55,3 +57,12 @@ def reward_loss(reward, x, margin):
     """E max(0, m - R(x)). x (B, C, h, w) with gradient; reward: a callable x -> scores (B,) that passes gradient on. -> (scalar, scores)."""
     scores = reward(x)
     return (margin - scores).clamp(min=0).mean(), scores.detach()
+
+
+def judge(cast, part, i, eps):
+    """DMDR's reward of a clean estimate x at student step i, as a callable: CLIP's of the picture, or the latent reward model's of x
+    re-noised to the next student step (to the last one from the last)."""
+    if cast.config.reward == "clip":
+        return lambda x: cast.R.score(cast.R.features(cast.vae.decode(x)), part.prompts)
+    s, c_R = times(cast.S[min(i + 1, len(cast.S) - 1)], part.x_real), cast.R.encoder.encode(part.prompts)
+    return lambda x: cast.R(add_noise(cast.G.schedule, x, s, eps), s, c_R)

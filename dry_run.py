@@ -5,9 +5,11 @@ parameters are counted, floating-point operations are counted, and every tensor'
 gives the peak of activations and temporaries. Weights and optimizer states follow from the parameter counts:
 
     trained         16 bytes a parameter: fp32 weight, gradient, two AdamW moments; sharded over all GPUs by FSDP2
-    frozen UNets     2 bytes a parameter (bf16), whole on every GPU, as are text encoders; VAE and SAM 4 (fp32)
+    under LoRAs      4 bytes a parameter (fp32), sharded likewise: the frozen network that G and the score estimator share (--lora-rank)
+    frozen           2 bytes a parameter (bf16), whole on every GPU, as are text encoders; VAE and SAM 4 (fp32)
 
-Geometry: SDXL, its VAE and text encoders, SAM ViT-B. Left out: the CUDA context, fragmentation, NCCL's buffers (an allowance of 8 %).
+Geometry: SDXL or SD3-Medium with its VAE and two CLIP text encoders, SAM ViT-B. Left out: the CUDA context, fragmentation, NCCL's
+buffers (an allowance of 8 %).
 """
 
 import dataclasses
@@ -15,9 +17,10 @@ import time
 import weakref
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from segment_anything import sam_model_registry
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,7 +30,7 @@ from cast import Cast
 from diffusion import Schedule, guided, sample_generators
 from latent_gan import Head
 from latent_reward import LatentRewardModel
-from models import VAE, Denoiser, UserError
+from models import VAE, Denoiser, UserError, add_lora, blocks
 from pixel_gan import PixelDiscriminator
 
 SDXL = {
@@ -53,6 +56,20 @@ SDXL_VAE = {
     "sample_size": 1024,
     "scaling_factor": 0.13025,
 }
+SD3 = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+SD3_VAE = SDXL_VAE | {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False}
 TEXT = {"hidden_act": "gelu", "max_position_embeddings": 77, "vocab_size": 49408}
 CLIP_L = CLIPTextConfig(**TEXT, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
 CLIP_G = CLIPTextConfig(**TEXT, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280)
@@ -61,10 +78,15 @@ IDLE = "distillation, a loop without G (TTUR)"
 
 
 class Words:
-    """The shapes of SDXL's prompt conditions."""
+    """The shapes of a model's prompt conditions: SDXL's, or SD3's (with as many zeros for T5's tokens as CLIP has)."""
+
+    def __init__(self, sd3):
+        self.sd3 = sd3
 
     def encode(self, prompts):
         n = len(prompts)
+        if self.sd3:
+            return {"tokens": torch.zeros(n, 154, 4096), "pooled": torch.zeros(n, 2048)}
         return {"tokens": torch.zeros(n, 77, 2048), "pooled": torch.zeros(n, 1280), "size": torch.zeros(n, 6)}
 
 
@@ -78,19 +100,39 @@ class Unmoved(Cast):
         return list(self.players[name][0].parameters())
 
 
+def with_loras(build, rank):
+    """A network with train.py's two LoRAs, on fake tensors. peft casts its weights in place, which fake ones refuse: first without storage."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        net = build()
+        add_lora(net, rank, "student", "fake")
+    for module in net.modules():
+        for name, p in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+        for name, b in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.empty(b.shape, dtype=b.dtype))
+    return net
+
+
 def assemble(config, batch):
-    """cast.assemble's cast at SDXL's size and the config's resolution; inside a FakeTensorMode. UNets compute in bf16, as on a GPU."""
-    schedule, words, side = Schedule(), Words(), config.resolution // 8
+    """cast.assemble's cast at real size and the config's resolution; inside a FakeTensorMode. Denoisers compute in bf16, as on a GPU."""
+    sd3 = config.preset.startswith("sd3")
+    schedule, words, side = Schedule("flow", shift=3.0) if sd3 else Schedule(), Words(sd3), config.resolution // 8
+    build = lambda: SD3Transformer2DModel(**SD3) if sd3 else UNet2DConditionModel(**SDXL)  # noqa: E731
     torch.set_default_dtype(torch.bfloat16)  # weights are born in it: fake ones cannot be cast in place
-    teacher, G, fake = (Denoiser(UNet2DConditionModel(**SDXL), schedule, torch.bfloat16) for _ in range(3))
+    if config.lora_rank:
+        net = with_loras(build, config.lora_rank)
+        scales = ({"student": a, "fake": b} for a, b in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)))
+        teacher, G, fake = (Denoiser(net, schedule, torch.bfloat16, s) for s in scales)
+    else:
+        teacher, G, fake = (Denoiser(build(), schedule, torch.bfloat16) for _ in range(3))
+        teacher.net.requires_grad_(False)
     ref = R = D = head = None
     if config.stage == 2:
         ref = Denoiser(UNet2DConditionModel(**SDXL), schedule, torch.bfloat16)
         ref.net.requires_grad_(False)
         R = LatentRewardModel(UNet2DConditionModel(**SDXL), words, 1280).eval().requires_grad_(False)
     torch.set_default_dtype(torch.float32)
-    teacher.net.requires_grad_(False)
-    vae = VAE(AutoencoderKL(**SDXL_VAE))
+    vae = VAE(AutoencoderKL(**(SD3_VAE if sd3 else SDXL_VAE)))
     if config.gan_weight and config.gan == "latent":
         head = Head(SDXL["block_out_channels"][-1])
     elif config.gan_weight:
@@ -100,10 +142,10 @@ def assemble(config, batch):
             net.enable_gradient_checkpointing()
     nets = {"G": G.net, "fake": fake.net, "D": D, "head": head, "G, RL": G.net if ref else None}
     players = {name: (net, None) for name, net in nets.items() if net is not None}
-    for net, _ in players.values():
-        for p in net.parameters():
+    for net in {id(net): net for net, _ in players.values()}.values():
+        for p in filter(lambda p: p.requires_grad, net.parameters()):
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # gradients are counted with the states
-    latent, S = torch.empty(batch, 4, side, side), schedule.steps(config.student_steps)
+    latent, S = torch.empty(batch, vae.channels, side, side), schedule.steps(config.student_steps)
     null = words.encode([""])
     return Unmoved(config, 1, latent, words, vae, teacher, guided(teacher, null, config.guidance), null, G, fake, D, head, ref, R, players, S)
 
@@ -141,7 +183,8 @@ def iterate(config, kind, turn, watcher):
         cast = assemble(config, 1)
         draw = lambda purpose: sample_generators(0, 1, [0], purpose)  # noqa: E731
         c, picture = cast.encoder.encode(["a"]), torch.empty(1, 3, config.resolution, config.resolution)
-        loop = {"distillation": 0, IDLE: config.rl_ratio + 1 if config.stage == 2 else 1}.get(kind)  # loop 0 updates G
+        every = config.rl_ratio + 1 if config.stage == 2 else 1
+        loop = every * (1 if kind == IDLE else config.ttur)  # every TTUR-th of the loops that distil updates G
         with watcher:
             if kind == "preference":
                 turn(cast, ["a"], c, draw)
@@ -166,9 +209,16 @@ def states(cast, gpus):
     """Rows of (component, parameters, bytes per GPU with whole weights everywhere, bytes per GPU as train.py shards them)."""
     with FakeTensorMode():
         words = count(CLIPTextModel(CLIP_L)) + count(CLIPTextModelWithProjection(CLIP_G))
-    unet = count(cast.teacher.net)
-    rows = [("generator G", unet, 16 * unet, 16 * unet / gpus), ("score estimator", unet, 16 * unet, 16 * unet / gpus)]
-    rows += [("teacher", unet, 2 * unet, 2 * unet), ("text encoders", words, 2 * words, 2 * words), ("VAE", n := count(cast.vae), 4 * n, 4 * n)]
+    net = cast.G.net
+    lora = sum(p.numel() for name, p in net.named_parameters() if ".student." in name)
+    whole = count(net) - 2 * lora
+    if lora:
+        rows = [("frozen network under the LoRAs", whole, 4 * whole, 4 * whole / gpus)]
+        rows += [(f"LoRA of the {who}", lora, 16 * lora, 16 * lora / gpus) for who in ("generator G", "score estimator")]
+    else:
+        rows = [(who, whole, 16 * whole, 16 * whole / gpus) for who in ("generator G", "score estimator")]
+        rows += [("teacher", whole, 2 * whole, 2 * whole)]
+    rows += [("text encoders", words, 2 * words, 2 * words), ("VAE", n := count(cast.vae), 4 * n, 4 * n)]
     if cast.D:
         sam, heads = count(cast.D.encoder[0]), count(cast.D)
         rows += [("SAM", sam, 4 * sam, 4 * sam), ("D's heads", heads, 16 * heads, 16 * heads)]
@@ -176,19 +226,20 @@ def states(cast, gpus):
         rows += [("latent discriminator's head", n := count(cast.head), 16 * n, 16 * n)]
     if cast.R:
         judge = count(cast.R) + words
-        rows += [("reference", unet, 2 * unet, 2 * unet), ("reward model", judge, 2 * judge, 2 * judge)]
-        rows += [("AdamW of the preference updates", 0, 8 * unet, 8 * unet / gpus)]
-    blocks = [*cast.G.net.down_blocks, cast.G.net.mid_block, *cast.G.net.up_blocks]
-    gathered = 2 * 2 * max(map(count, blocks))  # bf16, this block's and the next one's
+        rows += [("reference", whole, 2 * whole, 2 * whole), ("reward model", judge, 2 * judge, 2 * judge)]
+        rows += [("AdamW of the preference updates", 0, 8 * (lora or whole), 8 * (lora or whole) / gpus)]
+    gathered = 2 * 2 * max(map(count, blocks(net)))  # bf16, this block's and the next one's
     return [*rows, ("FSDP2's gathered blocks", 0, 0, gathered)]
 
 
 def report(config, distil, prefer):
-    """Print what the run needs, and whether it fits; distil, prefer: train.py's. Raises UserError for a preset whose geometry is not SDXL's."""
-    if not config.preset.startswith("sdxl"):
-        raise UserError(f"--dry-run knows SDXL's geometry, not that of --preset {config.preset}: give one of the sdxl presets")
-    if config.fake_lora or config.lora_rank or config.gan == "online":
-        raise UserError("--dry-run knows neither LoRAs (--lora-rank, --fake-lora) nor AdvDMD (--gan online) yet")
+    """Print what the run needs, and whether it fits; distil, prefer: train.py's. Raises UserError for a preset of another geometry."""
+    if not config.preset.startswith(("sdxl", "sd3")):
+        raise UserError(f"--dry-run knows the geometry of SDXL and SD3-Medium, not that of --preset {config.preset}: give one of their presets")
+    if config.fake_lora or config.gan == "online":
+        raise UserError("--dry-run knows neither DMDR (--fake-lora) nor AdvDMD (--gan online) yet")
+    if config.preset.startswith("sd3") and (config.stage == 2 or config.gan == "latent"):
+        raise UserError("--dry-run knows SD3 in stage 1 with --gan pixel alone: it has no latent reward model and no bottleneck")
     began, gpus, share = time.time(), config.gpus, -(-config.batch_size // config.gpus)
     print(f"{config.preset}: stage {config.stage}, {config.resolution} pixels, batch {config.batch_size}, {gpus} GPUs of {config.gpu_memory:g} GB\n")
     kinds = {"distillation": 1} | ({IDLE: config.ttur - 1} if config.ttur > 1 else {})  # how often each kind of loop comes

@@ -33,7 +33,7 @@ import pixel_gan
 import score_estimator
 from cast import assemble
 from config import parse
-from diffusion import add_noise, backward_simulation, guided, rand, randn, renoise, sample_generators, times
+from diffusion import backward_simulation, guided, rand, randn, renoise, sample_generators, times
 from distributed import Ending, average_gradients, start_process
 from models import UserError
 from train_reward import train_reward
@@ -77,6 +77,7 @@ def train(config):
             x_real, prompts = (advdmd.spread(v, config.candidates) for v in (x_real, prompts))
         x_real, c = x_real.to(device), cast.encoder.encode(prompts)
         passes_before, watched = cast.passes(), loop % config.log_every == 0 or loop == config.iterations
+        cast.pace(pace(config, loop))
         if config.stage == 2 and (config.rl_only or loop % (config.rl_ratio + 1)):  # lines 27-32, r times per update of lines 5-26
             kind, (logged, moved, ok) = "rl_updates", prefer(cast, prompts, c, draw)
         else:
@@ -122,15 +123,13 @@ def distil(cast, loop, x_real, prompts, c, draw, watched):
     parts = [slice(n, n + size) for n in range(0, len(x_real), size)]  # gradients add up over micro-batches
     parts = [Part(x_real[n], prompts[n], {key: v[n] for key, v in c.items()}, **{key: v[n] for key, v in noise.items()}, **common) for n in parts]
     ok, moved = True, False
-    if config.reward_weight:  # DMDR: reward joins after the cold start, at half the rates
-        cast.pace(0.5 if k >= config.dynamic else 1.0)
 
     # The timestep-aware part: x, for the DM loss, starts from any student step but the last (3.3).
     i = int(np.random.default_rng([config.seed, loop]).integers(len(cast.S) - (config.dm_steps == "high")))
     updates_G = nth % config.ttur == 0  # line 12
     logged = monitor.mean([generator_turn(cast, part, i, updates_G) for part in parts])  # lines 5-16
     if updates_G and config.gan == "online" and cast.head is not None and k >= config.rl_after:
-        logged |= monitor.mean([reinforce_turn(cast, part) for part in parts])
+        logged |= monitor.mean([advdmd.reinforce(cast, part) for part in parts])
     if updates_G:  # lines 17-18
         logged["g_norm"], moved = cast.update("G", sum(logged.values()), config.clip_grad)  # losses, and what would show a NaN as well
         if moved:
@@ -153,6 +152,13 @@ def distil(cast, loop, x_real, prompts, c, draw, watched):
     if watched:
         logged |= monitor.mean([look(cast, part, i, logged["fake_loss"]) for part in parts])
     return logged, moved, ok
+
+
+def pace(config, loop):
+    """What the learning rates of G and the score estimator are multiplied by in this loop."""
+    left = 1 - (loop - 1) / config.iterations if config.lr_schedule == "linear" else 1.0
+    with_reward = config.reward_weight and (loop - 1) // config.ttur >= config.dynamic  # DMDR: reward joins after the cold start, at half the rates
+    return left / 2 if with_reward else left
 
 
 @dataclasses.dataclass
@@ -204,7 +210,7 @@ def generator_turn(cast, part, i, updates_G):
         L = L_dmd = dmd.loss(x, dmd.gradient(teacher, cast.fake, x, t, eps, c))
         logged["dm_loss"] = L_dmd.detach()
         if config.reward_weight and part.k >= config.dynamic:  # DMDR's reward, through this one step
-            L_reward, scores = dmdr.reward_loss(judge(cast, part, i, eps), x, config.reward_margin)
+            L_reward, scores = dmdr.reward_loss(dmdr.judge(cast, part, i, eps), x, config.reward_margin)
             L = L + config.reward_weight * L_reward
             logged["reward"] = scores.mean()
         if cast.head is not None and config.gan == "latent":  # DMD2, Eq. 5: beside the DM loss, at whichever step it is
@@ -232,36 +238,6 @@ def generator_turn(cast, part, i, updates_G):
             logged["adv_loss"] = L_adv.detach()
         part.x_adv, part.features = x_adv.detach(), [f.detach() for f in features]
     return logged
-
-
-def reinforce_turn(cast, part):
-    """AdvDMD: the gradients of its policy loss, where D is not blind on this batch, which it has not been trained on. -> what to log."""
-    config, G, S, states, c = cast.config, cast.G, cast.S, part.states, part.c
-    with torch.no_grad():
-        real, R = advdmd.judged(cast.fake, cast.head, states, cast.vae.encode(part.x_real), S, randn(part.unseen, part.x), c)
-        right = advdmd.accuracy(real, R)
-    if dist.is_initialized():
-        dist.all_reduce(right)
-        right /= cast.ranks
-    total = torch.zeros((), device=part.x.device)
-    if right >= config.rl_gate:
-        A = advdmd.credit(advdmd.advantages(R, config.candidates))
-        for i in range(len(S) - 1):
-            s = times(S[i + 1], part.x)
-            x0 = G(states[i], times(S[i], part.x), c)  # one update per rollout: π_old is π_θ, so ρ is 1 and its gradient is not 0
-            L = advdmd.loss(states[i + 1], x0, x0.detach(), G.schedule.alpha(s), G.schedule.sigma(s), A[:, i]) / (len(S) - 1)
-            (part.share * config.gan_weight * L).backward()
-            total = total + L.detach()
-    return {"rl_loss": total, "reward": R[:, -1].mean(), "d_accuracy_unseen": right, "rl_open": (right >= config.rl_gate).float()}
-
-
-def judge(cast, part, i, eps):
-    """DMDR's reward of a clean estimate x at student step i, as a callable: CLIP's of the picture, or the latent reward model's of x
-    re-noised to the next student step (to the last one from the last)."""
-    if cast.config.reward == "clip":
-        return lambda x: cast.R.score(cast.R.features(cast.vae.decode(x)), part.prompts)
-    s, c_R = times(cast.S[min(i + 1, len(cast.S) - 1)], part.x_real), cast.R.encoder.encode(part.prompts)
-    return lambda x: cast.R(add_noise(cast.G.schedule, x, s, eps), s, c_R)
 
 
 def renoise_share(config, k, generators, device):

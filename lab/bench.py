@@ -53,7 +53,7 @@ def passes(config):
         for p in module.parameters():
             p.grad = torch.zeros_like(p)
         began = time.perf_counter()
-        distributed.update(module, optimizer, torch.zeros(()), config.clip_grad)
+        distributed.update(optimizer, torch.zeros(()), config.clip_grad)
         return time.perf_counter() - began
 
     no_grad = torch.no_grad()

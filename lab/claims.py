@@ -1,17 +1,19 @@
 """The paper's claims, measured on the toy world.
 
     python -m lab.claims --only table4      what is missing in results/claims.json; then the table as Markdown, and docs/table4.png
-    python -m lab.claims --print            the tables and plots from what is there
+    python -m lab.claims --only verdicts    CLAIMS below, judged from the rows that are there: results/claims.md
+    python -m lab.claims --print            the tables, plots and verdicts from what is there
 
-Rows are cached by their flags, so an interrupted call goes on. Begun with Table 4 (stage 2); the other claims join here.
+Rows are cached by their flags, so an interrupted call goes on; those of stage 1 are lab.stage1's.
 """
 
 import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, variance
 
 import matplotlib.pyplot as plt
 
@@ -31,6 +33,36 @@ TABLE4 = {
     "joint, 5:1, all noise levels (`--rl-steps all`)": JOINT | {"--rl-steps": "all"},
     "joint, 5:1, without Pixel-GAN (`--gan-weight 0`)": JOINT | {"--gan-weight": 0},
 }
+
+
+@dataclass
+class Claim:
+    """That `better` beats `worse` (titles of rows) in a measure; sign -1: smaller is better."""
+
+    text: str
+    source: str
+    better: str
+    worse: str
+    measure: str
+    sign: int = 1
+
+
+PURE, UNPULLED = "pure DM, no Pixel-GAN (`--gan-weight 0`)", "no EMA pull (`--ema 1`)"
+JOINTLY, ALONE, TEACHER = "joint, 5:1", "RL alone (`--rl-only`)", "teacher, 50 steps"
+CLAIMS = (
+    Claim("Pure distribution matching is over-contrasted, Pixel-GAN mends it", "3.3", "Flash-DMD", PURE, "contrast_gap", -1),
+    Claim("Pixel-GAN makes pictures more real", "3.3", "Flash-DMD", PURE, "frechet", -1),
+    Claim("The EMA pull makes the student better", "Fig. 6", "Flash-DMD", UNPULLED, "frechet", -1),
+    Claim("the same, in prompts right", "Fig. 6", "Flash-DMD", UNPULLED, "prompt_accuracy"),
+    Claim("The few-step student draws prompts better than its multi-step teacher", "Table 1", "Flash-DMD", TEACHER, "prompt_accuracy"),
+    Claim("Stage 2 is preferred to stage 1", "Table 3", JOINTLY, "stage 1", "reward"),
+    Claim("Stage 2 is preferred to the teacher", "Table 3", JOINTLY, TEACHER, "reward"),
+    Claim("Joint training keeps what preference optimisation alone destroys: prompts right", "Table 4", JOINTLY, ALONE, "prompt_accuracy"),
+    Claim("the same, Fréchet distance", "Table 4", JOINTLY, ALONE, "frechet", -1),
+    Claim("the same, the reward itself", "Table 4", JOINTLY, ALONE, "reward"),
+    Claim("Preference at the two noisiest steps beats all steps", "Table 4", JOINTLY, "joint, 5:1, all noise levels (`--rl-steps all`)", "reward"),
+    Claim("Pixel-GAN keeps joint training real", "Fig. 7", JOINTLY, "joint, 5:1, without Pixel-GAN (`--gan-weight 0`)", "frechet", -1),
+)
 
 
 def loops(flags):
@@ -92,6 +124,44 @@ def table4(results, num):
             rows.line(title, found, COLUMNS)
 
 
+def verdict(better, worse, sign):
+    """Values over seeds of both sides -> (difference towards the claim, its standard error, the verdict): two standard errors decide.
+
+    A side with one seed has no error of its own: then nothing is decided.
+    """
+    gain = sign * (mean(better) - mean(worse))
+    if min(len(better), len(worse)) < 2:
+        return gain, None, "one seed, not judged"
+    error = (variance(better) / len(better) + variance(worse) / len(worse)) ** 0.5
+    return gain, error, "holds" if gain > 2 * error else "does not hold" if gain < -2 * error else "within noise"
+
+
+def values(measured, title, measure, num):
+    """A measure of a row, seed by seed. The teacher's one value is exact (no seed is in it): it counts as two equal ones."""
+    names = {TEACHER: [start("teacher", num)] * 2, "stage 1": [start(s, num) for s in SEEDS]}
+    names |= {t: [name(flags, s, num) for s in SEEDS] for t, flags in TABLE4.items()}
+    names |= {t: [stage1.name(flags, s, num) for s in seeds] for table in stage1.TABLES.values() for t, (flags, seeds) in table.items()}
+    found = [measured[n] for n in names[title] if n in measured]
+    if measure == "contrast_gap":
+        return [abs(m["contrast"] - m["real"]["contrast"]) for m in found]
+    return [m[measure] for m in found]
+
+
+def verdicts(measured, num, path="results/claims.md"):
+    """CLAIMS as a Markdown table, printed and written."""
+    lines = ["| claim | source | measure | claimed better | claimed worse | difference | verdict |", "| --- |" + " --- |" * 6]
+    for c in CLAIMS:
+        a, b = (values(measured, title, c.measure, num) for title in (c.better, c.worse))
+        if a and b:
+            gain, error, judged = verdict(a, b, c.sign)
+            shown = f"{gain:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+            lines.append(f"| {c.text} | {c.source} | {c.measure} | {c.better}: {mean(a):.4f} | {c.worse}: {mean(b):.4f} | {shown} | {judged} |")
+        else:
+            lines.append(f"| {c.text} | {c.source} | {c.measure} | {c.better} | {c.worse} | | not run |")
+    Path(path).write_text("\n".join(lines) + "\n")
+    print("\n".join(["", *lines]))
+
+
 def plot(results, num, path="docs/table4.png"):
     """Reward and held-out accuracy over RL updates, joint and RL alone: each seed thin, their mean thick. 64 held-out prompts a point."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
@@ -109,18 +179,26 @@ def plot(results, num, path="docs/table4.png"):
 
 
 def main():
-    args = rows.options(__doc__.split("\n")[0], ("table4",))
-    results = rows.load(RESULTS)
-    if not args.print:
-        with ThreadPoolExecutor(args.jobs) as pool:  # first, so that no two rows train the same one
-            list(pool.map(lambda s: student(s, args.num, max(1, os.cpu_count() // args.jobs)), SEEDS))
-        starts = {start(w, args.num): w for w in ("teacher", *SEEDS)}
-        rows.fill(RESULTS, results, {row: lambda threads, w=w: measure_start(w, args.num, threads) for row, w in starts.items()}, args.jobs)
-        chosen = [(flags, seed) for seed in SEEDS for flags in TABLE4.values()]
-        jobs = {name(f, s, args.num): lambda threads, f=f, s=s: measure(f, s, args.num, threads) for f, s in chosen}
-        rows.fill(RESULTS, results, jobs, args.jobs)
-    table4(results, args.num)
-    plot(results, args.num)
+    args = rows.options(__doc__.split("\n")[0], ("table4", "verdicts"))
+    results = rows.load(RESULTS, reward_crc32=rows.crc32("toy/lrm/unet/diffusion_pytorch_model.safetensors"))
+    if "table4" in args.only:
+        if not args.print:
+            run_table4(results, args)
+        table4(results, args.num)
+        plot(results, args.num)
+    if "verdicts" in args.only:
+        verdicts(rows.load(stage1.RESULTS) | results, args.num)
+
+
+def run_table4(results, args):
+    """What is missing of Table 4's rows, and of those it starts from."""
+    with ThreadPoolExecutor(args.jobs) as pool:  # first, so that no two rows train the same one
+        list(pool.map(lambda s: student(s, args.num, max(1, os.cpu_count() // args.jobs)), SEEDS))
+    starts = {start(w, args.num): w for w in ("teacher", *SEEDS)}
+    rows.fill(RESULTS, results, {row: lambda threads, w=w: measure_start(w, args.num, threads) for row, w in starts.items()}, args.jobs)
+    chosen = [(flags, seed) for seed in SEEDS for flags in TABLE4.values()]
+    jobs = {name(f, s, args.num): lambda threads, f=f, s=s: measure(f, s, args.num, threads) for f, s in chosen}
+    rows.fill(RESULTS, results, jobs, args.jobs)
 
 
 if __name__ == "__main__":

@@ -81,9 +81,11 @@ def test_reward_gradient_through_one_step(kind, scene):
 
 def test_preset_dmdr_moves_who_it_should(tmp_path):
     """K = 1: reward joins with the second generator update; of the score estimator the LoRA alone learns; a resumed run goes on alike."""
-    flags = "--preset dmdr --dynamic 1 --ttur 2 --fake-lora 4 --batch-size 4 --save-every 3 --preview-every 0 --log-every 1".split()
+    few = "--batch-size 4 --save-every 3 --preview-every 0 --log-every 1"
+    flags = f"--preset dmdr --dynamic 1 --ttur 2 --fake-lora 4 {few}".split()
     whole = train.train(config.parse([*flags, "--iterations", "4", "--out", str(tmp_path / "whole")]))
     logged = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [train.pace(config.parse(flags), loop) for loop in range(1, 5)] == [1, 1, 0.5, 0.5]
     assert ["reward" in m for m in logged] == [False, False, False, True] and logged[-1]["generator_updates"] == 2
     train.train(config.parse([*flags, "--iterations", "3", "--out", str(tmp_path / "half")]))
     half = train.train(config.parse(["--resume", "--iterations", "4", "--out", str(tmp_path / "half")]))
