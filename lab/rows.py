@@ -47,8 +47,12 @@ def key(flags, *rest):
     return " ".join([*map(str, flat(dict(sorted(flags.items())))), *map(str, rest)])
 
 
+def crc32(*path):
+    return zlib.crc32(Path(*path).read_bytes())
+
+
 def teacher_crc32():
-    return zlib.crc32(Path(Config.model, "unet/diffusion_pytorch_model.safetensors").read_bytes())
+    return crc32(Config.model, "unet/diffusion_pytorch_model.safetensors")
 
 
 def folder(key):
@@ -56,11 +60,11 @@ def folder(key):
     return RUNS / f"{zlib.crc32(key.encode(), teacher_crc32()):08x}"
 
 
-def load(path):
-    """The cache: {row: metrics}; empty where the toy's teacher is another one than the rows were made with."""
-    weights = teacher_crc32()
+def load(path, **weights):
+    """The cache: {row: metrics}; empty where the toy's teacher, or another of the `weights` (name -> crc32), is not what the rows were made with."""
+    weights = {"teacher_crc32": teacher_crc32(), **weights}
     found = json.loads(path.read_text()) if path.exists() else {}
-    return found if found.get("teacher_crc32") == weights else {"teacher_crc32": weights}
+    return found if weights.items() <= found.items() else weights
 
 
 def fill(path, results, jobs, workers):
