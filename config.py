@@ -33,12 +33,12 @@ class Config:
     gan_reals: str = "raw"  # what D sees as real: raw images, or their vae round trip
     sam: str = "toy/sam"  # image encoder of D: a folder, or a segment_anything checkpoint sam_vit_*.pth
     clip: str = "toy/clip"  # CLIP that evaluation measures with
-    guidance: float = 3.0  # the teacher's guidance scale w
+    guidance: float = 5.0  # the teacher's guidance scale w
     renoise: tuple = (0.02, 0.98)  # LOW,HIGH: the share of the noise range that the DM loss's t is drawn from
-    lr: float = 1e-4  # generator's AdamW learning rate
-    fake_lr: float = 4e-4  # score estimator's
+    lr: float = 2e-5  # generator's AdamW learning rate
+    fake_lr: float = 1e-4  # score estimator's
     d_lr: float = 1e-3  # discriminator heads'
-    lr_schedule: str = "linear"  # of G's and the score estimator's rates: linear = falling to 0 over --iterations, or constant
+    lr_schedule: str = "constant"  # of G's and the score estimator's rates: constant, or linear = falling to 0 over --iterations
     weight_decay: float = 0.01  # of all three
     clip_grad: float = 1.0  # largest gradient norm of G and of the score estimator
     init: str = ""  # stage 2: the stage-1 run to go on from; default the newest
@@ -87,7 +87,6 @@ _SDXL = {
     "guidance": 8.0,
     "lr": 5e-7,
     "fake_lr": 2.5e-6,
-    "lr_schedule": "constant",
     "checkpointing": True,
 }
 _SD3 = _SDXL | {"model": "stabilityai/stable-diffusion-3-medium-diffusers", "guidance": 7.0, "lora_rank": 64, "lr": 1e-5, "fake_lr": 2e-5}
@@ -113,7 +112,7 @@ CHOICES = {
     "carry": ("random", "best"),
     "student_steps": (4, 8),
     "dm_steps": ("high", "all"),
-    "lr_schedule": ("linear", "constant"),
+    "lr_schedule": ("constant", "linear"),
     "gan": ("pixel", "latent", "online"),
     "gan_loss": ("hinge", "logistic"),
     "adv_reading": ("a", "b"),

@@ -16,14 +16,18 @@ from models import load_denoiser
 B = 2
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_iteration_at_full_size(stage, monkeypatch):
-    """SDXL's UNets in bf16, its VAE, SAM ViT-B: no shape or dtype clashes, and every weight gets a gradient of its own shape."""
-    lacking = {}
+@pytest.mark.parametrize("preset", ["sdxl-4step", "sdxl-stage2", "sd3-4step"])
+def test_iteration_at_full_size(preset, monkeypatch):
+    """SDXL's UNets in bf16, or two LoRAs on SD3's transformer, the VAE, SAM ViT-B: no shape or dtype clashes, and every weight
+    that a player trains gets a gradient of its own shape."""
+    lacking, config = {}, parse(["--preset", preset])
+    lora = {"G": ".student.", "fake": ".fake."} if config.lora_rank else {}
 
     def update(cast, name, loss, max_norm=None):
         module = cast.players[name][0]
-        lacking[name] = [k for k, p in module.named_parameters() if p.grad is None or (p.grad.shape, p.grad.dtype) != (p.shape, p.dtype)]
+        trained = [(k, p) for k, p in module.named_parameters() if p.requires_grad and lora.get(name, "") in k]
+        lacking[name] = [k for k, p in trained if p.grad is None or (p.grad.shape, p.grad.dtype) != (p.shape, p.dtype)]
+        assert trained
         module.zero_grad(set_to_none=True)
         return loss.detach(), True
 
@@ -31,10 +35,11 @@ def test_iteration_at_full_size(stage, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "register_post_accumulate_grad_hook", lambda *a: None)  # keep the gradients, to look at them
     draw = lambda purpose: sample_generators(0, 1, range(B), purpose)  # noqa: E731
     with FakeTensorMode(allow_non_fake_inputs=True):
-        cast = dry_run.assemble(parse(["--preset", "sdxl-stage2" if stage == 2 else "sdxl-4step"]), B)
+        cast = dry_run.assemble(config, B)
         c = cast.encoder.encode(["a", "b"])
-        if stage == 1:
-            logged, stepped, ok = train.distil(cast, 1, torch.empty(B, 3, 1024, 1024), ["a", "b"], c, draw, watched=False)
+        if config.stage == 1:
+            pictures = torch.empty(B, 3, 1024, 1024)
+            logged, stepped, ok = train.distil(cast, config.ttur, pictures, ["a", "b"], c, draw, watched=False)
             assert {"dm_loss", "adv_loss", "fake_loss", "d_loss"} <= set(logged) and lacking == {"G": [], "fake": [], "D": []}
         else:
             logged, stepped, ok = train.prefer(cast, ["a", "b"], c, draw)

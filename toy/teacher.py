@@ -19,7 +19,7 @@ from models import Denoiser, load_encoder, load_vae, part_of
 from toy import world
 from toy.fit import HERE, accuracies, fit, forget_path, report, scenes
 
-GUIDANCE = 3.0
+GUIDANCE = 5.0
 SD3_TOKENS = 16  # of each CLIP, and of the missing T5: diffusers' max_sequence_length for toy/sd3
 
 
