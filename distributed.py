@@ -7,6 +7,7 @@ import threading
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 
@@ -17,8 +18,12 @@ def start_process():
     if cuda:
         torch.cuda.set_device(device)
     if (ranks > 1 or cuda) and not dist.is_initialized():
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks == 1 else {}  # without torchrun there is no meeting place
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+        store, rank = dist.HashStore(), 0  # without torchrun there is no meeting place
+        if ranks > 1:
+            meeting, rank, _ = next(rendezvous("env://"))
+            # torchrun keeps its store over --max-restarts: without a prefix a new rank could find a dead one's address there
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", meeting)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
     return int(os.environ.get("RANK", 0)), ranks, device
 
 
