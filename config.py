@@ -33,7 +33,8 @@ class Config:
     gan_reals: str = "raw"  # what D sees as real: raw images, or their vae round trip
     sam: str = "toy/sam"  # image encoder of D: a folder, or a segment_anything checkpoint sam_vit_*.pth
     clip: str = "toy/clip"  # CLIP that evaluation measures with
-    guidance: float = 5.0  # the teacher's guidance scale w
+    guidance: float = 3.0  # w, the guidance scale of the real score in Eq. 3
+    teacher_guidance: float = 5.0  # at which the multi-step teacher is sampled, for comparison: previews, evaluate.py
     renoise: tuple = (0.02, 0.98)  # LOW,HIGH: the share of the noise range that the DM loss's t is drawn from
     lr: float = 2e-5  # generator's AdamW learning rate
     fake_lr: float = 1e-4  # score estimator's
@@ -89,7 +90,7 @@ _SDXL = {
     "fake_lr": 2.5e-6,
     "checkpointing": True,
 }
-_SD3 = _SDXL | {"model": "stabilityai/stable-diffusion-3-medium-diffusers", "guidance": 7.0, "lora_rank": 64, "lr": 1e-5, "fake_lr": 2e-5}
+_SD3 = _SDXL | {"model": "stabilityai/stable-diffusion-3-medium-diffusers", "guidance": 7.0, "teacher_guidance": 7.0, "lora_rank": 64, "lr": 1e-5, "fake_lr": 2e-5}
 _DMD2 = {"gan": "latent", "gan_weight": 5e-3, "dm_steps": "all", "ttur": 5, "ema": 1.0}  # as the paper describes it (3.1, 3.2); weights: DMD2's
 PRESETS = {
     "toy": {},

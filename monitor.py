@@ -13,7 +13,7 @@ from tqdm import tqdm
 import data
 import metrics
 import score_estimator
-from diffusion import backward_simulation, randn, sample_generators, sample_ode
+from diffusion import backward_simulation, guided, randn, sample_generators, sample_ode
 from models import generate
 
 
@@ -45,8 +45,9 @@ class Preview:
         self.c_same = {k: v[:2].repeat_interleave(per_prompt, 0) for k, v in self.c.items()}
         self.like, self.seed, self.S, n = cast.latent[:1], cast.config.seed, cast.S, len(cast.S)
         z = randn(self.generators("preview", columns), self.like)
-        self.teacher = self.vae.decode(sample_ode(cast.guided_teacher, z, self.c, 50))
-        earlier = {"undistilled": cast.guided_teacher} | ({"stage 1": cast.ref} if cast.ref else {})
+        teacher = guided(cast.teacher, cast.null, cast.config.teacher_guidance)
+        self.teacher = self.vae.decode(sample_ode(teacher, z, self.c, 50))
+        earlier = {"undistilled": teacher} | ({"stage 1": cast.ref} if cast.ref else {})
         self.earlier = [self.vae.decode(self.rollout(denoiser, self.c, "preview", columns)) for denoiser in earlier.values()]
         self.labels = [f"{name}, {n} steps" for name in (*earlier, f"stage {cast.config.stage}")] + ["teacher, 50 steps"]
 

@@ -25,7 +25,7 @@ def main():
         run, config = checkpoint.find_run(args.run)
         denoiser, steps = load_denoiser(Config.model, student=checkpoint.newest(run)), config["student_steps"]
     else:
-        denoiser = guided(denoiser, encoder.null(), Config.guidance)
+        denoiser = guided(denoiser, encoder.null(), Config.teacher_guidance)
     prompts = [world.scene(i, "test")[1] for i in range(args.num)]
     images = generate(denoiser, encoder, vae, prompts, steps, seed=0, ode=not args.run)
     drawn, failed = Counter(), Counter()

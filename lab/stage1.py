@@ -41,7 +41,9 @@ TABLES = {
 }
 BASELINES = {
     "teacher, 50 steps": ("--teacher", "--steps", 50),
-    "undistilled, 4 steps, guided": ("--undistilled", "--steps", 4),
+    "teacher, 50 steps, guidance 3": ("--teacher", "--steps", 50, "--guidance", 3),
+    "undistilled, 4 steps": ("--undistilled", "--steps", 4),
+    "undistilled, 4 steps, guidance 3": ("--undistilled", "--steps", 4, "--guidance", 3),
     "undistilled, 4 steps, unguided": ("--undistilled", "--steps", 4, "--guidance", 1),
 }
 COLUMNS = ("prompt_accuracy", "frechet", "precision", "recall", "clip_score", "saturation", "contrast")

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -9,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 import metrics
 from diffusion import guided, sample_generators
 from models import PromptEncoder, generate, load_denoiser, load_vae
-from toy import world
+from toy import reward, world
 
 
 def scenes(n, split="test", start=0):
@@ -112,3 +113,18 @@ def test_clip_prefers_the_right_caption():
     clip = metrics.Clip("toy/clip")
     features = clip.features(images)
     assert clip.score(features, captions).mean() > clip.score(features, captions[1:] + captions[:1]).mean() + 0.1
+
+
+def test_worse_pictures_of_the_reward_models_pairs():
+    """One stated fact false, or all; the other kinds keep the scene and spoil the picture."""
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        scene, text = world.scene(i, "test")
+        image, other = world.render(scene), world.render(world.scene(i + 1, "test")[0])
+        worse = {kind: reward.spoilt(kind, scene, text, image, other, rng) for kind in reward.KINDS}
+        for kind, false in (("fact", 1), ("facts", len(world.parse(text)))):
+            (found,) = world.detect(worse[kind][None])
+            assert list(world.check(found, text).values()).count(False) == false, (kind, text)
+        for kind in ("blurred", "saturated", "mixed"):
+            assert worse[kind].shape == image.shape and worse[kind].abs().max() <= 1 and (worse[kind] - image).abs().max() > 0.2
+        assert metrics.saturation(worse["saturated"][None]) > metrics.saturation(image[None])

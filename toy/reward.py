@@ -17,33 +17,37 @@ from models import load_vae
 from toy import world
 from toy.fit import HERE, fit, forget_path, report
 
-KINDS = {"fact": 0.5, "blurred": 0.125, "saturated": 0.125, "mixed": 0.25}  # of worse pictures, and their shares
+KINDS = {"fact": 0.35, "facts": 0.25, "blurred": 0.1, "saturated": 0.1, "mixed": 0.2}  # of worse pictures, and their shares
 
 
 def spoilt(kind, scene, text, image, other, rng):
-    """A worse picture for the caption: a stated fact made false, or the right picture blurred, over-saturated or mixed with another."""
+    """A worse picture for the caption: one or all of its facts made false, or the right picture blurred, over-saturated or mixed with another."""
     if kind == "blurred":
-        return F.avg_pool2d(F.pad(image[None], (3, 3, 3, 3), mode="reflect"), 7, 1)[0]
-    if kind == "saturated":
+        return F.avg_pool2d(F.pad(image[None], (5, 5, 5, 5), mode="reflect"), 11, 1)[0]
+    if kind == "saturated":  # and over-contrasted, as too much guidance leaves it
         gray = image.mean(0, keepdim=True)
-        return (gray + rng.uniform(2, 3) * (image - gray)).clamp(-1, 1)
+        return (1.5 * (gray + rng.uniform(3, 5) * (image - gray))).clamp(-1, 1)
     if kind == "mixed":
         return image.lerp(other, rng.uniform(0.3, 0.7))
-    return world.render(altered(scene, text, rng))
-
-
-def altered(scene, text, rng):
-    """The scene with one fact that its caption states made false."""
     stated = world.parse(text)
-    name = list(stated)[rng.integers(len(stated))]
-    if name in ("row", "column"):
-        change = {"cell": scene.objects[0].cell ^ (2 if name == "row" else 1)}
-    else:
-        options = {"shape": world.SHAPES, "color": world.COLORS, "size": world.SIZES, "fill": world.FILLS, "background": world.BACKGROUNDS}[name]
-        change = {name: str(rng.choice([v for v in options if v != stated[name]]))}
-    if name == "background":
-        return dataclasses.replace(scene, **change)
-    return dataclasses.replace(scene, objects=(dataclasses.replace(scene.objects[0], **change),))
+    names = rng.permutation(list(stated))
+    return world.render(altered(scene, stated, names[:1] if kind == "fact" else names, rng))
+
+
+def altered(scene, stated, names, rng):
+    """The scene with these facts, of those that its caption states, made false."""
+    (o,), background = scene.objects, scene.background
+    options = {"shape": world.SHAPES, "color": world.COLORS, "size": world.SIZES, "fill": world.FILLS, "background": world.BACKGROUNDS}
+    for name in names:
+        if name in ("row", "column"):
+            o = dataclasses.replace(o, cell=o.cell ^ (2 if name == "row" else 1))
+            continue
+        wrong = str(rng.choice([v for v in options[name] if v != stated[name]]))
+        if name == "background":
+            background = wrong
+        else:
+            o = dataclasses.replace(o, **{name: wrong})
+    return dataclasses.replace(scene, background=background, objects=(o,))
 
 
 def pairs(count, split):
@@ -70,12 +74,12 @@ def build_lrm():
     conditions = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
 
     def loss(step):
-        which, t = torch.randint(len(better), (batch,)), torch.randint(1, 952, (batch,))
+        which, t = torch.randint(len(better), (batch,)), torch.randint(1, 900, (batch,))
         noise = torch.randn(2, batch, 4, 16, 16)
         return bradley_terry(*pair_scores(R, schedule, better[which], worse[which], t, *noise, {k: v[which] for k, v in conditions.items()}))
 
     began = time.time()
-    fit("lrm", [R], loss, steps=6000, lr=1.5e-3, weight_decay=0.01)
+    fit("lrm", [R], loss, steps=7000, lr=1.5e-3, weight_decay=0.01)
     R.eval().requires_grad_(False)
     better, worse, captions, kinds = pairs(1024, "test")
     c, right = R.encoder.encode(captions), {}
