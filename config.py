@@ -36,10 +36,10 @@ class Config:
     guidance: float = 3.0  # w, the guidance scale of the real score in Eq. 3
     teacher_guidance: float = 5.0  # at which the multi-step teacher is sampled, for comparison: previews, evaluate.py
     renoise: tuple = (0.02, 0.98)  # LOW,HIGH: the share of the noise range that the DM loss's t is drawn from
-    lr: float = 2e-5  # generator's AdamW learning rate
-    fake_lr: float = 1e-4  # score estimator's
+    lr: float = 4e-5  # generator's AdamW learning rate
+    fake_lr: float = 3e-4  # score estimator's
     d_lr: float = 1e-3  # discriminator heads'
-    lr_schedule: str = "constant"  # of G's and the score estimator's rates: constant, or linear = falling to 0 over --iterations
+    lr_schedule: str = "linear"  # of G's and the score estimator's rates: constant, or linear = falling to 0 over --iterations
     weight_decay: float = 0.01  # of all three
     clip_grad: float = 1.0  # largest gradient norm of G and of the score estimator
     init: str = ""  # stage 2: the stage-1 run to go on from; default the newest
@@ -88,6 +88,7 @@ _SDXL = {
     "guidance": 8.0,
     "lr": 5e-7,
     "fake_lr": 2.5e-6,
+    "lr_schedule": "constant",
     "checkpointing": True,
 }
 _SD3 = _SDXL | {"model": "stabilityai/stable-diffusion-3-medium-diffusers", "guidance": 7.0, "teacher_guidance": 7.0, "lora_rank": 64, "lr": 1e-5, "fake_lr": 2e-5}

@@ -34,9 +34,17 @@ TABLES = {
     "sweep": {
         **{f"`--ema {v}`": (FULL | {"--ema": v}, (0,)) for v in (0.8, 0.95, 0.99)},
         "`--gan-weight 0.1`": (FULL | {"--gan-weight": 0.1}, (0,)),
-        **{f"`--lr {g:g} --fake-lr {f:g}`": (FULL | {"--lr": g, "--fake-lr": f}, (0,)) for g, f in ((2e-5, 1e-4), (4e-5, 2e-4), (1e-4, 4e-4))},
-        "`--lr 1e-4 --fake-lr 4e-4 --lr-schedule linear`": (FULL | {"--lr": 1e-4, "--fake-lr": 4e-4, "--lr-schedule": "linear"}, (0,)),
-        "`--guidance 3`": (FULL | {"--guidance": 3.0}, (0,)),
+        **{f"`--lr {g:g} --fake-lr {f:g}`": (FULL | {"--lr": g, "--fake-lr": f}, (0,)) for g, f in ((2e-5, 3e-4), (1e-4, 4e-4))},
+        "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant`": (FULL | {"--lr": 3e-5, "--fake-lr": 2e-4, "--lr-schedule": "constant"}, (1, 2)),
+        "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant --gan-weight 0.1`": (
+            FULL | {"--lr": 3e-5, "--fake-lr": 2e-4, "--lr-schedule": "constant", "--gan-weight": 0.1},
+            (2,),
+        ),
+        "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant --guidance 5`": (
+            FULL | {"--lr": 3e-5, "--fake-lr": 2e-4, "--lr-schedule": "constant", "--guidance": 5.0},
+            (1, 2),
+        ),
+        "`--guidance 5`": (FULL | {"--guidance": 5.0}, (0,)),
     },
 }
 BASELINES = {
