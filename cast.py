@@ -10,9 +10,9 @@ import dmdr
 import latent_gan
 import metrics
 from diffusion import guided
-from distributed import update, weights
+from distributed import shard, update, weights
 from latent_reward import LatentRewardModel
-from models import Denoiser, UserError, add_lora, load_denoiser, load_encoder, load_sam, load_vae, shard
+from models import Denoiser, UserError, add_lora, load_denoiser, load_encoder, load_sam, load_vae
 from pixel_gan import PixelDiscriminator
 
 

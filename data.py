@@ -42,7 +42,8 @@ def source(name, resolution, seed=0, prompts=""):
 
 
 @lru_cache(maxsize=4)
-def _order(n, seed, epoch):
+def order_of(n, seed, epoch):
+    """A permutation of n, for an epoch of its own."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -106,14 +107,14 @@ class ImageFolder:
 
     def __getitem__(self, i):
         epoch, place = divmod(i, len(self.rows))
-        order = _order(len(self.rows), self.seed, epoch)
+        order = order_of(len(self.rows), self.seed, epoch)
         for offset in range(len(self.rows)):
             name, text = self.rows[order[(place + offset) % len(self.rows)]]
             if name in self.bad:
                 continue
             try:
                 with self._open(name) as file, Image.open(file) as image:
-                    return _pixels(image, self.resolution), text
+                    return pixels(image, self.resolution), text
             except UNREADABLE as e:
                 self._skip(name, e)
 
@@ -216,70 +217,19 @@ class Prompted:
 
     def __getitem__(self, i):
         epoch, place = divmod(i, len(self.lines))
-        return self.source[i][0], self.lines[_order(len(self.lines), self.seed, epoch)[place]]
+        return self.source[i][0], self.lines[order_of(len(self.lines), self.seed, epoch)[place]]
 
     def prompts(self, n):
         return [self.lines[i % len(self.lines)] for i in range(n)]
 
 
-def _pixels(image, side):
+def pixels(image, side):
     """A PIL image -> (3, side, side) in [-1, 1]: resized by its short side, cropped at the centre."""
     scale = side / min(image.size)
     image = image.convert("RGB").resize([max(side, round(s * scale)) for s in image.size], Image.Resampling.LANCZOS)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     array = np.array(image.crop((left, top, left + side, top + side)), dtype=np.float32)
     return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
-
-
-class Pairs:
-    """Preference pairs for a latent reward model: a folder of images and a metadata.jsonl with Pick-a-Pic's columns per line:
-    "caption", "jpg_0_file_name", "jpg_1_file_name", and "label_0": 1 where picture 0 is preferred, 0 where 1 is, 0.5 for a tie.
-
-    Gives (pictures (2, 3, H, W), the better first; caption), shuffled anew every epoch; ties are left out. One in twenty pairs,
-    at most 512, is `kept_out` of training. Raises UserError for a missing or unreadable image, or an unknown label.
-    """
-
-    def __init__(self, path, resolution, seed):
-        self.path, self.resolution, self.seed = Path(path), resolution, seed
-        table = self.path / "metadata.jsonl"
-        if not table.is_file():
-            raise UserError(f"{path} has no metadata.jsonl (per line: caption, jpg_0_file_name, jpg_1_file_name, label_0)")
-        pairs = []
-        for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                names, caption, label = (row["jpg_0_file_name"], row["jpg_1_file_name"]), row["caption"].strip(), row["label_0"]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{table}, line {number}: needs caption, jpg_0_file_name, jpg_1_file_name and label_0") from None
-            if label not in (0, 0.5, 1):
-                raise UserError(f"{table}, line {number}: label_0 is {label!r}, must be 1, 0 or 0.5 (a tie)")
-            for name in names:
-                if not (self.path / str(name)).is_file():
-                    raise UserError(f"{table}, line {number}: no image {name} in {path}")
-            if label != 0.5:
-                pairs.append({"caption": caption, "names": names if label == 1 else names[::-1]})
-        self.kept_out = pairs[::20][:512]
-        self.rows = [pair for i, pair in enumerate(pairs) if i % 20 or i >= 20 * 512]
-        if not self.rows:
-            raise UserError(f"{table} has too few pairs without a tie: {len(pairs)}, needs at least 2")
-
-    def pictures(self, row):
-        """The pair's pictures, (2, 3, H, W) in [-1, 1], the better first."""
-        out = []
-        for name in row["names"]:
-            try:
-                with Image.open(self.path / name) as image:
-                    out.append(_pixels(image, self.resolution))
-            except UNREADABLE as e:
-                raise UserError(f"cannot read {self.path / name}: {e}") from None
-        return torch.stack(out)
-
-    def __getitem__(self, i):
-        epoch, place = divmod(i, len(self.rows))
-        row = self.rows[_order(len(self.rows), self.seed, epoch)[place]]
-        return self.pictures(row), row["caption"]
 
 
 class _Indexed(torch.utils.data.Dataset):

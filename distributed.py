@@ -1,4 +1,4 @@
-"""Processes and ranks, and an optimizer step that all ranks take or all skip."""
+"""Processes and ranks, sharding, and an optimizer step that all ranks take or all skip."""
 
 import os
 import signal
@@ -6,7 +6,9 @@ import threading
 
 import torch
 import torch.distributed as dist
+from diffusers import SD3Transformer2DModel
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
@@ -66,3 +68,20 @@ def average_gradients(module, ranks):
         for p in module.parameters():
             dist.all_reduce(p.grad)
             p.grad /= ranks
+
+
+def blocks(net):
+    """The parts of a denoiser whose weights FSDP2 gathers together."""
+    # The stem too: where gradient reaches the mid block's features alone (latent_gan.py), the root's own weights would not be gathered.
+    if isinstance(net, SD3Transformer2DModel):
+        return [net.pos_embed, net.time_text_embed, net.context_embedder, *net.transformer_blocks]
+    return [net.conv_in, net.time_embedding, net.add_embedding, *net.down_blocks, net.mid_block, *net.up_blocks]
+
+
+def shard(net, dtype):
+    """FSDP2 in place: fp32 weights, gradients and optimizer state sharded over all ranks, computing in `dtype`."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # a cast would round t to bf16
+    settings = {"mp_policy": policy, "reshard_after_forward": True}  # Eq. 11 reads the shards after a forward pass
+    for block in blocks(net):
+        fully_shard(block, **settings)
+    return fully_shard(net, **settings)

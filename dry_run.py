@@ -28,9 +28,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from cast import Cast
 from diffusion import Schedule, guided, sample_generators
+from distributed import blocks
 from latent_gan import Head
 from latent_reward import LatentRewardModel
-from models import VAE, Denoiser, UserError, add_lora, blocks
+from models import VAE, Denoiser, UserError, add_lora
 from pixel_gan import PixelDiscriminator
 
 SDXL = {

@@ -58,7 +58,7 @@ def main():
     what.add_argument("--undistilled", action="store_true", help="the guided teacher in the student's few-step sampler")
     parser.add_argument("--model", default=Config.model, help=f"pipeline folder of --teacher and --undistilled (default: {Config.model})")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the student's, 50 for --teacher, 4 for --undistilled)")
-    parser.add_argument("--guidance", type=float, default=Config.teacher_guidance, help=f"the teacher's guidance scale (default: {Config.teacher_guidance})")
+    parser.add_argument("--guidance", type=float, default=Config.teacher_guidance, help=f"the teacher's (default: {Config.teacher_guidance})")
     parser.add_argument("--num", type=int, default=1000, help="held-out prompts (default: 1000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reference", choices=("real", "teacher"), default="real", help="what Fréchet distance, precision and recall compare with")

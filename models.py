@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion import Schedule, backward_simulation, randn, sample_generators, sample_ode
@@ -275,23 +274,6 @@ def load_sam(path, device="cpu"):
     except Exception as e:
         raise UserError(f"cannot read the SAM image encoder in {path}: {(str(e).strip() or type(e).__name__).splitlines()[0]}") from None
     return encoder.to(device).eval().requires_grad_(False)
-
-
-def blocks(net):
-    """The parts of a denoiser whose weights FSDP2 gathers together."""
-    # The stem too: where gradient reaches the mid block's features alone (latent_gan.py), the root's own weights would not be gathered.
-    if isinstance(net, SD3Transformer2DModel):
-        return [net.pos_embed, net.time_text_embed, net.context_embedder, *net.transformer_blocks]
-    return [net.conv_in, net.time_embedding, net.add_embedding, *net.down_blocks, net.mid_block, *net.up_blocks]
-
-
-def shard(net, dtype):
-    """FSDP2 in place: fp32 weights, gradients and optimizer state sharded over all ranks, computing in `dtype`."""
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # a cast would round t to bf16
-    settings = {"mp_policy": policy, "reshard_after_forward": True}  # Eq. 11 reads the shards after a forward pass
-    for block in blocks(net):
-        fully_shard(block, **settings)
-    return fully_shard(net, **settings)
 
 
 @torch.no_grad()

@@ -8,8 +8,10 @@ Every rank holds R whole and gradients are averaged over ranks.
 
 import dataclasses
 import json
+from pathlib import Path
 
 import torch
+from PIL import Image
 
 import checkpoint
 import data
@@ -22,6 +24,57 @@ from models import UserError, load_schedule, load_vae
 LEVELS = (50, 250, 500, 749)  # noise levels at which held-out pairs are judged
 
 
+class Pairs:
+    """Preference pairs for a latent reward model: a folder of images and a metadata.jsonl with Pick-a-Pic's columns per line:
+    "caption", "jpg_0_file_name", "jpg_1_file_name", and "label_0": 1 where picture 0 is preferred, 0 where 1 is, 0.5 for a tie.
+
+    Gives (pictures (2, 3, H, W), the better first; caption), shuffled anew every epoch; ties are left out. One in twenty pairs,
+    at most 512, is `kept_out` of training. Raises UserError for a missing or unreadable image, or an unknown label.
+    """
+
+    def __init__(self, path, resolution, seed):
+        self.path, self.resolution, self.seed = Path(path), resolution, seed
+        table = self.path / "metadata.jsonl"
+        if not table.is_file():
+            raise UserError(f"{path} has no metadata.jsonl (per line: caption, jpg_0_file_name, jpg_1_file_name, label_0)")
+        pairs = []
+        for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                names, caption, label = (row["jpg_0_file_name"], row["jpg_1_file_name"]), row["caption"].strip(), row["label_0"]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{table}, line {number}: needs caption, jpg_0_file_name, jpg_1_file_name and label_0") from None
+            if label not in (0, 0.5, 1):
+                raise UserError(f"{table}, line {number}: label_0 is {label!r}, must be 1, 0 or 0.5 (a tie)")
+            for name in names:
+                if not (self.path / str(name)).is_file():
+                    raise UserError(f"{table}, line {number}: no image {name} in {path}")
+            if label != 0.5:
+                pairs.append({"caption": caption, "names": names if label == 1 else names[::-1]})
+        self.kept_out = pairs[::20][:512]
+        self.rows = [pair for i, pair in enumerate(pairs) if i % 20 or i >= 20 * 512]
+        if not self.rows:
+            raise UserError(f"{table} has too few pairs without a tie: {len(pairs)}, needs at least 2")
+
+    def pictures(self, row):
+        """The pair's pictures, (2, 3, H, W) in [-1, 1], the better first."""
+        out = []
+        for name in row["names"]:
+            try:
+                with Image.open(self.path / name) as image:
+                    out.append(data.pixels(image, self.resolution))
+            except data.UNREADABLE as e:
+                raise UserError(f"cannot read {self.path / name}: {e}") from None
+        return torch.stack(out)
+
+    def __getitem__(self, i):
+        epoch, place = divmod(i, len(self.rows))
+        row = self.rows[data.order_of(len(self.rows), self.seed, epoch)[place]]
+        return self.pictures(row), row["caption"]
+
+
 def train_reward(config):
     """Train R as `config` says. Returns the run folder, whose checkpoints hold lrm/. Raises UserError for what a user can mend."""
     rank, ranks, device = start_process()
@@ -30,7 +83,7 @@ def train_reward(config):
     share, rest = divmod(config.batch_size, ranks)
     if rest:
         raise UserError(f"--batch-size {config.batch_size} is not divisible by {ranks} ranks")
-    source = data.Pairs(config.pairs, config.resolution, config.seed)
+    source = Pairs(config.pairs, config.resolution, config.seed)
     vae, schedule = load_vae(config.model, device), load_schedule(config.model)
     torch.manual_seed(config.seed)
     R = LatentRewardModel.from_pipeline(config.model, config.resolution, device).train()

@@ -81,7 +81,7 @@ def test_reward_gradient_through_one_step(kind, scene):
 
 def test_preset_dmdr_moves_who_it_should(tmp_path):
     """K = 1: reward joins with the second generator update; of the score estimator the LoRA alone learns; a resumed run goes on alike."""
-    few = "--batch-size 4 --save-every 3 --preview-every 0 --log-every 1"
+    few = "--lr-schedule constant --batch-size 4 --save-every 3 --preview-every 0 --log-every 1"
     flags = f"--preset dmdr --dynamic 1 --ttur 2 --fake-lora 4 {few}".split()
     whole = train.train(config.parse([*flags, "--iterations", "4", "--out", str(tmp_path / "whole")]))
     logged = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]

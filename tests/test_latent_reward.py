@@ -20,7 +20,7 @@ from latent_reward import LatentRewardModel
 from models import PromptEncoder, UserError
 from monitor import hacking
 from toy import world
-from train_reward import train_reward
+from train_reward import Pairs, train_reward
 
 S = Schedule().steps(4)
 SHAPE = (5, 4, 8, 8)
@@ -306,7 +306,7 @@ def test_stage_reward_learns_a_preference_and_resumes(preferences, tmp_path):
 
 
 def test_pairs_put_the_better_first_and_leave_ties_out(preferences):
-    pairs = data.Pairs(preferences, 64, 0)
+    pairs = Pairs(preferences, 64, 0)
     assert len(pairs.rows) + len(pairs.kept_out) == 60 and len(pairs.kept_out) == 3
     for i in range(len(pairs.rows)):
         better, worse = pairs[i][0]

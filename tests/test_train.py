@@ -235,7 +235,8 @@ def test_eq_11_on_shards(tmp_path):
 PULL_ON_SHARDS = """
 import torch, torch.distributed as dist
 import score_estimator
-from models import load_denoiser, shard
+from distributed import shard
+from models import load_denoiser
 
 dist.init_process_group("gloo")
 nets = []
