@@ -219,7 +219,7 @@ def test_published_layout(small):
 def test_stage_2_alternates_and_resumes(small, tmp_path):
     """r preference updates to 1 distillation update, counted; the reference stays the stage-1 student, bit for bit; a run
     stopped half-way and resumed ends with the weights of one that was not. The reward here is real but untrained."""
-    few = {"batch_size": 2, "preview_every": 0, "log_every": 1, "gan_weight": 0.0}
+    few = {"batch_size": 2, "preview_every": 0, "log_every": 1, "gan_weight": 0.0, "lr_schedule": "constant"}
     first = train.train(Config(iterations=2, out=str(tmp_path / "first"), **few))
     student = load_file(checkpoint.newest(first) / "unet" / "diffusion_pytorch_model.safetensors")
     settings = {**few, "stage": 2, "init": str(first), "reward": str(small[0]), "rl_ratio": 2, "pair_threshold": 0.0, "rl_lr": 1e-4}

@@ -14,7 +14,7 @@ from diffusion import sample_generators
 from export import export
 from models import Denoiser, PromptEncoder, add_lora, generate, load_denoiser, load_schedule, load_vae
 
-SMALL = "--lora-rank 4 --batch-size 4 --preview-every 0 --log-every 1 --lr 1e-3 --fake-lr 1e-3".split()
+SMALL = "--lora-rank 4 --batch-size 4 --preview-every 0 --log-every 1 --lr 1e-3 --fake-lr 1e-3 --lr-schedule constant".split()
 
 
 def run(folder, *flags):

@@ -22,7 +22,7 @@ from config import Config
 from diffusion import sample_generators
 from models import PromptEncoder, UserError, generate, load_denoiser, load_sam, load_vae
 
-SMALL = {"iterations": 3, "batch_size": 4, "preview_every": 0, "log_every": 1, "save_every": 1000}
+SMALL = {"iterations": 3, "batch_size": 4, "preview_every": 0, "log_every": 1, "save_every": 1000, "lr_schedule": "constant"}
 
 
 def metrics_of(run):
