@@ -147,17 +147,23 @@ def barrier():
 
 
 def find_run(name="", stage=None):
-    """A run folder that holds a checkpoint: the named one, or else the newest under runs/ (of one stage). -> (folder, its config as a dict)."""
-    runs = [Path(name)] if name else Path("runs").glob("*")
-    whole = [p for p in runs if (p / "config.json").is_file() and newest(p)]
-    if stage is not None:
-        whole = [p for p in whole if json.loads((p / "config.json").read_text())["stage"] == stage]
-    whole.sort(key=lambda p: (newest(p) / "progress.json").stat().st_mtime)
+    """A run folder with a student's checkpoint: the named one, or the newest under runs/ (of one stage). -> (folder, its config as a dict)."""
+    whole = []
+    for run in [Path(name)] if name else Path("runs").glob("*"):
+        if (run / "config.json").is_file() and newest(run):
+            try:
+                config = json.loads((run / "config.json").read_text())
+            except ValueError:
+                if name:
+                    raise UserError(f"cannot read {run / 'config.json'}: it is torn") from None
+                continue
+            if config["stage"] == stage or (stage is None and config["stage"] != "reward"):
+                whole.append((run, config))
     if not whole:
         kind = f"stage-{stage} checkpoint" if stage else "checkpoint"
         what = f"{name} holds no {kind}" if name else f"no run with a {kind} under runs/"
         raise UserError(f"{what}: train one first (python train.py --stage 1)")
-    return whole[-1], json.loads((whole[-1] / "config.json").read_text())
+    return max(whole, key=lambda found: (newest(found[0]) / "progress.json").stat().st_mtime)
 
 
 def from_stage_1(config):
@@ -211,7 +217,10 @@ def refusal(config, run):
             return None  # so that a restarted job may always say --resume
         if not saved.exists():
             return f"nothing to resume in {run}: it has no config.json"
-        before = DEFAULTS | json.loads(saved.read_text())
+        try:
+            before = DEFAULTS | json.loads(saved.read_text())
+        except ValueError:
+            return f"{saved} is torn: give another --out, or --overwrite to start anew"
         for key in ("stage", "model", "data", "prompts", "gan", "lora_rank", "fake_lora", "sam", "student_steps", "resolution", "seed", "batch_size"):
             old, new = before[key], getattr(config, key)
             if old != new and Path(str(old)).resolve() != Path(str(new)).resolve():

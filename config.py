@@ -153,7 +153,11 @@ def parse(argv=None):
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     saved = Path(given.get("out", "")) / "config.json"
     if given.get("resume") and given.get("out") and saved.is_file():  # a run goes on with its own settings, but for the flags given
-        before = json.loads(saved.read_text())
+        try:
+            before = json.loads(saved.read_text())
+        except ValueError:
+            parser.error(f"{saved} is torn: give its settings as flags, and --overwrite or another --out")
+        before = {k: v for k, v in before.items() if k in notes}  # one that is no more was written by an older version
         given = {k: v for k, v in before.items() if k not in ("preset", "overwrite", "renoise")} | {"renoise": tuple(before["renoise"])} | given
     config = Config(**{**PRESETS[given.get("preset", "toy")], **given})
     weights = ("gan_weight", "critic_weight", "reward_weight", "weight_decay")

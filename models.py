@@ -58,9 +58,10 @@ def load_part(cls, path, sub="", how="from_pretrained", **kwargs):
 def part_of(model):
     """What the denoiser of pipeline folder (or hub name) `model` is called there: "unet" (SDXL) or "transformer" (SD3)."""
     config = load_part(DiffusionPipeline, folder(model, "model_index.json"), how="load_config")
-    if config["_class_name"] not in PIPELINES:
-        raise UserError(f"{model} is a {config['_class_name']}: only {' and '.join(PIPELINES)} are supported")
-    return PIPELINES[config["_class_name"]]
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind not in PIPELINES:
+        raise UserError(f"{model} is a {kind}: only {' and '.join(PIPELINES)} are supported")
+    return PIPELINES[kind]
 
 
 def part_name(net):
@@ -135,11 +136,14 @@ def lora_scale(net, scales):
 def load_schedule(model):
     """The noise schedule of a pipeline folder's (or hub name's) scheduler config."""
     config = load_part(FlowMatchEulerDiscreteScheduler, folder(model, "scheduler/scheduler_config.json"), "scheduler", how="load_config")
-    if config["_class_name"] == "FlowMatchEulerDiscreteScheduler":
-        return Schedule("flow", shift=config["shift"])
-    if config.get("prediction_type", "epsilon") != "epsilon" or config.get("beta_schedule") != "scaled_linear":
-        raise UserError(f"{model}: only eps-prediction with scaled_linear betas (SDXL) and flow matching (SD3) are supported")
-    return Schedule("eps", config["beta_start"], config["beta_end"])
+    try:
+        if config["_class_name"] == "FlowMatchEulerDiscreteScheduler":
+            return Schedule("flow", shift=config["shift"])
+        if config.get("prediction_type", "epsilon") == "epsilon" and config["beta_schedule"] == "scaled_linear":
+            return Schedule("eps", config["beta_start"], config["beta_end"])
+    except (KeyError, TypeError) as e:
+        raise UserError(f"scheduler/scheduler_config.json of {model} lacks {e}") from None
+    raise UserError(f"{model}: only eps-prediction with scaled_linear betas (SDXL) and flow matching (SD3) are supported")
 
 
 def load_denoiser(model, device="cpu", dtype=torch.float32, student=None):

@@ -69,7 +69,7 @@ class Preview:
 
 
 class HeldOut:
-    """Stage 2's judges, on fixed held-out prompts: the reward, and two that preference optimisation never sees.
+    """Stage 2's judges, on fixed prompts (the toy's are held out): the reward of finished pictures, and two that preference optimisation never sees.
 
     Reward up while a held-out judge falls by more than its standard error, three previews in a row, is reward hacking.
     """

@@ -22,7 +22,7 @@ def read_prompts(args, config):
     if args.prompts:
         if not Path(args.prompts).is_file():
             raise UserError(f"no such prompt file: {args.prompts}")
-        prompts = [line for line in Path(args.prompts).read_text().splitlines() if line.strip()]
+        prompts = [line for line in Path(args.prompts).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         if not prompts:
             raise UserError(f"{args.prompts} holds no prompt (one per line)")
     else:

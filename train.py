@@ -55,6 +55,7 @@ def train(config):
     source = data.source(config.data, config.resolution, config.seed, config.prompts)
     cast = assemble(config, ranks, device)
     G, players, share = cast.G, cast.players, len(cast.latent)
+    held_out = monitor.HeldOut(cast, source) if config.preview_every and cast.R and config.reward != "clip" else None
 
     run = checkpoint.open_run(config, rank)
     progress = dict.fromkeys(("loops", "generator_updates", "rl_updates", "samples", "passes", "skipped_updates"), 0) | {"seconds": 0.0}
@@ -64,11 +65,10 @@ def train(config):
         (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     log = monitor.Log(run, rank, config, progress)
     preview = monitor.Preview(cast, source) if config.preview_every else None
-    held_out = monitor.HeldOut(cast, source) if preview and cast.R and config.reward != "clip" else None
 
     firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
     batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
-    bad_loops, ending, began = 0, Ending(device), time.time() - progress["seconds"]
+    bad_loops, due, ending, began = 0, set(), Ending(device), time.time() - progress["seconds"]
 
     for loop in range(progress["loops"] + 1, config.iterations + 1):  # line 4
         draw = lambda purpose: sample_generators(config.seed, loop, index.tolist(), purpose)  # noqa: B023, E731
@@ -76,12 +76,16 @@ def train(config):
         if config.gan == "online":  # AdvDMD compares rollouts of one prompt
             x_real, prompts = (advdmd.spread(v, config.candidates) for v in (x_real, prompts))
         x_real, c = x_real.to(device), cast.encoder.encode(prompts)
-        passes_before, watched = cast.passes(), loop % config.log_every == 0 or loop == config.iterations
+        # NOTE: Algorithm 1 runs lines 5-26 and 27-31 in every iteration of stage 2; Table 4's ratios say r of the latter per one of the former.
+        kind = "rl_updates" if config.stage == 2 and (config.rl_only or loop % (config.rl_ratio + 1)) else "generator_updates"
+        if loop % config.log_every == 0:  # of either kind the next one
+            due = {"rl_updates", "generator_updates"}
+        passes_before, watched = cast.passes(), kind in due or loop == config.iterations
         cast.pace(pace(config, loop))
-        if config.stage == 2 and (config.rl_only or loop % (config.rl_ratio + 1)):  # lines 27-32, r times per update of lines 5-26
-            kind, (logged, moved, ok) = "rl_updates", prefer(cast, prompts, c, draw)
+        if kind == "rl_updates":
+            logged, moved, ok = prefer(cast, prompts, c, draw)
         else:
-            kind, (logged, moved, ok) = "generator_updates", distil(cast, loop, x_real, prompts, c, draw, watched)
+            logged, moved, ok = distil(cast, loop, x_real, prompts, c, draw, watched)
 
         progress |= {
             "loops": loop,
@@ -92,6 +96,7 @@ def train(config):
             "seconds": time.time() - began,
         }
         if watched:
+            due = due - {kind}
             log.write(progress, monitor.average(logged, ranks))
         log.bar(loop, logged)
         if preview and (loop % config.preview_every == 0 or loop == config.iterations):
@@ -126,7 +131,7 @@ def distil(cast, loop, x_real, prompts, c, draw, watched):
 
     # The timestep-aware part: x, for the DM loss, starts from any student step but the last (3.3).
     i = int(np.random.default_rng([config.seed, loop]).integers(len(cast.S) - (config.dm_steps == "high")))
-    updates_G = nth % config.ttur == 0  # line 12
+    updates_G = nth % config.ttur == 0  # line 12. ASSUMPTION: an iteration is a loop, so G moves in every TTUR-th
     logged = monitor.mean([generator_turn(cast, part, i, updates_G) for part in parts])  # lines 5-16
     if updates_G and config.gan == "online" and cast.head is not None and k >= config.rl_after:
         logged |= monitor.mean([advdmd.reinforce(cast, part) for part in parts])
@@ -201,7 +206,8 @@ def generator_turn(cast, part, i, updates_G):
     x_tau = part.states[i] if part.states else backward_simulation(G, z, c, S, rollout, 0, i)
     with torch.set_grad_enabled(updates_G):
         x = G(x_tau, times(S[i], x_tau), c)
-    if updates_G:  # lines 13-14, Eq. 4
+    if updates_G:  # lines 13-14, Eq. 4. NOTE: line 14 writes the scores' difference as a loss; its gradient is meant, as in Eq. 4
+        # ASSUMPTION: line 13's T_noisy is 0.02 to 0.98 of the range, as in DMD; 3.1 says U(0, T).
         low, high = config.renoise
         t = schedule.t_at(low + (high - low) * renoise_share(config, part.k, part.renoise, x.device))
         eps, teacher = randn(part.renoise, x), cast.guided_teacher
@@ -222,7 +228,8 @@ def generator_turn(cast, part, i, updates_G):
             cast.forget(name)  # Eq. 5 is G's alone
     part.x = x = x.detach()  # line 20, before the rest of the rollout re-uses it
 
-    if D is not None:  # lines 9, 11: x_adv at the last step, whose input is a detached rollout (Eq. 8)
+    # Lines 9, 11: x_adv at the last step, whose input is a detached rollout (Eq. 8). NOTE: Eq. 9 re-noises the finished x_0 first (reading a).
+    if D is not None:
         x_last = x_tau if i == last else backward_simulation(G, renoise(schedule, x, S, i + 1, rollout), c, S, rollout, i + 1, last)
         if config.adv_reading == "a":  # Eq. 9: finish the rollout, re-noise x_0, denoise again
             x_0 = backward_simulation(G, x_last, c, S, rollout, last)
@@ -306,7 +313,8 @@ def prefer(cast, prompts, c, draw):
         L.backward()  # a rank without a pair takes part with weight zero
         total, right = total + L.detach(), right + ((H > 0) & kept).sum()
         drift = drift + (alpha_s * (x0_theta - x0_ref) / sigma_s).detach().square().mean() / 2
-    norm, ok = cast.update("G, RL", total, config.clip_grad)  # line 31
+    norm, ok = cast.update("G, RL", total, config.clip_grad)  # line 31; without one pair the gradient is 0
+    score_estimator.pull(cast.weights("fake"), cast.weights("G"), config.ema if ok else 1)  # Eq. 11, as after line 17
     scores = torch.cat([scores for *_, scores in pool])
     logged = {
         "rl_loss": total,

@@ -17,14 +17,12 @@ from statistics import mean, variance
 
 import matplotlib.pyplot as plt
 
-from config import Config
 from lab import rows, stage1
 from lab.stage1 import FULL, SEEDS
 
 RESULTS = Path("results/claims.json")
 RL_UPDATES = 300
-SETTINGS = ("rl_ratio", "rl_steps", "candidates", "carry", "pair_threshold", "beta", "rl_lr", "gan_weight")
-JOINT = {f"--{name.replace('_', '-')}": getattr(Config, name) for name in SETTINGS}
+JOINT = FULL | stage1.spelt(("rl_ratio", "rl_steps", "candidates", "carry", "pair_threshold", "beta", "ratio_clip", "rl_lr"))
 COLUMNS = ("reward", "prompt_accuracy", "clip_score", "frechet", "recall", "saturation", "minutes")
 
 TABLE4 = {
@@ -47,8 +45,8 @@ class Claim:
     sign: int = 1
 
 
-PURE, UNPULLED = "pure DM, no Pixel-GAN (`--gan-weight 0`)", "no EMA pull (`--ema 1`)"
-JOINTLY, ALONE, TEACHER = "joint, 5:1", "RL alone (`--rl-only`)", "teacher, 50 steps"
+PURE, UNPULLED = "pure DM, at every step (`--gan-weight 0 --dm-steps all`)", "no EMA pull (`--ema 1`)"
+JOINTLY, ALONE, TEACHER = "joint, 5:1", "RL alone (`--rl-only`)", next(iter(stage1.BASELINES))
 CLAIMS = (
     Claim("Pure distribution matching is over-contrasted beside the same with Pixel-GAN", "3.3", "Flash-DMD", PURE, "contrast", -1),
     Claim("Pixel-GAN makes pictures more real", "3.3", "Flash-DMD", PURE, "frechet", -1),
@@ -101,23 +99,23 @@ def measure(flags, seed, num, threads):
 def measure_start(which, num, threads):
     """Stage 1 of a seed, or the teacher."""
     path = rows.folder(str(which)).with_suffix(".json")
-    what = ("--teacher", "--steps", 50) if which == "teacher" else ("--run", student(which, num, threads))
+    what = stage1.BASELINES[TEACHER] if which == TEACHER else ("--run", student(which, num, threads))
     rows.command("evaluate.py", *what, "--num", num, "--json", path, threads=threads)
     return json.loads(path.read_text())
 
 
 def start(which, num):
     """The row's name of a seed's stage 1, or of the teacher."""
-    return f"{which if which == 'teacher' else f'stage 1, seed {which}'}, {num} prompts"
+    return f"{TEACHER}, {num} prompts" if which == TEACHER else stage1.name(FULL, which, num)
 
 
 def name(flags, seed, num):
-    return rows.key(flags, "--seed", seed, f"{num} prompts")
+    return rows.key(flags, "--stage", 2, "--seed", seed, f"{num} prompts")
 
 
 def table4(results, num):
     rows.head("Table 4", COLUMNS)
-    table = {"teacher, 50 steps": [start("teacher", num)], "stage 1": [start(s, num) for s in SEEDS]}
+    table = {TEACHER: [start(TEACHER, num)], "stage 1": [start(s, num) for s in SEEDS]}
     table |= {title: [name(flags, s, num) for s in SEEDS] for title, flags in TABLE4.items()}
     for title, names in table.items():
         if found := [results[n] for n in names if n in results]:
@@ -137,8 +135,8 @@ def verdict(better, worse, sign):
 
 
 def values(measured, title, measure, num):
-    """A measure of a row, seed by seed. The teacher's one value is exact (no seed is in it): it counts as two equal ones."""
-    names = {TEACHER: [start("teacher", num)] * 2, "stage 1": [start(s, num) for s in SEEDS]}
+    """A measure of a row, seed by seed. No training seed is in the teacher's one value: it counts as two equal ones."""
+    names = {TEACHER: [start(TEACHER, num)] * 2, "stage 1": [start(s, num) for s in SEEDS]}
     names |= {t: [name(flags, s, num) for s in SEEDS] for t, flags in TABLE4.items()}
     names |= {t: [stage1.name(flags, s, num) for s in seeds] for table in stage1.TABLES.values() for t, (flags, seeds) in table.items()}
     return [measured[n][measure] for n in names[title] if n in measured]
@@ -184,14 +182,14 @@ def main():
         table4(results, args.num)
         plot(results, args.num)
     if "verdicts" in args.only:
-        verdicts(rows.load(stage1.RESULTS) | results, args.num)
+        verdicts(rows.load(stage1.RESULTS) | results, args.num)  # rows of stage 1 lie in both, here with the reward
 
 
 def run_table4(results, args):
     """What is missing of Table 4's rows, and of those it starts from."""
     with ThreadPoolExecutor(args.jobs) as pool:  # first, so that no two rows train the same one
         list(pool.map(lambda s: student(s, args.num, max(1, os.cpu_count() // args.jobs)), SEEDS))
-    starts = {start(w, args.num): w for w in ("teacher", *SEEDS)}
+    starts = {start(w, args.num): w for w in (TEACHER, *SEEDS)}
     rows.fill(RESULTS, results, {row: lambda threads, w=w: measure_start(w, args.num, threads) for row, w in starts.items()}, args.jobs)
     core = (JOINTLY, ALONE)  # first: the claims rest on them
     chosen = [(TABLE4[t], seed) for part in (core, TABLE4.keys() - set(core)) for seed in SEEDS for t in sorted(part)]

@@ -61,8 +61,14 @@ def folder(key):
 
 
 def load(path, **weights):
-    """The cache: {row: metrics}; empty where the toy's teacher, or another of the `weights` (name -> crc32), is not what the rows were made with."""
-    weights = {"teacher_crc32": teacher_crc32(), **weights}
+    """The cache: {row: metrics}; empty where a network of the toy's, or another of `weights` (name -> crc32), is not the one it was made with."""
+    weights = {
+        "teacher_crc32": teacher_crc32(),
+        "vae_crc32": crc32(Config.model, "vae/diffusion_pytorch_model.safetensors"),
+        "sam_crc32": crc32(Config.sam, "image_encoder.safetensors"),
+        "clip_crc32": crc32(Config.clip, "model.safetensors"),
+        **weights,
+    }
     found = json.loads(path.read_text()) if path.exists() else {}
     return found if weights.items() <= found.items() else weights
 

@@ -13,26 +13,35 @@ from config import Config
 from lab import rows
 
 RESULTS = Path("results/stage1.json")
-SETTINGS = ("iterations", "batch_size", "ttur", "lr", "fake_lr", "d_lr", "lr_schedule", "ema", "gan_weight", "dm_steps", "clip_grad", "guidance")
-FULL = {f"--{name.replace('_', '-')}": getattr(Config, name) for name in SETTINGS}  # the defaults, spelt out: they are part of a row's name
+SETTINGS = """iterations batch_size student_steps ttur lr fake_lr d_lr lr_schedule weight_decay clip_grad
+    ema guidance renoise dm_steps gan_weight gan_loss gan_reals adv_reading""".split()
+
+
+def spelt(names):
+    """The defaults of these settings as flags: they are part of a row's name."""
+    values = {name: getattr(Config, name) for name in names}
+    return {f"--{name.replace('_', '-')}": ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+FULL = spelt(SETTINGS)
 SEEDS = (0, 1, 2)
 
 # table -> row -> (flags, seeds)
 TABLES = {
     "main": {
         "Flash-DMD": (FULL, SEEDS),
-        "pure DM, no Pixel-GAN (`--gan-weight 0`)": (FULL | {"--gan-weight": 0}, SEEDS),
+        "no Pixel-GAN, so no loss at the last step (`--gan-weight 0`)": (FULL | {"--gan-weight": 0}, SEEDS),
+        "pure DM, at every step (`--gan-weight 0 --dm-steps all`)": (FULL | {"--gan-weight": 0, "--dm-steps": "all"}, SEEDS),
         "no EMA pull (`--ema 1`)": (FULL | {"--ema": 1}, SEEDS),
     },
     "variants": {
         "DM loss at every step (`--dm-steps all`)": (FULL | {"--dm-steps": "all"}, (0,)),
-        "the same, no Pixel-GAN (`--gan-weight 0 --dm-steps all`)": (FULL | {"--gan-weight": 0, "--dm-steps": "all"}, (0,)),
         "reading (a) of Eq. 9 (`--adv-reading a`)": (FULL | {"--adv-reading": "a"}, (0,)),
         "renoise high (`--renoise 0.5,0.98`)": (FULL | {"--renoise": "0.5,0.98"}, (0,)),
         "renoise low (`--renoise 0.02,0.5`)": (FULL | {"--renoise": "0.02,0.5"}, (0,)),
     },
     "sweep": {
-        **{f"`--ema {v}`": (FULL | {"--ema": v}, (0,)) for v in (0.8, 0.95, 0.99)},
+        **{f"`--ema {v}`": (FULL | {"--ema": v}, (0,)) for v in (0.8, 0.97)},
         "`--gan-weight 0.1`": (FULL | {"--gan-weight": 0.1}, (0,)),
         **{f"`--lr {g:g} --fake-lr {f:g}`": (FULL | {"--lr": g, "--fake-lr": f}, (0,)) for g, f in ((2e-5, 3e-4), (1e-4, 4e-4))},
         "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant`": (FULL | {"--lr": 3e-5, "--fake-lr": 2e-4, "--lr-schedule": "constant"}, (1, 2)),
@@ -47,13 +56,9 @@ TABLES = {
         "`--guidance 5`": (FULL | {"--guidance": 5.0}, (0,)),
     },
 }
-BASELINES = {
-    "teacher, 50 steps": ("--teacher", "--steps", 50),
-    "teacher, 50 steps, guidance 3": ("--teacher", "--steps", 50, "--guidance", 3),
-    "undistilled, 4 steps": ("--undistilled", "--steps", 4),
-    "undistilled, 4 steps, guidance 3": ("--undistilled", "--steps", 4, "--guidance", 3),
-    "undistilled, 4 steps, unguided": ("--undistilled", "--steps", 4, "--guidance", 1),
-}
+SCALES = (Config.teacher_guidance, Config.guidance, 1.0)
+BASELINES = {f"teacher, 50 steps, w = {w:g}": ("--teacher", "--steps", 50, "--guidance", w) for w in SCALES[:2]}
+BASELINES |= {f"undistilled, 4 steps, w = {w:g}": ("--undistilled", "--steps", 4, "--guidance", w) for w in SCALES}
 COLUMNS = ("prompt_accuracy", "frechet", "precision", "recall", "clip_score", "saturation", "contrast")
 
 
