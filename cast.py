@@ -51,7 +51,7 @@ class Cast:
             p.grad = None
 
     def pace(self, factor):
-        """Learning rates of G and of the score estimator: `factor` times those asked for."""
+        """Learning rates of G, by preference too, and of the score estimator: `factor` times those asked for."""
         for name, rate in (("G", self.config.lr), ("fake", self.config.fake_lr), ("G, RL", self.config.rl_lr)):
             for group in self.players[name][1].param_groups if name in self.players else ():
                 group["lr"] = rate * factor

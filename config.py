@@ -39,7 +39,7 @@ class Config:
     lr: float = 4e-5  # generator's AdamW learning rate
     fake_lr: float = 3e-4  # score estimator's
     d_lr: float = 1e-3  # discriminator heads'
-    lr_schedule: str = "linear"  # of G's and the score estimator's rates: constant, or linear = falling to 0 over --iterations
+    lr_schedule: str = "linear"  # of G's rates, by preference too, and the score estimator's: constant, or linear = falling to 0 over --iterations
     weight_decay: float = 0.01  # of all three
     clip_grad: float = 1.0  # largest gradient norm of G and of the score estimator
     init: str = ""  # stage 2: the stage-1 run to go on from; default the newest

@@ -160,7 +160,7 @@ def distil(cast, loop, x_real, prompts, c, draw, watched):
 
 
 def pace(config, loop):
-    """What the learning rates of G and the score estimator are multiplied by in this loop."""
+    """What the learning rates of G, by preference too, and of the score estimator are multiplied by in this loop."""
     left = 1 - (loop - 1) / config.iterations if config.lr_schedule == "linear" else 1.0
     with_reward = config.reward_weight and (loop - 1) // config.ttur >= config.dynamic  # DMDR: reward joins after the cold start, at half the rates
     return left / 2 if with_reward else left

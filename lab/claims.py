@@ -135,7 +135,10 @@ def verdict(better, worse, sign):
 
 
 def values(measured, title, measure, num):
-    """A measure of a row, seed by seed. No training seed is in the teacher's one value: it counts as two equal ones."""
+    """A measure of a row, seed by seed. No training seed is in the teacher's value: it counts as two equal ones.
+
+    The noise of the prompts is on both sides, and in no error: all rows draw the same ones.
+    """
     names = {TEACHER: [start(TEACHER, num)] * 2, "stage 1": [start(s, num) for s in SEEDS]}
     names |= {t: [name(flags, s, num) for s in SEEDS] for t, flags in TABLE4.items()}
     names |= {t: [stage1.name(flags, s, num) for s in seeds] for table in stage1.TABLES.values() for t, (flags, seeds) in table.items()}
