@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,14 @@ def test_half_written_model_folder(lost, capsys, tmp_path):
     assert status == 2 and lost.split("/")[0] in line and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name, words", [("model_index.json", "only StableDiffusion"), ("scheduler/scheduler_config.json", "scheduler_config.json")])
+def test_emptied_config(name, words, capsys, tmp_path):
+    model = shutil.copytree("toy/sdxl", tmp_path / "model")
+    (model / name).write_text("{}")
+    status, line = call(train.main, capsys, *SMALL, "--model", model, "--out", tmp_path / "run")
+    assert status == 2 and words in line and not (tmp_path / "run").exists()
+
+
 def test_cut_short_weights(capsys, tmp_path):
     model = shutil.copytree("toy/sdxl", tmp_path / "model")
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
@@ -125,8 +134,17 @@ def test_bare_commands_take_the_newest_run(capsys, tmp_path, monkeypatch):
     for name in ("old", "new"):
         assert call(train.main, capsys, *SMALL, "--gan-weight", "0", "--out", f"runs/{name}")[0] == 0
     assert call(sample.main, capsys, "--run", "runs/old", "--num", "1")[0] == 0
+    for name, saved in (("reward", '{"stage": "reward"}'), ("torn", '{"stage": 1, ')):  # newer, and no students
+        shutil.copytree("runs/new", f"runs/{name}")
+        Path("runs", name, "config.json").write_text(saved)
     status, line = call(sample.main, capsys, "--steps", "4")
     assert status == 0 and "runs/new/samples" in line
+    for main, argv in ((sample.main, ["--run", "runs/torn"]), (train.main, ["--resume", "--out", "runs/torn"])):
+        status, line = call(main, capsys, *argv)
+        assert status == 2 and "config.json" in line and "torn" in line
+    stage_2 = ["--stage", "2", "--gan-weight", "0", "--init", "runs/old", "--out", "runs/new", "--overwrite", "--clip", "toy/nothing"]
+    status, line = call(train.main, capsys, *stage_2)
+    assert status == 2 and "toy/nothing" in line and Path("runs/new/metrics.jsonl").exists()  # not replaced by a run that cannot start
 
 
 def test_resume_keeps_the_runs_settings(capsys, tmp_path):

@@ -248,6 +248,7 @@ def test_stage_2_alternates_and_resumes(small, tmp_path, monkeypatch):
     assert all(torch.equal(p, q) for p, q in zip(R.state_dict().values(), kept[0].R.state_dict().values(), strict=True))
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert ["rl_loss" in line for line in lines] == [True, True, False] * 2
+    assert [("rl_loss" in m, "dm_loss" in m) for m in lines] == [(True, False), (True, False), (False, True)] * 2
     assert (lines[-1]["rl_updates"], lines[-1]["generator_updates"], lines[-1]["loops"]) == (4, 2, 6)
     assert lines[0]["rl_loss"] == pytest.approx(math.log(2), rel=1e-4) and lines[0]["kl_to_reference"] == 0  # G = ref
     assert lines[4]["kl_to_reference"] > 0 and lines[0]["kept_pairs"] == 1
@@ -257,6 +258,15 @@ def test_stage_2_alternates_and_resumes(small, tmp_path, monkeypatch):
     ends = [load_file(checkpoint.newest(run) / "unet" / "diffusion_pytorch_model.safetensors") for run in (whole, half)]
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
     assert any(not torch.equal(ends[0][k], student[k]) for k in student)
+
+
+def test_both_kinds_of_update_are_logged(small, tmp_path):
+    """At 1:1 every second loop is a distillation update, and so is every loop that --log-every 2 names: preference is logged by the next one."""
+    first = train.train(Config(iterations=1, out=str(tmp_path / "first"), batch_size=2, preview_every=0, gan_weight=0.0))
+    settings = {"stage": 2, "init": str(first), "reward": str(small[0]), "rl_ratio": 1, "pair_threshold": 0.0, "gan_weight": 0.0}
+    run = train.train(Config(iterations=6, out=str(tmp_path / "run"), batch_size=2, preview_every=0, log_every=2, **settings))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["loops"], "rl_loss" in m) for m in lines] == [(2, False), (3, True), (4, False), (5, True), (6, False)]
 
 
 def test_half_written_folder(small, tmp_path):
