@@ -1,6 +1,7 @@
-"""Trains the toy's weights from nothing: VAE, CLIP, SAM image encoder; the two teachers (teacher.py) and the latent reward model (reward.py).
+"""Trains the toy's weights from nothing: VAE, CLIP, SAM image encoder, the teacher (teacher.py) and the latent reward model (reward.py).
 
     python -m toy.build              all parts, in this order; a part already built is kept
+    python -m toy.build --only sd3   a teacher in SD3's shape, which is not among the weights that come with the project
     python -m toy.build --rebuild    forget what is there and train again; if interrupted, go on without --rebuild
     python -m toy.build --only vae   one part
 
@@ -204,7 +205,7 @@ def main():
         quality = {k: v for k, v in quality.items() if args.only not in (None, k)}
         path.write_text(json.dumps(quality, indent=2) + "\n")
     for name, (folder, build) in PARTS.items():
-        if args.only in (None, name):
+        if args.only == name or (args.only is None and name != "sd3"):
             if name in quality and (HERE / folder).exists():  # quality.json is written last
                 print(f"{name}: already built in toy/{folder}")
                 continue
