@@ -51,7 +51,7 @@ class Config:
     pair_threshold: float = 0.45  # stage 2: a pair is kept when the softmax over best and worst is this far apart
     beta: float = 0.05  # stage 2: beta of Eq. 12; H is a sum over dimensions
     ratio_clip: float = 0.0  # stage 2: hold the ratio of each mean density to the reference's within 1 +- this (LPO: 0.1); 0 = off
-    rl_lr: float = 5e-6  # stage 2: learning rate of the preference updates
+    rl_lr: float = 1e-5  # stage 2: learning rate of the preference updates
     rl_only: bool = False  # stage 2: no distillation beside it (the paper's post-training)
     lora_rank: int = 0  # G and the score estimator as two LoRAs of this rank on one frozen teacher; 0 = copies of their own
     fake_lora: int = 0  # DMDR: rank of the LoRA that makes the score estimator out of the frozen teacher; 0 = a copy of its own

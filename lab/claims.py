@@ -195,7 +195,7 @@ def run_table4(results, args):
     starts = {start(w, args.num): w for w in (TEACHER, *SEEDS)}
     rows.fill(RESULTS, results, {row: lambda threads, w=w: measure_start(w, args.num, threads) for row, w in starts.items()}, args.jobs)
     core = (JOINTLY, ALONE)  # first: the claims rest on them
-    chosen = [(TABLE4[t], seed) for part in (core, TABLE4.keys() - set(core)) for seed in SEEDS for t in sorted(part)]
+    chosen = [(TABLE4[t], seed) for part in (core, [t for t in TABLE4 if t not in core]) for seed in SEEDS for t in part]
     jobs = {name(f, s, args.num): lambda threads, f=f, s=s: measure(f, s, args.num, threads) for f, s in chosen}
     rows.fill(RESULTS, results, jobs, args.jobs)
 
