@@ -217,7 +217,7 @@ def test_two_ranks_are_one(method, tmp_path):
         for key in ("dm_loss", "adv_loss", "fake_loss", "d_loss"):
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=5e-5 if key == "adv_loss" else 2e-6), (a["loops"], key)
         for key in ("g_norm", "fake_norm"):  # a sum over ranks where a mean belongs would double these, and AdamW would hide it
-            assert b[key] == pytest.approx(a[key], rel=0.05), (a["loops"], key)
+            assert b[key] == pytest.approx(a[key], rel=1e-3 if a["loops"] == 1 else 0.2), (a["loops"], key)  # later: from weights that differ
     start = load_denoiser("toy/sdxl").net.state_dict()
     moved = [torch.cat([(student(tmp_path / f"r{n}")[k] - v).flatten() for k, v in start.items()]) for n in (1, 2)]
     assert moved[0].norm() > 0 and (moved[1] - moved[0]).norm() < 0.02 * moved[0].norm()
