@@ -240,9 +240,9 @@ def test_stage_2_alternates_and_resumes(small, tmp_path, monkeypatch):
     kept, real = [], train.assemble
     monkeypatch.setattr(train, "assemble", lambda *a: kept.append(real(*a)) or kept[-1])
     pulls, pull = [], train.score_estimator.pull
-    monkeypatch.setattr(train.score_estimator, "pull", lambda *a: pulls.append(pull(*a)))
+    monkeypatch.setattr(train.score_estimator, "pull", lambda psi, theta, lam: pulls.append(lam) or pull(psi, theta, lam))
     whole = train.train(Config(iterations=6, out=str(tmp_path / "whole"), **settings))
-    assert len(pulls) == 6  # Eq. 11 follows updates of either kind
+    assert pulls == [Config.ema] * 6  # Eq. 11 follows updates of either kind
     assert all(torch.equal(p, student[k]) for k, p in kept[0].ref.net.state_dict().items())
     R = LatentRewardModel.from_pretrained(small[0], 64, tokenizers="toy/sdxl")
     assert all(torch.equal(p, q) for p, q in zip(R.state_dict().values(), kept[0].R.state_dict().values(), strict=True))
