@@ -107,10 +107,10 @@ def test_features_are_segment_anythings_own(parts):
 def test_heads_learn_to_tell_real_from_blurred(parts):
     torch.manual_seed(0)
     D = pixel_gan.PixelDiscriminator(parts[0].encoder[0])
-    optimizer = torch.optim.Adam(D.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(D.parameters(), lr=5e-3)
     blur = lambda x: torch.nn.functional.avg_pool2d(x, 5, 1, 2)  # noqa: E731
-    for step in range(200):
-        x = images(8, 8 * step)
+    for step in range(300):
+        x = images(16, 16 * step)
         optimizer.zero_grad()
         pixel_gan.discriminator_loss(D(D.features(x)), D(D.features(blur(x)))).backward()
         optimizer.step()
