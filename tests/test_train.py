@@ -199,9 +199,9 @@ def test_non_finite_update_is_skipped_and_ten_end_the_run(tmp_path, monkeypatch)
     assert all(torch.isfinite(v).all() for v in student(run).values())
 
 
-@pytest.mark.parametrize("method", [{}, {"gan": "latent", "dm_steps": "all", "iterations": 3}])
+@pytest.mark.parametrize("method", [{}, {"gan": "latent", "dm_steps": "all", "iterations": 2}])
 def test_two_ranks_are_one(method, tmp_path):
-    """2 gloo ranks x 8, sharded by FSDP2, take the same 5 steps (the baseline: 3) as 1 rank x 16: losses, gradient norms, how far the weights moved.
+    """2 gloo ranks x 8, sharded by FSDP2, take the same 5 steps (the baseline: 2) as 1 rank x 16: losses, gradient norms, how far the weights moved.
 
     Small learning rates: AdamW turns the rounding noise of gradients near zero into whole steps, which at the default rates
     moves losses by 1e-4 within three loops. adv_loss is a mean of logits of order 1 that crosses zero, hence its absolute bound.
@@ -217,7 +217,7 @@ def test_two_ranks_are_one(method, tmp_path):
         for key in ("dm_loss", "adv_loss", "fake_loss", "d_loss"):
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=5e-5 if key == "adv_loss" else 2e-6), (a["loops"], key)
         for key in ("g_norm", "fake_norm"):  # a sum over ranks where a mean belongs would double these, and AdamW would hide it
-            assert b[key] == pytest.approx(a[key], rel=1e-3 if a["loops"] == 1 else 0.2), (a["loops"], key)  # later: from weights that differ
+            assert b[key] == pytest.approx(a[key], rel=1e-3 if a["loops"] == 1 else 0.05), (a["loops"], key)
     start = load_denoiser("toy/sdxl").net.state_dict()
     moved = [torch.cat([(student(tmp_path / f"r{n}")[k] - v).flatten() for k, v in start.items()]) for n in (1, 2)]
     assert moved[0].norm() > 0 and (moved[1] - moved[0]).norm() < 0.02 * moved[0].norm()
