@@ -9,6 +9,7 @@ import checkpoint
 import dmdr
 import latent_gan
 import metrics
+import run_folder
 from diffusion import guided
 from distributed import shard, update, weights
 from latent_reward import LatentRewardModel
@@ -54,7 +55,10 @@ class Cast:
         """Learning rates of G, by preference too, and of the score estimator: `factor` times those asked for."""
         for name, rate in (("G", self.config.lr), ("fake", self.config.fake_lr), ("G, RL", self.config.rl_lr)):
             for group in self.players[name][1].param_groups if name in self.players else ():
-                group["lr"] = rate * factor
+                if torch.is_tensor(group["lr"]):  # torchao's
+                    group["lr"].fill_(rate * factor)
+                else:
+                    group["lr"] = rate * factor
 
     def passes(self):
         """Network passes of the three denoisers on this rank so far, in samples."""
@@ -91,8 +95,9 @@ def assemble(config, ranks, device):
             net.enable_gradient_checkpointing()
     for net in dict.fromkeys((G.net, fake.net)):
         net.train()
-        if ranks > 1 or device.type == "cuda":
-            shard(net, dtype)
+    sharded = ranks > 1 or device.type == "cuda"
+    for net in dict.fromkeys((G.net, fake.net, teacher.net)) if sharded else ():
+        shard(net, dtype)
     if config.compile and config.gan != "pixel":
         raise UserError(f"--compile and --gan {config.gan} do not go together: the compiled score estimator hides its features")
     if config.compile:
@@ -102,6 +107,8 @@ def assemble(config, ranks, device):
 
     def adam(net, lr, lora=""):
         trained = [p for name, p in net.named_parameters() if p.requires_grad and (not lora or f".{lora}." in name)]
+        if config.optimizer == "adamw8bit":
+            return adamw8bit()(trained, lr=lr, weight_decay=config.weight_decay)
         return torch.optim.AdamW(trained, lr=lr, weight_decay=config.weight_decay, fused=fused)
 
     mine, fakes = ("student", "fake") if config.lora_rank else ("", "")
@@ -119,25 +126,38 @@ def assemble(config, ranks, device):
     ref = R = None
     if config.stage == 2:
         checkpoint.restore(config.init, players, optimizers=False)
-        ref = load_denoiser(config.model, device, dtype, student=checkpoint.newest(config.init))  # p_ref
+        ref = load_denoiser(config.model, device, dtype, student=run_folder.newest(config.init))  # p_ref
         freeze(ref.net, dtype)
+        if sharded:
+            shard(ref.net, dtype)
         players["G, RL"] = (G.net, adam(G.net, config.rl_lr, mine))
     if config.stage == 2 or config.reward_weight:
         if config.reward == "clip" and config.stage == 1:
             R = metrics.Clip(config.clip, device)
         else:
             R = load_reward(config, vae, device, dtype)
+            if sharded:
+                shard(R.unet, dtype)
     S, null = teacher.schedule.steps(config.student_steps), encoder.null()  # τ_K > ... > τ_1
     return Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, null, config.guidance), null, G, fake, D, head, ref, R, players, S)
 
 
 def load_reward(config, vae, device, dtype):
     """The latent reward model. Raises UserError for one of another latent width."""
-    folder = checkpoint.reward_folder(config)
+    folder = run_folder.reward_folder(config)
     R = LatentRewardModel.from_pretrained(folder, config.resolution, config.model, device, dtype)
     if (channels := R.unet.config.in_channels) != vae.channels:
         raise UserError(f"the reward model in {folder} judges latents of {channels} channels, those of {config.model} have {vae.channels}")
     return R
+
+
+def adamw8bit():
+    """torchao's AdamW with its two moments in 8 bits. Raises UserError where torchao is missing."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as e:
+        raise UserError(f"--optimizer adamw8bit needs the package torchao (pip install torchao): {e}") from None
+    return AdamW8bit
 
 
 def freeze(net, dtype):

@@ -1,23 +1,30 @@
-"""Save and resume: torch.distributed.checkpoint, written aside and renamed, so that a killed run leaves a whole one.
+"""Save, resume, export: torch.distributed.checkpoint, written aside and renamed, so that a killed run leaves a whole one.
 
     runs/NAME/checkpoint-000400/state/        weights and optimizers, sharded as they were
     runs/NAME/checkpoint-000400/unet/         the student, as diffusers loads it
     runs/NAME/checkpoint-000400/progress.json counters
 
 Randomness and data follow from (seed, iteration), so nothing else needs saving.
+
+    python checkpoint.py export RUN OUT
+
+writes the student as a pipeline folder with a model card. The scheduler that draws its steps is baked in: LCMScheduler with
+original_inference_steps = K for SDXL, FlowMatchEulerDiscreteScheduler with stochastic_sampling for SD3. What diffusers keeps outside
+of configs, the number of steps (SD3: sigmas) and guidance 0, is on the card.
 """
 
-import dataclasses
+import argparse
 import json
 import shutil
 import sys
 import warnings
-from datetime import datetime
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import (
@@ -28,28 +35,20 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from config import Config
-from models import PARTS, UserError, part_name, part_of
+from models import PARTS, UserError, folder, load_denoiser, load_schedule, part_name, part_of
+from run_folder import checkpoints, find_run, newest
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what a LoRA stands on is the model's own, and is not saved again
-DEFAULTS = dataclasses.asdict(Config())  # a run of before a setting existed had its default
+_WRITER, _PENDING = ThreadPoolExecutor(1), []  # for checkpoints that are written in the background
 
 
-def checkpoints(run):
-    """The checkpoint folders of a run, oldest first."""
-    return sorted(Path(run).glob("checkpoint-[0-9]*[0-9]"))
-
-
-def newest(run):
-    """The newest checkpoint folder of a run, or None."""
-    return next(reversed(checkpoints(run)), None)
-
-
-def save(run, players, progress, keep=1, export=None):
+def save(run, players, progress, keep=1, write=None, background=False):
     """Write a checkpoint of players {name: (module, optimizer)} and progress (a dict with "loops"); then all but the `keep` newest are removed.
 
-    All ranks call it. export(folder, module, weights) writes, on rank 0, what others load of the first player; a diffusers model by default.
+    All ranks call it. write(folder, module, weights) writes, on rank 0, what others load of the first player; a diffusers model by default.
+    background: return once all is copied to host memory, and write it meanwhile (needs a process group).
     """
+    settle()
     final = Path(run) / f"checkpoint-{progress['loops']:06d}"
     aside = final.with_name(final.name + ".tmp")
     first = not dist.is_initialized() or dist.get_rank() == 0
@@ -57,21 +56,35 @@ def save(run, players, progress, keep=1, export=None):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     barrier()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one process without a process group is what no_dist means
-        dcp.save(_state(players), checkpoint_id=aside / "state", no_dist=not dist.is_initialized())
     module = next(iter(players.values()))[0]
     whole = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if first:
-        (export or save_student)(aside, module, whole)
-        (aside / "progress.json").write_text(json.dumps(progress))
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
-        for torn in Path(run).glob("checkpoint-*.tmp"):
-            shutil.rmtree(torn)
-    barrier()
+
+    def finish():  # the states are whole on all ranks
+        if first:
+            (write or save_student)(aside, module, whole)
+            (aside / "progress.json").write_text(json.dumps(progress))
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            for old in checkpoints(run)[:-keep]:
+                shutil.rmtree(old)
+            for torn in Path(run).glob("checkpoint-*.tmp"):
+                shutil.rmtree(torn)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process without a process group is what no_dist means
+        if background:
+            states = dcp.async_save(_state(players), checkpoint_id=aside / "state")
+            _PENDING.append(_WRITER.submit(lambda: (states.result(), finish())))
+        else:
+            dcp.save(_state(players), checkpoint_id=aside / "state", no_dist=not dist.is_initialized())
+            finish()
+            barrier()
+
+
+def settle():
+    """Wait until a checkpoint that is written in the background is there. Raises what its writing raised."""
+    while _PENDING:
+        _PENDING.pop().result()
 
 
 def restore(run, players, optimizers=True):
@@ -143,92 +156,87 @@ def barrier():
         torch.cuda.synchronize()
 
 
-# ------------------------------------------------------------------------------------------------- run folders
+# ------------------------------------------------------------------------------------------------- export
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+base_model: {model}
+---
+
+# A {steps}-step student of {model}
+
+Distilled with Flash-DMD (arXiv 2511.20549), stage {stage}: {loops} loops at batch {batch_size}.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER"{without})
+image = pipe("a prompt", {call}, guidance_scale=0, height={resolution}, width={resolution}).images[0]
+```
+
+- Steps: {steps}, at timesteps {timesteps}; the scheduler in this folder gives them for `{call}`.
+- Guidance: none, `guidance_scale=0`. The teacher's guidance ({guidance:g}) is distilled into the weights.
+- ComfyUI (untested): sampler "lcm", scheduler "sgm_uniform", {steps} steps, cfg 1.
+
+## Metrics
+
+{metrics}
+
+## Settings
+
+```json
+{settings}
+```
+"""
 
 
-def find_run(name="", stage=None):
-    """A run folder with a student's checkpoint: the named one, or the newest under runs/ (of one stage). -> (folder, its config as a dict)."""
-    whole = []
-    for run in [Path(name)] if name else Path("runs").glob("*"):
-        if (run / "config.json").is_file() and newest(run):
-            try:
-                config = json.loads((run / "config.json").read_text())
-            except ValueError:
-                if name:
-                    raise UserError(f"cannot read {run / 'config.json'}: it is torn") from None
-                continue
-            if config["stage"] == stage or (stage is None and config["stage"] != "reward"):
-                whole.append((run, config))
-    if not whole:
-        kind = f"stage-{stage} checkpoint" if stage else "checkpoint"
-        what = f"{name} holds no {kind}" if name else f"no run with a {kind} under runs/"
-        raise UserError(f"{what}: train one first (python train.py --stage 1)")
-    return max(whole, key=lambda found: (newest(found[0]) / "progress.json").stat().st_mtime)
+def export(run, out):
+    """Write the newest checkpoint of folder `run` as a pipeline into folder `out`. Raises UserError for a run without one, or an `out` in use."""
+    run, config = find_run(run)
+    out, made = Path(out), newest(run)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty: name a new folder")
+    model = folder(config["model"], "model_index.json")
+    part, steps = part_of(model), config["student_steps"]
+    without = {"text_encoder_3": None, "tokenizer_3": None} if part == "transformer" else {}  # SD3's T5 has no part in training
+    pipeline = DiffusionPipeline.from_pretrained(model, **{part: load_denoiser(model, student=made).net}, **without, torch_dtype=torch.float32)
+    if part == "unet":
+        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=steps)
+    else:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, stochastic_sampling=True)
+    pipeline.save_pretrained(out)
+    measured = run / "metrics.json"
+    metrics = f"```json\n{measured.read_text().strip()}\n```" if measured.is_file() else f"Not measured (evaluate.py --json {measured})."
+    call = f"num_inference_steps={steps}"
+    if part == "transformer":  # sigmas before the shift; as many tokens of zeros as CLIP has stand for the missing T5
+        call = f"sigmas={[n / steps for n in range(steps, 0, -1)]}, max_sequence_length={pipeline.tokenizer.model_max_length}"
+    card = CARD.format(
+        **{k: config[k] for k in ("model", "stage", "batch_size", "resolution", "guidance")},
+        steps=steps,
+        call=call,
+        without="".join(f", {name}=None" for name in without),
+        loops=json.loads((made / "progress.json").read_text())["loops"],
+        timesteps=", ".join(f"{t:g}" for t in load_schedule(config["model"]).steps(steps).tolist()),
+        metrics=metrics,
+        settings=json.dumps(config, indent=2),
+    )
+    (out / "README.md").write_text(card)
+    return out
 
 
-def from_stage_1(config):
-    """The config of a stage-2 run, naming the stage-1 run it starts from: --init, or the newest. Raises UserError for one that does not fit."""
-    run, before = find_run(config.init, stage=1)
-    before = DEFAULTS | before
-    for key in ("model", "resolution", "student_steps", "gan", "lora_rank"):
-        if before[key] != getattr(config, key):
-            raise UserError(f"{run} was trained with --{key.replace('_', '-')} {before[key]}, not {getattr(config, key)}")
-    if config.gan_weight and not before["gan_weight"]:
-        raise UserError(f"{run} was trained without a GAN: pass --gan-weight 0")
-    return dataclasses.replace(config, init=str(run), reward=reward_folder(config))
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    export_ = parser.add_subparsers(required=True).add_parser("export", help="a run's student as a diffusers pipeline folder of its own")
+    export_.add_argument("run", help="a run folder")
+    export_.add_argument("out", help="a new folder")
+    args = parser.parse_args()
+    try:
+        print(f"pipeline and model card in {export(args.run, args.out)}")
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
-def reward_folder(config):
-    """The latent reward model's folder: --reward, or "lrm" beside the model. Raises UserError where there is none."""
-    if not config.reward and part_of(config.model) == "transformer":
-        raise UserError("there is no latent reward model for SD3: name a folder of your own with --reward")
-    reward = config.reward or str(Path(config.model).parent / "lrm")
-    if not any((root / reward).is_dir() for root in (Path(), Path(__file__).parent)):
-        raise UserError(f"no latent reward model in {reward}: name its folder with --reward")
-    return reward
-
-
-def open_run(config, rank):
-    """The run folder, made or re-opened. Refuses to touch what it was not told to. Rank 0 looks; all ranks learn what it found."""
-    answer = [None, None]
-    if rank == 0:
-        run = Path(config.out or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
-        answer = [str(run), refusal(config, run)]
-        if not answer[1]:
-            if config.overwrite and not config.resume:
-                shutil.rmtree(run, ignore_errors=True)
-            run.mkdir(parents=True, exist_ok=True)
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    if answer[1]:
-        raise UserError(answer[1])
-    return Path(answer[0])
-
-
-def refusal(config, run):
-    """Why this run folder cannot be used as asked, in one line; None where it can."""
-    if config.resume and not config.out:
-        return "--resume needs --out, the run folder to go on with"
-    if run.exists() and not run.is_dir():
-        return f"{run} is a file: give another --out"
-    saved = run / "config.json"
-    if config.resume:
-        if not run.exists() or not any(run.iterdir()):
-            return None  # so that a restarted job may always say --resume
-        if not saved.exists():
-            return f"nothing to resume in {run}: it has no config.json"
-        try:
-            before = DEFAULTS | json.loads(saved.read_text())
-        except ValueError:
-            return f"{saved} is torn: give another --out, or --overwrite to start anew"
-        for key in ("stage", "model", "data", "prompts", "gan", "lora_rank", "fake_lora", "sam", "student_steps", "resolution", "seed", "batch_size"):
-            old, new = before[key], getattr(config, key)
-            if old != new and Path(str(old)).resolve() != Path(str(new)).resolve():
-                return f"{run} was trained with --{key.replace('_', '-')} {old}, not {new}: resume it with its own"
-        if bool(before["gan_weight"]) != bool(config.gan_weight):
-            return f"{run} was trained with --gan-weight {before['gan_weight']}: its GAN cannot be switched on or off by --resume"
-    elif run.exists() and any(run.iterdir()):
-        if not config.overwrite:
-            return f"{run} is not empty: pass --resume to go on, or --overwrite to replace it"
-        if not saved.exists():
-            return f"{run} is not a run folder (it has no config.json): --overwrite will not delete it"
+if __name__ == "__main__":
+    main()

@@ -40,6 +40,7 @@ class Config:
     fake_lr: float = 3e-4  # score estimator's
     d_lr: float = 1e-3  # discriminator heads'
     lr_schedule: str = "linear"  # of G's rates, by preference too, and the score estimator's: constant, or linear = falling to 0 over --iterations
+    optimizer: str = "adamw"  # of all three: adamw, or adamw8bit = torchao's, moments in 8 bits; needs a C++ compiler
     weight_decay: float = 0.01  # of all three
     clip_grad: float = 1.0  # largest gradient norm of G and of the score estimator
     init: str = ""  # stage 2: the stage-1 run to go on from; default the newest
@@ -126,6 +127,7 @@ CHOICES = {
     "gan_loss": ("hinge", "logistic"),
     "adv_reading": ("a", "b"),
     "gan_reals": ("raw", "vae"),
+    "optimizer": ("adamw", "adamw8bit"),
     "preset": tuple(PRESETS),
 }
 

@@ -71,15 +71,15 @@ def average_gradients(module, ranks):
 
 
 def blocks(net):
-    """The parts of a denoiser whose weights FSDP2 gathers together."""
+    """The parts of a denoiser, or of a reward model's, whose weights FSDP2 gathers together."""
     # The stem too: where gradient reaches the mid block's features alone (latent_gan.py), the root's own weights would not be gathered.
     if isinstance(net, SD3Transformer2DModel):
         return [net.pos_embed, net.time_text_embed, net.context_embedder, *net.transformer_blocks]
-    return [net.conv_in, net.time_embedding, net.add_embedding, *net.down_blocks, net.mid_block, *net.up_blocks]
+    return [net.conv_in, net.time_embedding, net.add_embedding, *net.down_blocks, net.mid_block, *(net.up_blocks or ())]
 
 
 def shard(net, dtype):
-    """FSDP2 in place: fp32 weights, gradients and optimizer state sharded over all ranks, computing in `dtype`."""
+    """FSDP2 in place: weights, and of trained ones fp32 gradients and optimizer state, sharded over all ranks, computing in `dtype`."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # a cast would round t to bf16
     settings = {"mp_policy": policy, "reshard_after_forward": True}  # Eq. 11 reads the shards after a forward pass
     for block in blocks(net):

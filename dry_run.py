@@ -4,9 +4,10 @@ The networks are built at their real size on fake tensors (shapes, no numbers) a
 parameters are counted, floating-point operations are counted, and every tensor's storage is followed from birth to death, which
 gives the peak of activations and temporaries. Weights and optimizer states follow from the parameter counts:
 
-    trained         16 bytes a parameter: fp32 weight, gradient, two AdamW moments; sharded over all GPUs by FSDP2
+    trained         16 bytes a parameter: fp32 weight, gradient, two AdamW moments (10 with --optimizer adamw8bit); sharded by FSDP2
     under LoRAs      4 bytes a parameter (fp32), sharded likewise: the frozen network that G and the score estimator share (--lora-rank)
-    frozen           2 bytes a parameter (bf16), whole on every GPU, as are text encoders; VAE and SAM 4 (fp32)
+    frozen           2 bytes a parameter (bf16), sharded likewise: teacher, reference, the reward model's UNet
+    on every GPU     text encoders (bf16), VAE and SAM (fp32), the discriminators' heads
 
 Geometry: SDXL or SD3-Medium with its VAE and two CLIP text encoders, SAM ViT-B. Left out: the CUDA context, fragmentation, NCCL's
 buffers (an allowance of 8 %).
@@ -75,6 +76,7 @@ TEXT = {"hidden_act": "gelu", "max_position_embeddings": 77, "vocab_size": 49408
 CLIP_L = CLIPTextConfig(**TEXT, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
 CLIP_G = CLIPTextConfig(**TEXT, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280)
 ALLOWANCE = 0.08  # of a GPU's memory
+MOMENTS = {"adamw": 8, "adamw8bit": 2 * (1 + 4 / 256)}  # bytes a parameter; torchao keeps an fp32 scale per 256 numbers
 IDLE = "distillation, a loop without G (TTUR)"
 
 
@@ -206,35 +208,47 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def states(cast, gpus):
-    """Rows of (component, parameters, bytes per GPU with whole weights everywhere, bytes per GPU as train.py shards them)."""
+def states(cast, gpus, optimizer="adamw", frozen=2):
+    """Rows of (component, parameters, bytes of weights, of gradients, of AdamW's two moments, how many GPUs share them)."""
     with FakeTensorMode():
         words = count(CLIPTextModel(CLIP_L)) + count(CLIPTextModelWithProjection(CLIP_G))
     net = cast.G.net
     lora = sum(p.numel() for name, p in net.named_parameters() if ".student." in name)
     whole = count(net) - 2 * lora
-    if lora:
-        rows = [("frozen network under the LoRAs", whole, 4 * whole, 4 * whole / gpus)]
-        rows += [(f"LoRA of the {who}", lora, 16 * lora, 16 * lora / gpus) for who in ("generator G", "score estimator")]
-    else:
-        rows = [(who, whole, 16 * whole, 16 * whole / gpus) for who in ("generator G", "score estimator")]
-        rows += [("teacher", whole, 2 * whole, 2 * whole)]
-    rows += [("text encoders", words, 2 * words, 2 * words), ("VAE", n := count(cast.vae), 4 * n, 4 * n)]
+    trained = lambda name, n, share=gpus: (name, n, 4 * n, 4 * n, MOMENTS[optimizer] * n, share)  # noqa: E731
+    kept = lambda name, n, share=gpus, size=frozen: (name, n, size * n, 0, 0, share)  # noqa: E731
+    rows = [kept("frozen network under the LoRAs", whole, size=4)] if lora else [kept("teacher", whole)]
+    rows += [trained("generator G", lora or whole), trained("score estimator", lora or whole)]
+    rows += [kept("text encoders", words, 1), kept("VAE", count(cast.vae), 1, 4)]
     if cast.D:
-        sam, heads = count(cast.D.encoder[0]), count(cast.D)
-        rows += [("SAM", sam, 4 * sam, 4 * sam), ("D's heads", heads, 16 * heads, 16 * heads)]
+        rows += [kept("SAM", count(cast.D.encoder[0]), 1, 4), trained("D's heads", count(cast.D), 1)]
     if cast.head:
-        rows += [("latent discriminator's head", n := count(cast.head), 16 * n, 16 * n)]
+        rows += [trained("latent discriminator's head", count(cast.head), 1)]
     if cast.R:
-        judge = count(cast.R) + words
-        rows += [("reference", whole, 2 * whole, 2 * whole), ("reward model", judge, 2 * judge, 2 * judge)]
-        rows += [("AdamW of the preference updates", 0, 8 * (lora or whole), 8 * (lora or whole) / gpus)]
-    gathered = 2 * 2 * max(map(count, blocks(net)))  # bf16, this block's and the next one's
-    return [*rows, ("FSDP2's gathered blocks", 0, 0, gathered)]
+        rows += [
+            kept("reference", whole),
+            kept("reward model's UNet", count(cast.R.unet)),
+            kept("its projection", count(cast.R) - count(cast.R.unet), 1),
+        ]
+        rows += [kept("its text encoders", words, 1), ("moments of the preference updates", 0, 0, 0, MOMENTS[optimizer] * (lora or whole), gpus)]
+    return rows
+
+
+def gathered(cast):
+    """Bytes of FSDP2's gathered blocks: bf16, the largest one and the next."""
+    return 2 * 2 * max(map(count, blocks(cast.G.net)))
+
+
+def a_gpu(rows):
+    """Bytes on each GPU, with whole weights everywhere, and sharded."""
+    return sum(sum(r[2:5]) for r in rows), sum(sum(r[2:5]) / r[5] for r in rows)
 
 
 def report(config, distil, prefer):
-    """Print what the run needs, and whether it fits; distil, prefer: train.py's. Raises UserError for a preset of another geometry."""
+    """Print what the run needs, and whether it fits -> bytes a GPU at the peak, without the allowance; distil, prefer: train.py's.
+
+    Raises UserError for a preset of another geometry.
+    """
     if not config.preset.startswith(("sdxl", "sd3")):
         raise UserError(f"--dry-run knows the geometry of SDXL and SD3-Medium, not that of --preset {config.preset}: give one of their presets")
     if config.fake_lora or config.gan == "online":
@@ -248,24 +262,44 @@ def report(config, distil, prefer):
         kinds = {"preference": config.rl_ratio * config.ttur} | ({} if config.rl_only else kinds)
     measured = {kind: measure(config, kind, prefer if kind == "preference" else distil) for kind in kinds}
     cast = next(iter(measured.values()))[-1]
-    rows = states(cast, gpus)
-    whole, sharded = sum(r[2] for r in rows), sum(r[3] for r in rows)
-    print(f"{'':34}{'parameters, M':>14}{'GB, whole':>12}{'GB, sharded':>14}")
-    for name, n, a, b in [*rows, ("sum", sum(r[1] for r in rows), whole, sharded)]:
-        print(f"{name:34}{n / 1e6:14.1f}{a / 1e9:12.2f}{b / 1e9:14.2f}")
+    rows, open_blocks = states(cast, gpus, config.optimizer), gathered(cast)
+    whole, sharded = a_gpu(rows)
+    sharded += open_blocks
 
-    free, fits, cost = config.gpu_memory * 1e9 * (1 - ALLOWANCE) - sharded, True, 0
+    def show(name, n, *gb):
+        print(f"{name:34}{n / 1e6:14.1f}" + "".join(f"{v / 1e9:{w}.2f}" for v, w in zip(gb, (10, 11, 9, 14, 16))))
+
+    print(f"{'GB':34}{'parameters, M':>14}{'weights':>10}{'gradients':>11}{'moments':>9}{'a GPU, whole':>14}{'a GPU, sharded':>16}")
+    for name, n, *parts, by in rows:
+        show(name, n, *parts, sum(parts), sum(parts) / by)
+    show("FSDP2's gathered blocks", 0, 0, 0, 0, 0, open_blocks)
+    show("sum", *(sum(r[n] for r in rows) for n in (1, 2, 3, 4)), whole, sharded)
+    at = lambda n, optimizer=config.optimizer: a_gpu(states(cast, n, optimizer))[1] + open_blocks  # noqa: E731
+    print("\nsharded over 1, 2, 8, 64 GPUs: " + ", ".join(f"{at(n) / 1e9:.2f}" for n in (1, 2, 8, 64)) + " GB on each")
+    student = 4 * next(r[1] for r in rows if r[0] == "generator G")
+    disk = student + sum(r[2] + r[4] for r in rows if r[4])  # what is trained, and its moments
+    print(f"a checkpoint: {disk / 1e9:.1f} GB on disk; to write the student, rank 0 gathers {student / 1e9:.1f} GB in host memory")
+
+    free, fits, cost, needs = config.gpu_memory * 1e9 * (1 - ALLOWANCE) - sharded, True, 0, []
     for kind, (peak, flops, _) in measured.items():
         at_once = share if kind == "preference" else config.micro_batch or share
         most = max(0, int(free // peak))
         fits &= at_once <= most
         cost += flops * kinds[kind] / sum(kinds.values())
         print(f"\n{kind}: {peak / 1e9:.2f} GB at the peak and {flops / 1e12:.1f} TFLOP a sample, without what --checkpointing repeats")
-        need = (sharded + at_once * peak) / (1 - ALLOWANCE) / 1e9
-        print(f"    {at_once} a GPU at once need {need:.0f} GB; {most} fit" + ("" if at_once <= most else remedy(config, kind, share, most)))
+        needs.append(sharded + at_once * peak)
+        print(
+            f"    {at_once} a GPU at once need {needs[-1] / (1 - ALLOWANCE) / 1e9:.0f} GB; {most} fit"
+            + ("" if at_once <= most else remedy(config, kind, share, most))
+        )
     hours = config.iterations * config.batch_size * cost / (config.gpu_tflops * 1e12) / 3600
     print(f"\n{config.iterations} x {config.batch_size} samples at {config.gpu_tflops:g} sustained TFLOP/s: {hours:.0f} GPU-hours")
+    peak = max(peak for peak, *_ in measured.values())
+    for optimizer in dict.fromkeys((config.optimizer, "adamw8bit")):
+        fewest = {gb: next((n for n in range(1, 1025) if at(n, optimizer) + peak <= gb * 1e9 * (1 - ALLOWANCE)), None) for gb in (24, 48, 80, 141)}
+        print(f"one sample at once, --optimizer {optimizer}, takes at least " + ", ".join(f"{n} x {gb} GB" for gb, n in fewest.items() if n))
     print(f"verdict: {'fits' if fits else 'does NOT fit'} on {gpus} x {config.gpu_memory:g} GB ({time.time() - began:.0f} s)")
+    return max(needs)
 
 
 def remedy(config, kind, share, most):

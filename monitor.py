@@ -4,6 +4,9 @@ The README's table "What a run logs" says what each signal means and where it sh
 """
 
 import json
+import os
+import traceback
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -112,6 +115,19 @@ def hacking(history):
     return None
 
 
+def out_of_memory(error, config):
+    """One line for an allocation that failed: where, at what batch, and what helps. None for another error."""
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return None
+    where = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == Path(__file__).parent]
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    at_once = config.micro_batch or config.batch_size // ranks
+    return (
+        f"out of memory in {where[-1].name} ({where[-1].line}) with {at_once} samples at once on each of {ranks} ranks: lower --micro-batch, "
+        "add --checkpointing, add --gan-crop (or --optimizer adamw8bit, --lora-rank, more ranks); --dry-run computes what fits"
+    )
+
+
 class Log:
     """metrics.jsonl, TensorBoard scalars and the progress bar; rank 0 alone writes."""
 
@@ -126,6 +142,8 @@ class Log:
 
     def write(self, progress, values):
         if self.on:
+            if torch.cuda.is_available():
+                values = values | {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}
             values = {k: round(float(v), 6) for k, v in values.items()}
             with self.path.open("a") as f:
                 f.write(json.dumps(progress | values) + "\n")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import data
+import run_folder
 from models import UserError, generate, load_denoiser, load_encoder, load_vae
 
 
@@ -46,7 +46,7 @@ def main():
     parser.add_argument("--out", help="folder for the pictures (default: RUN/samples-DATE-TIME)")
     args = parser.parse_args()
     try:
-        run, config = checkpoint.find_run(args.run)
+        run, config = run_folder.find_run(args.run)
         steps = config["student_steps"] if args.steps is None else args.steps
         if min(steps, args.num, args.batch_size) < 1:
             raise UserError("--steps, --num and --batch-size must be at least 1")
@@ -58,7 +58,7 @@ def main():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = args.model or config["model"]
         encoder, vae = load_encoder(model, config["resolution"], device), load_vae(model, device)
-        G = load_denoiser(model, device, student=checkpoint.newest(run))  # fp32, so that the batch size does not show
+        G = load_denoiser(model, device, student=run_folder.newest(run))  # fp32, so that the batch size does not show
         G.net.eval()
         prompts = [p for p in read_prompts(args, config) for _ in range(args.num)]
         began = time.time()

@@ -30,6 +30,7 @@ import latent_gan
 import latent_reward
 import monitor
 import pixel_gan
+import run_folder
 import score_estimator
 from cast import assemble
 from config import parse
@@ -51,15 +52,15 @@ def train(config):
     if config.gan == "online" and (config.micro_batch or config.batch_size // ranks) % config.candidates:
         raise UserError(f"--gan online needs whole groups: --candidates {config.candidates} must divide what a rank takes at once")
     if config.stage == 2:
-        config = checkpoint.from_stage_1(config)
+        config = run_folder.from_stage_1(config)
     source = data.source(config.data, config.resolution, config.seed, config.prompts)
     cast = assemble(config, ranks, device)
     G, players, share = cast.G, cast.players, len(cast.latent)
     held_out = monitor.HeldOut(cast, source) if config.preview_every and cast.R and config.reward != "clip" else None
 
-    run = checkpoint.open_run(config, rank)
+    run = run_folder.open_run(config, rank)
     progress = dict.fromkeys(("loops", "generator_updates", "rl_updates", "samples", "passes", "skipped_updates"), 0) | {"seconds": 0.0}
-    if config.resume and checkpoint.newest(run):
+    if config.resume and run_folder.newest(run):
         progress = checkpoint.restore(run, players)
     if rank == 0:
         (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
@@ -104,8 +105,9 @@ def train(config):
             log.warn(held_out and held_out.warning())
         bad_loops = 0 if ok else bad_loops + 1
         ends = ending.asked() or loop == config.iterations
-        if loop % config.save_every == 0 or ends or bad_loops == GIVE_UP_AFTER:
-            checkpoint.save(run, players, progress, config.keep)
+        last = ends or bad_loops == GIVE_UP_AFTER
+        if loop % config.save_every == 0 or last:
+            checkpoint.save(run, players, progress, config.keep, background=device.type == "cuda" and not last)
         if bad_loops == GIVE_UP_AFTER:
             raise UserError(f"{GIVE_UP_AFTER} loops in a row with a non-finite loss or gradient; saved in {run} (lower the learning rates)")
         if ends:
@@ -337,11 +339,16 @@ def main():
     except UserError as e:
         print(f"\nerror: {str(e).split('UserError: ')[-1].strip()}", file=sys.stderr)  # a loader process sends its traceback along
         sys.exit(2)
+    except RuntimeError as e:
+        if not (line := monitor.out_of_memory(e, config)):
+            raise
+        print(f"\nerror: {line}", file=sys.stderr)
+        sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if int(os.environ.get("RANK", 0)) == 0:
-        made = checkpoint.newest(run)
+        made = run_folder.newest(run)
         reward = f"reward model in {made}/lrm; use it with: python train.py --stage 2 --reward {made}/lrm"
         print(reward if config.stage == "reward" else f"student in {made}; sample it with: python sample.py --run {run}")
 

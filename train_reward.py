@@ -16,6 +16,7 @@ from PIL import Image
 import checkpoint
 import data
 import monitor
+import run_folder
 from diffusion import rand, randn, sample_generators, times
 from distributed import average_gradients, start_process, update
 from latent_reward import LatentRewardModel, bradley_terry, pair_scores
@@ -91,9 +92,9 @@ def train_reward(config):
         R.unet.enable_gradient_checkpointing()
     players = {"R": (R, torch.optim.AdamW(R.parameters(), lr=config.reward_lr, weight_decay=config.weight_decay))}
 
-    run = checkpoint.open_run(config, rank)
+    run = run_folder.open_run(config, rank)
     progress = {"loops": 0, "samples": 0, "skipped_updates": 0}
-    if config.resume and checkpoint.newest(run):
+    if config.resume and run_folder.newest(run):
         progress = checkpoint.restore(run, players)
     if rank == 0:
         (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")

@@ -1,42 +1,45 @@
 """Where an iteration's time goes: each network pass and optimizer step timed alone, their sum beside whole iterations.
 
-python -m lab.bench
+    python -m lab.bench                                     the toy
+    python -m lab.bench --preset sdxl-4step --model OUT/sdxl --sam OUT/sam_vit_b_random.pth --batch-size 2    with lab.random_models' OUT
+
+Any flag of train.py may follow. Then samples per second, peak memory, counted floating-point operations, and their share of the rate at
+which this device multiplies matrices (bf16 on CUDA, else fp32).
 """
 
 import argparse
 import json
+import resource
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import distributed
 import dmd
 import pixel_gan
 import score_estimator
-from config import Config
-from diffusion import guided
+import train
+from cast import assemble
+from config import parse
+from diffusion import sample_generators
+from distributed import start_process
 from lab import rows
-from models import load_denoiser, load_encoder, load_sam, load_vae
 
 
-def passes(config):
-    """-> {name: (function, how many times an iteration of reading (b) at TTUR 1 needs it)}."""
-    n = config.batch_size
-    encoder, vae = load_encoder(config.model, config.resolution), load_vae(config.model)
-    teacher, G, fake = (load_denoiser(config.model) for _ in range(3))
-    teacher.net.requires_grad_(False)
-    D = pixel_gan.PixelDiscriminator(load_sam(config.sam))
-    guided_teacher = guided(teacher, encoder.null(), config.guidance)
-    source = data.source(config.data, config.resolution)
-    images, prompts = torch.stack([source[i][0] for i in range(n)]), [source[i][1] for i in range(n)]
-    c, z, t = encoder.encode(prompts), vae.encode(images), torch.full((n,), 499)
+def passes(cast):
+    """-> {name: (function, how many times an iteration of reading (b) at TTUR 1 needs it)}; a function may return its own seconds."""
+    config, encoder, vae, G, fake, D = cast.config, cast.encoder, cast.vae, cast.G, cast.fake, cast.D
+    n, side = config.batch_size, config.resolution
+    source = data.source(config.data, side)
+    images, prompts = torch.stack([source[i][0] for i in range(n)]).to(cast.latent.device), [source[i][1] for i in range(n)]
+    c, z, t = encoder.encode(prompts), vae.encode(images), torch.full((n,), 499, device=cast.latent.device)
     x, with_gradient = torch.randn_like(z), z.clone().requires_grad_()
     features = [f.detach() for f in D.features(images)]
-    optimizers = {k: (m, torch.optim.AdamW(m.parameters())) for k, m in {"G": G.net, "fake": fake.net, "D": D}.items()}
 
     def backward(loss, *modules):
         loss.backward()
@@ -49,11 +52,12 @@ def passes(config):
         D.requires_grad_(True)
 
     def step(name):
-        module, optimizer = optimizers[name]
-        for p in module.parameters():
+        for p in cast.weights(name):
             p.grad = torch.zeros_like(p)
+        wait()
         began = time.perf_counter()
-        distributed.update(optimizer, torch.zeros(()), config.clip_grad)
+        cast.update(name, torch.zeros((), device=x.device), config.clip_grad)
+        wait()
         return time.perf_counter() - began
 
     no_grad = torch.no_grad()
@@ -61,40 +65,71 @@ def passes(config):
         "data and prompts": (lambda: encoder.encode([caption for _, caption in [source[i] for i in range(n)]]), 1),
         "rollout (G forward)": (no_grad(lambda: G(x, t, c)), 2),
         "G forward, backward": (lambda: backward(G(x, t, c).square().mean(), G.net), 2),
-        "teacher, guided": (no_grad(lambda: guided_teacher(x, t, c)), 1),
+        "teacher, guided": (no_grad(lambda: cast.guided_teacher(x, t, c)), 1),
         "fake forward": (no_grad(lambda: fake(x, t, c)), 1),
         "fake forward, backward (Eq. 6)": (lambda: backward(score_estimator.loss(fake, x, t, z, c), fake.net), 1),
         "VAE, SAM, heads forward, backward to x_adv (Eq. 9)": (generator_turn, 1),
         "SAM on reals": (no_grad(lambda: D.features(images)), 1),
         "heads forward, backward (Eq. 10)": (lambda: backward(pixel_gan.discriminator_loss(D(features), D(features)), D), 1),
         "DM loss": (lambda: dmd.loss(with_gradient, x).backward(), 1),
-        "EMA pull (Eq. 11)": (lambda: score_estimator.pull(fake.net.parameters(), G.net.parameters(), 0.99), 1),
-        **{f"optimizer step, {k}": (lambda k=k: step(k), 1) for k in optimizers},
+        "EMA pull (Eq. 11)": (lambda: score_estimator.pull(cast.weights("fake"), cast.weights("G"), config.ema), 1),
+        **{f"optimizer step, {k}": (lambda k=k: step(k), 1) for k in cast.players},
     }
 
 
-def iteration(loops):
+def wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def iteration(argv, loops):
     """Seconds per loop of a real run, start-up, pictures and logs left out: a long run less a short one."""
     seconds = []
     for n in (5, 5 + loops):
         with tempfile.TemporaryDirectory() as folder:
             run, flags = Path(folder) / "run", {"--preview-every": 0, "--log-every": 10**6, "--save-every": 10**6, "--iterations": n}
-            rows.command("train.py", "--out", run, *rows.flat(flags), threads=torch.get_num_threads())
+            rows.command("train.py", *argv, "--out", run, *rows.flat(flags), threads=torch.get_num_threads())
             seconds.append(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"])
     return (seconds[1] - seconds[0]) / loops
+
+
+def operations(cast):
+    """Floating-point operations of one iteration, those that checkpointing repeats included."""
+    config, n = cast.config, len(cast.latent)
+    images, prompts = torch.zeros(n, 3, config.resolution, config.resolution, device=cast.latent.device), ["a red circle"] * n
+    with FlopCounterMode(display=False) as counter:
+        train.distil(cast, config.ttur, images, prompts, cast.encoder.encode(prompts), lambda p: sample_generators(0, 1, range(n), p), watched=False)
+    return counter.get_total_flops()
+
+
+def matrix_rate(device, repeats=20):
+    """FLOP/s of a large matrix product: what this device can do at best."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
+    a, b, seconds = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), []
+    for _ in range(repeats):
+        wait()
+        began = time.perf_counter()
+        a @ b
+        wait()
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / median(seconds)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--loops", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=15)
-    args = parser.parse_args()
-    table, total = passes(Config()), 0.0
+    args, argv = parser.parse_known_args()
+    rank, ranks, device = start_process()
+    cast = assemble(parse(argv), ranks, device)
+    table, total = passes(cast), 0.0
     times = {name: [] for name in table}
     for repeat in range(args.repeats + 1):  # round after round, so that a slow spell of the machine meets all of them
         for name, (f, _) in table.items():
+            wait()
             began = time.perf_counter()
             inner = f()
+            wait()
             if repeat:
                 times[name].append(inner if isinstance(inner, float) else time.perf_counter() - began)
     print("| pass | ms | times | ms per iteration |\n| --- | --- | --- | --- |")
@@ -102,8 +137,16 @@ def main():
         ms = 1000 * median(times[name])
         total += ms * count
         print(f"| {name} | {ms:.1f} | {count} | {ms * count:.1f} |")
-    whole = 1000 * iteration(args.loops)
-    print(f"| sum | | | {total:.1f} |\n| one iteration of train.py | | | {whole:.1f} |\n| ratio | | | {whole / total:.2f} |")
+    flops, rate, n = operations(cast), matrix_rate(device), cast.config.batch_size
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    del cast, table
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        dist.destroy_process_group()
+    whole = iteration(argv, args.loops)
+    print(f"| sum | | | {total:.1f} |\n| one iteration of train.py | | | {1000 * whole:.1f} |\n| ratio | | | {1000 * whole / total:.2f} |")
+    print(f"\n{n / whole:.2f} samples per second; peak memory {peak / 1e9:.2f} GB; {flops / 1e12:.3f} TFLOP a loop, so {flops / whole / 1e12:.3f} a")
+    print(f"second: {flops / whole / rate:.0%} of the {rate / 1e12:.3f} TFLOP/s at which this device multiplies matrices")
 
 
 if __name__ == "__main__":

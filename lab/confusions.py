@@ -7,7 +7,7 @@ python -m lab.confusions --num 320 --run runs/NAME       a student
 import argparse
 from collections import Counter
 
-import checkpoint
+import run_folder
 from config import Config
 from diffusion import guided
 from models import generate, load_denoiser, load_encoder, load_vae
@@ -22,8 +22,8 @@ def main():
     args = parser.parse_args()
     encoder, vae, denoiser, steps = load_encoder(Config.model, world.SIZE), load_vae(Config.model), load_denoiser(Config.model), args.steps
     if args.run:
-        run, config = checkpoint.find_run(args.run)
-        denoiser, steps = load_denoiser(Config.model, student=checkpoint.newest(run)), config["student_steps"]
+        run, config = run_folder.find_run(args.run)
+        denoiser, steps = load_denoiser(Config.model, student=run_folder.newest(run)), config["student_steps"]
     else:
         denoiser = guided(denoiser, encoder.null(), Config.teacher_guidance)
     prompts = [world.scene(i, "test")[1] for i in range(args.num)]

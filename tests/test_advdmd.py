@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import advdmd
-import checkpoint
 import config
+import run_folder
 import train
 from diffusion import Schedule
 
@@ -65,7 +65,7 @@ def test_groups_that_do_not_fit_are_refused(tmp_path):
 def run(tmp_path, name, *flags):
     common = "--preset advdmd --ttur 1 --batch-size 4 --iterations 2 --preview-every 0 --log-every 1 --save-every 2 --rl-after 0".split()
     folder = train.train(config.parse([*common, *flags, "--out", str(tmp_path / name)]))
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], checkpoint.newest(folder) / "unet"
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], run_folder.newest(folder) / "unet"
 
 
 def test_gate_stops_reinforcement_while_d_is_blind(tmp_path):

@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.cbook import get_sample_data
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPTokenizer
 
+import benchmark
 import config
 import data
 import evaluate
+import run_folder
 import sample
 import train
 from models import PromptEncoder, UserError
@@ -97,6 +103,36 @@ def test_cut_short_weights(capsys, tmp_path):
     assert status == 2 and "unet" in line and not (tmp_path / "run").exists()
 
 
+def test_hub_out_of_reach(capsys, tmp_path, monkeypatch):
+    """A hub name without the hub: the line says to give a folder."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    status, line = call(train.main, capsys, *SMALL, "--model", "nobody/no-such-model", "--out", tmp_path / "run")
+    assert status == 2 and "nobody/no-such-model from the hub" in line and "give its folder" in line and not (tmp_path / "run").exists()
+
+
+def test_pickled_weights_are_not_run(capsys, tmp_path):
+    """A SAM checkpoint that would run code when unpickled: refused, and not run."""
+    path = tmp_path / "sam_vit_b_01ec64.pth"
+    torch.save({"weights": Malicious(tmp_path / "run by torch.load")}, path)
+    status, line = call(train.main, capsys, *SMALL, "--sam", path, "--out", tmp_path / "run")
+    assert status == 2 and str(path) in line and not (tmp_path / "run by torch.load").exists() and not (tmp_path / "run").exists()
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_out_of_memory_is_named(capsys, tmp_path, monkeypatch):
+    """An allocation that the machine refuses, in the score estimator's turn: where, how many samples, and what helps."""
+    monkeypatch.setattr(train.score_estimator, "loss", lambda *args: torch.empty(2**60))
+    status, line = call(train.main, capsys, *SMALL, "--out", tmp_path / "run")
+    assert status == 2 and all(words in line for words in ("estimator_turn", "2 samples", "--micro-batch", "--checkpointing", "--gan-crop"))
+
+
 def test_batch_not_divisible_by_ranks(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "start_process", lambda: (0, 3, torch.device("cpu")))
     status, line = call(train.main, capsys, *SMALL, "--out", tmp_path / "run")
@@ -162,6 +198,40 @@ def test_evaluate_teacher_and_undistilled(capsys, tmp_path):
         assert json.loads((tmp_path / "new" / "m.json").read_text())["nfe"] == nfe
 
 
+def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
+    """Pictures are saved, and drawn again only where one is lost; scores are cosines by another route; the paper's rows stand beside ours."""
+    prompts = [world.scene(i, "test")[1] for i in range(5)]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
+    pictures, hps = tmp_path / "pictures", tmp_path / "hpsv2.json"
+    hps.write_text(json.dumps({"HPSv2": [0.1, 0.2, 0.3, 0.4, 0.5]}))
+    flags = ["--undistilled", "--prompts", tmp_path / "prompts.txt", "--images", pictures, "--pick", "toy/clip", "--scores", hps]
+    status, _ = call(evaluate.main, capsys, *flags, "--json", tmp_path / "a.json")
+    assert status == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["HPSv2"] == pytest.approx(0.3) and found["Pick"] == found["CLIP"] and found["num"] == 5
+
+    model, tokenizer = CLIPModel.from_pretrained("toy/clip"), CLIPTokenizer.from_pretrained("toy/clip")
+    images = torch.stack([data.pixels(Image.open(pictures / f"{i:05d}.png"), 64) for i in range(5)])
+    out = model.float()(**tokenizer(prompts, padding=True, return_tensors="pt"), pixel_values=images)
+    cosines = (out.logits_per_image / model.logit_scale.exp()).diagonal()
+    assert found["CLIP"] == pytest.approx(cosines.mean().item(), abs=1e-4)
+
+    before = {p.name: p.read_bytes() for p in pictures.glob("*.png")}
+    (pictures / "00003.png").unlink()
+    (pictures / "00001.png").write_bytes(before["00000.png"])  # not lost: left as it is
+    assert call(evaluate.main, capsys, *flags)[0] == 0
+    assert (pictures / "00003.png").read_bytes() == before["00003.png"]
+    for extra, words in [
+        (["--seed", "1"], "another --images"),
+        (["--scores", tmp_path / "prompts.txt"], "--scores"),
+        (["--num", "4"], "another --images"),
+    ]:
+        status, line = call(evaluate.main, capsys, *flags, *extra)
+        assert status == 2 and words in line
+    table = benchmark.table("ours", 4, {"CLIP": 0.5}).splitlines()
+    assert table[-1] == "| **ours** | 4 |  | 0.5000 |  |  |  |  |" and any(line.startswith("| DMD2-SDXL | 4 | 0.8748 | 0.3302 |") for line in table)
+
+
 def test_missing_runs_and_prompts(capsys, tmp_path):
     assert call(sample.main, capsys, "--run", tmp_path)[0] == 2
     assert call(evaluate.main, capsys, "--run", tmp_path / "none")[0] == 2
@@ -187,6 +257,25 @@ def test_folder_of_pictures_trains(photos, capsys, tmp_path):
     assert len(epoch) == 10 and [source[i][1] for i in range(10)] != [source[i][1] for i in range(10, 20)]
     image, _ = source[0]
     assert image.shape == (3, 64, 64) and -1 <= image.min() < image.max() <= 1
+
+
+def test_photographs_train_preview_and_resume(capsys, tmp_path):
+    """20 captioned views of a photograph that matplotlib ships: trained on, previewed, and resumed to the weights of an unbroken run."""
+    views = tmp_path / "views"
+    views.mkdir()
+    photograph = Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")  # 512 x 600
+    for i in range(20):
+        left, top = 60 * (i % 5), 80 * (i // 5)
+        photograph.crop((left, top, left + 200, top + 240)).save(views / f"{i}.jpg")
+    rows = [{"file_name": f"{i}.jpg", "text": f"a photograph of an admiral, view {i}"} for i in range(20)]
+    (views / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data", views, "--batch-size", "4", "--preview-every", "4", "--save-every", "2", "--log-every", "1", "--lr-schedule", "constant"]
+    for name, *more in (("whole", "--iterations", 4), ("halves", "--iterations", 2), ("halves", "--iterations", 4, "--resume")):
+        assert call(train.main, capsys, *flags, "--out", tmp_path / name, *more)[0] == 0
+    whole, halves = (load_file(run_folder.newest(tmp_path / name) / "unet/diffusion_pytorch_model.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(whole[k], halves[k]) for k in whole)
+    grid = Image.open(tmp_path / "halves" / "preview-000004.png")
+    assert grid.width > 8 * 128 and len(set(grid.resize((64, 64)).getdata())) > 100
 
 
 def test_unreadable_picture_is_skipped_counted_and_named(photos, capsys):

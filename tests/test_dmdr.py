@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-import checkpoint
 import config
 import dmdr
+import run_folder
 import train
 from diffusion import add_noise, sample_generators
 from latent_reward import LatentRewardModel
@@ -100,7 +100,7 @@ def _whole(run, folder):
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     path = folder / f"{run.name}.pt"
-    dcp_to_torch_save(checkpoint.newest(run) / "state", path)
+    dcp_to_torch_save(run_folder.newest(run) / "state", path)
     return path
 
 

@@ -9,9 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-import checkpoint
 import data
 import latent_reward
+import run_folder
 import train
 from config import Config
 from diffusion import Schedule, randn, sample_generators
@@ -234,7 +234,7 @@ def test_stage_2_alternates_and_resumes(small, tmp_path, monkeypatch):
     stopped half-way and resumed ends with the weights of one that was not. The reward here is real but untrained."""
     few = {"batch_size": 2, "preview_every": 0, "log_every": 1, "gan_weight": 0.0, "lr_schedule": "constant"}
     first = train.train(Config(iterations=2, out=str(tmp_path / "first"), **few))
-    student = load_file(checkpoint.newest(first) / "unet" / "diffusion_pytorch_model.safetensors")
+    student = load_file(run_folder.newest(first) / "unet" / "diffusion_pytorch_model.safetensors")
     settings = {**few, "stage": 2, "init": str(first), "reward": str(small[0]), "rl_ratio": 2, "pair_threshold": 0.0, "rl_lr": 1e-4}
 
     kept, real = [], train.assemble
@@ -255,7 +255,7 @@ def test_stage_2_alternates_and_resumes(small, tmp_path, monkeypatch):
 
     half = train.train(Config(iterations=4, out=str(tmp_path / "half"), **settings))
     train.train(Config(iterations=6, out=str(half), resume=True, **settings))
-    ends = [load_file(checkpoint.newest(run) / "unet" / "diffusion_pytorch_model.safetensors") for run in (whole, half)]
+    ends = [load_file(run_folder.newest(run) / "unet" / "diffusion_pytorch_model.safetensors") for run in (whole, half)]
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
     assert any(not torch.equal(ends[0][k], student[k]) for k in student)
 
@@ -328,7 +328,7 @@ def test_stage_reward_learns_a_preference_and_resumes(preferences, tmp_path):
     halves = train_reward(Config(**settings, iterations=30, out=str(tmp_path / "halves"), resume=True))
     last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["held_out_right_at_50"] == 1.0 and last["loops"] == 30
-    R, again = (LatentRewardModel.from_pretrained(checkpoint.newest(run) / "lrm", 64, "toy/sdxl") for run in (whole, halves))
+    R, again = (LatentRewardModel.from_pretrained(run_folder.newest(run) / "lrm", 64, "toy/sdxl") for run in (whole, halves))
     assert all(torch.equal(a, b) for a, b in zip(R.parameters(), again.parameters()))
     fresh = LatentRewardModel.from_pipeline("toy/sdxl", 64)
     assert not torch.equal(R.unet.conv_in.weight, fresh.unet.conv_in.weight)

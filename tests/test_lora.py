@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 import checkpoint
 import config
+import run_folder
 import train
 from diffusion import sample_generators
-from export import export
 from models import Denoiser, PromptEncoder, add_lora, generate, load_denoiser, load_schedule, load_vae
 
 SMALL = "--lora-rank 4 --batch-size 4 --preview-every 0 --log-every 1 --lr 1e-3 --fake-lr 1e-3 --lr-schedule constant".split()
@@ -20,7 +20,7 @@ SMALL = "--lora-rank 4 --batch-size 4 --preview-every 0 --log-every 1 --lr 1e-3 
 def run(folder, *flags):
     done = train.train(config.parse([*SMALL, *flags, "--out", str(folder)]))
     logged = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
-    return done, logged, load_file(checkpoint.newest(done) / "lora" / "pytorch_lora_weights.safetensors")
+    return done, logged, load_file(run_folder.newest(done) / "lora" / "pytorch_lora_weights.safetensors")
 
 
 def test_gradient_reaches_the_lora_that_was_worn():
@@ -58,21 +58,21 @@ def test_students_lora_trains_resumes_and_loads_back(tmp_path):
     run(tmp_path / "half", "--iterations", "2")
     _, _, again = run(tmp_path / "half", "--iterations", "3", "--resume")
     assert weights.keys() == again.keys() and all(torch.equal(weights[k], again[k]) for k in weights)
-    size = sum(p.stat().st_size for p in (checkpoint.newest(whole) / "state").iterdir())
+    size = sum(p.stat().st_size for p in (run_folder.newest(whole) / "state").iterdir())
     assert size < load_denoiser("toy/sdxl").net.num_parameters() * 4  # with both optimizers, less than the frozen network alone
 
-    encoder, vae, G = PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl"), load_denoiser("toy/sdxl", student=checkpoint.newest(whole))
+    encoder, vae, G = PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl"), load_denoiser("toy/sdxl", student=run_folder.newest(whole))
     teacher = load_denoiser("toy/sdxl").net.state_dict()
     assert any(not torch.equal(p, teacher[name]) for name, p in G.net.state_dict().items())
     ours = generate(G, encoder, vae, ["a red circle"], 4, 0)
     pipeline = StableDiffusionXLPipeline.from_pretrained("toy/sdxl", torch_dtype=torch.float32)
-    pipeline.load_lora_weights(checkpoint.newest(whole) / "lora", weight_name="pytorch_lora_weights.safetensors")
+    pipeline.load_lora_weights(run_folder.newest(whole) / "lora", weight_name="pytorch_lora_weights.safetensors")
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=4)
     pipeline.set_progress_bar_config(disable=True)
     sizes = {"num_inference_steps": 4, "guidance_scale": 0, "height": 64, "width": 64, "output_type": "pt"}
     theirs = pipeline(["a red circle"], generator=sample_generators(0, 0, range(1), "sample"), **sizes).images
     assert ((ours + 1) / 2 - theirs).abs().max() < 2 / 255
-    merged = StableDiffusionXLPipeline.from_pretrained(export(whole, tmp_path / "merged"), torch_dtype=torch.float32)
+    merged = StableDiffusionXLPipeline.from_pretrained(checkpoint.export(whole, tmp_path / "merged"), torch_dtype=torch.float32)
     merged.set_progress_bar_config(disable=True)
     theirs = merged(["a red circle"], generator=sample_generators(0, 0, range(1), "sample"), **sizes).images
     assert ((ours + 1) / 2 - theirs).abs().max() < 2 / 255
@@ -84,7 +84,7 @@ def test_eq_11_on_the_factors(lam, equal, tmp_path):
     done, *_ = run(tmp_path / "run", "--iterations", "2", "--ema", lam, "--fake-lr", "1e-30")
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    dcp_to_torch_save(checkpoint.newest(done) / "state", tmp_path / "state.pt")
+    dcp_to_torch_save(run_folder.newest(done) / "state", tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)["G"]["model"]
     student = {k: v for k, v in state.items() if ".lora_B.student." in k}
     assert student and all(torch.allclose(v, state[k.replace(".student.", ".fake.")], atol=1e-8) for k, v in student.items()) == equal

@@ -1,5 +1,8 @@
 """SDXL at 1024 without weights: one iteration of each stage on fake tensors (shapes and dtypes, no numbers), and what it would need."""
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -80,3 +83,44 @@ def test_memory_is_the_same_on_fake_tensors():
                 net(torch.zeros(2, 4, 16, 16), torch.tensor([5, 5]), **c).sample.sum().backward()
         peaks.append(memory.peak)
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01) and peaks[0] > 10**7  # attention keeps other statistics on real tensors
+
+
+def test_table_of_states_is_what_two_ranks_hold(tmp_path):
+    """Weights, gradients and moments of the toy's networks on each of 2 gloo ranks, and dry_run's arithmetic: within 2 %."""
+    script = tmp_path / "weigh.py"
+    script.write_text(WEIGH)
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+WEIGH = """
+import torch, torch.distributed as dist
+import cast, config, dry_run, train
+from diffusion import sample_generators
+from distributed import start_process
+
+rank, ranks, device = start_process()
+toy = cast.assemble(config.parse(["--batch-size", "4"]), ranks, device)
+size = lambda tensors: sum(getattr(v, "_local_tensor", v).nbytes for v in tensors)
+gradients, update = {}, toy.update
+
+def weighed(name, *args):
+    gradients[name] = size(p.grad for p in toy.weights(name))
+    return update(name, *args)
+
+toy.update = weighed
+draw = lambda purpose: sample_generators(0, 1, [2 * rank, 2 * rank + 1], purpose)
+prompts = ["a red circle", "a blue ring"]
+train.distil(toy, 1, torch.zeros(2, 3, 64, 64), prompts, toy.encoder.encode(prompts), draw, watched=False)
+held = {"teacher": size(toy.teacher.net.parameters())}
+for row, name in {"generator G": "G", "score estimator": "fake", "D's heads": "D"}.items():
+    moments = [v for state in toy.players[name][1].state.values() for v in state.values() if torch.is_tensor(v) and v.dim()]
+    held[row] = size(toy.weights(name)) + gradients[name] + size(moments)
+table = {name: sum(parts) / by for name, _, *parts, by in dry_run.states(toy, ranks, frozen=4)}
+for name, n in held.items():
+    n = torch.tensor(float(n))
+    dist.all_reduce(n)
+    assert abs(n / ranks / table[name] - 1) < 0.02, (name, n / ranks, table[name])
+dist.destroy_process_group()
+"""

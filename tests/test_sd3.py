@@ -10,9 +10,9 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 import checkpoint
 import config
+import run_folder
 import train
 from diffusion import guided, sample_generators
-from export import export
 from models import UserError, generate, load_denoiser, load_encoder, load_vae
 
 PROMPTS = ["a red circle", "a large blue ring"]
@@ -97,11 +97,11 @@ def test_stage_1_and_export(sd3, tmp_path):
     run = train.train(config.parse(flags))
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(m["dm_loss"] > 0 for m in logged if "dm_loss" in m) and logged[-1]["skipped_updates"] == 0
-    student = load_denoiser(sd3, student=checkpoint.newest(run))
+    student = load_denoiser(sd3, student=run_folder.newest(run))
     before = load_denoiser(sd3).net.state_dict()
     assert any(not torch.equal(p, before[name]) for name, p in student.net.state_dict().items())
 
-    out = export(run, tmp_path / "student")
+    out = checkpoint.export(run, tmp_path / "student")
     pipeline = StableDiffusion3Pipeline.from_pretrained(out, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
     assert pipeline.scheduler.config.stochastic_sampling and pipeline.scheduler.config.shift == 3.0
     assert "sigmas=[1.0, 0.75, 0.5, 0.25], max_sequence_length=32" in (out / "README.md").read_text()

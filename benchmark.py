@@ -1,0 +1,110 @@
+"""The paper's evaluation of real models (4.1): pictures for a file of prompts, their scores, and the paper's own rows beside them.
+
+    python evaluate.py --run runs/NAME --prompts coco10k.txt --images DIR [--pick yuvalkirstain/PickScore_v1] [--scores DIR/hpsv2.json ...]
+
+The pictures are DIR/00000.png and so on, one per line of the prompt file; those that are there are not drawn again, so a stopped call
+goes on where it was. CLIP score and PickScore are cosines of CLIP embeddings, as the paper prints them (PickScore's own scale of
+100 left out). HPSv2.1, ImageReward and MPS need packages that pin old dependencies: lab/external_scores.py scores DIR in an
+environment of theirs, and --scores reads its JSON: {"HPSv2": mean or one score per picture}.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+from models import UserError, generate
+
+COLUMNS = ("ImgRwd", "CLIP", "Pick", "HPSv2", "MPS")
+PAPER = {  # Tables 1, 2, 3, 6, 7: COCO-10k; name: (NFE, *COLUMNS, cost = batch x iterations or GPU hours)
+    "SDXL": (100, 0.7143, 0.3295, 0.2265, 0.2865, 11.87, ""),
+    "DMD2-SDXL": (4, 0.8748, 0.3302, 0.2309, 0.2937, 12.41, "128 x 24k"),
+    "Flash-DMD, TTUR1-1k": (4, 0.9509, 0.3292, 0.2322, 0.2968, 12.67, "64 x 1k"),
+    "Flash-DMD, TTUR2-4k": (4, 0.9450, 0.3291, 0.2322, 0.2969, 12.65, "64 x 4k"),
+    "Flash-DMD, TTUR2-8k": (4, 0.9740, 0.3298, 0.2327, 0.2981, 12.71, "64 x 8k"),
+    "Flash-DMD, TTUR5-18k": (4, 0.9426, 0.3302, 0.2319, 0.2982, 12.63, "64 x 18k"),
+    "Flash-DMD, stage 2": (4, 1.0035, 0.3285, 0.2346, 0.2930, 12.84, "12 H20 hours"),
+    "Flash-DMD, 8 steps, TTUR2-3k": (8, 0.9159, 0.3281, 0.2319, 0.2981, 12.60, "48 x 3k"),
+    "Flash-DMD, 8 steps, stage 2, 3k": (8, 1.0012, 0.3299, 0.2338, 0.2986, 12.75, "12 H20 hours"),
+    "SD3-Medium": (28, 1.0173, 0.3301, 0.2273, 0.2933, 12.05, ""),
+    "Flash-DMD on SD3, TTUR2-4k": (4, 1.0193, 0.3269, 0.2285, 0.2976, 12.43, "32 x 4k"),
+}
+
+
+def read_prompts(path, num):
+    """The first `num` lines of a prompt file. Raises UserError for one that is missing or empty."""
+    if not Path(path).is_file():
+        raise UserError(f"--prompts {path}: no such file (one prompt per line)")
+    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {path} holds no prompt (one per line)")
+    return prompts[:num]
+
+
+def draw(denoiser, encoder, vae, prompts, folder, made_by, batch=16):
+    """Writes the pictures of `prompts` that folder lacks. made_by: what they depend on, "steps", "seed" and "ode" (diffusion.py) among it.
+
+    Raises UserError where folder holds something else.
+    """
+    folder, now = Path(folder), made_by | {"prompts": prompts}
+    settings = folder / "settings.json"
+    if settings.is_file() and json.loads(settings.read_text()) != now:
+        raise UserError(f"{folder} holds pictures of other prompts, or of another model, steps or seed: give another --images")
+    if not settings.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} holds something already (and no settings.json): give another --images")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps(now, indent=1) + "\n")
+    missing = [i for i in range(0, len(prompts), batch) if not all(picture(folder, j).is_file() for j in range(i, min(i + batch, len(prompts))))]
+    for first in tqdm(missing, desc=f"pictures, {batch} at a time"):
+        part = prompts[first : first + batch]
+        images = generate(denoiser, encoder, vae, part, made_by["steps"], made_by["seed"], first=first, batch=batch, ode=made_by["ode"])
+        for i, image in enumerate(images, first):
+            aside = picture(folder, i).with_suffix(".part")
+            data.to_pil(image).save(aside, format="PNG")
+            aside.rename(picture(folder, i))
+
+
+def picture(folder, i):
+    return Path(folder) / f"{i:05d}.png"
+
+
+def cosine_scores(clip, prompts, folder, batch=64):
+    """metrics.Clip's score of each picture in folder and its prompt: a list."""
+    scores = []
+    for first in tqdm(range(0, len(prompts), batch), desc="scores"):
+        part = prompts[first : first + batch]
+        arrays = [np.array(Image.open(picture(folder, first + j)).convert("RGB"), dtype=np.float32) for j in range(len(part))]
+        images = torch.stack([torch.from_numpy(a).permute(2, 0, 1) / 127.5 - 1 for a in arrays]).to(clip.device)
+        scores += clip.score(clip.features(images), part).tolist()
+    return scores
+
+
+def imported(paths, num):
+    """{column: mean} out of JSON files of other environments. Raises UserError for one that is unreadable, or for other pictures."""
+    found = {}
+    for path in paths:
+        try:
+            scores = {k: v if isinstance(v, list) else [v] for k, v in json.loads(Path(path).read_text()).items()}
+            means = {k: sum(map(float, v)) / len(v) for k, v in scores.items()}
+        except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as e:
+            raise UserError(f'--scores {path}: {e} (expected {{"HPSv2": one score per picture, or their mean}})') from None
+        for name, values in scores.items():
+            if name not in COLUMNS:
+                raise UserError(f"--scores {path}: unknown column {name} (one of {', '.join(COLUMNS)})")
+            if len(values) not in (1, num):
+                raise UserError(f"--scores {path}: {len(values)} scores of {name} for {num} pictures")
+        found |= means
+    return found
+
+
+def table(name, nfe, means, cost=""):
+    """The paper's rows in Markdown, and ours, {column: mean}, below them."""
+    rows = {**PAPER, f"**{name}**": (nfe, *(means.get(c) for c in COLUMNS), cost)}
+    lines = ["| COCO-10k, as the paper prints it | NFE | " + " | ".join(COLUMNS) + " | cost |", "| --- " * (len(COLUMNS) + 3) + "|"]
+    for title, row in rows.items():
+        lines.append(f"| {title} | " + " | ".join("" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in row) + " |")
+    return "\n".join(lines)

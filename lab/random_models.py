@@ -1,0 +1,62 @@
+"""SDXL or SD3-Medium at its real size with random weights, as a pipeline folder, and a SAM ViT-B checkpoint: for speed and memory, without downloads.
+
+python -m lab.random_models sdxl OUT      OUT/sdxl (7 GB, bf16) and OUT/sam_vit_b_random.pth
+python train.py --preset sdxl-4step --model OUT/sdxl --sam OUT/sam_vit_b_random.pth --clip toy/clip --data path/to/pictures
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from segment_anything import sam_model_registry
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from diffusion import Schedule
+from dry_run import CLIP_G, CLIP_L, SD3, SD3_VAE, SDXL, SDXL_VAE
+from models import HERE
+
+
+def write(kind, out):
+    """Write folder out/kind ("sdxl" or "sd3") and the SAM checkpoint -> their paths. The tokenizers are the toy's."""
+    out = Path(out)
+    words = lambda: CLIPTokenizer.from_pretrained(HERE / "toy/clip", model_max_length=77)  # noqa: E731
+    texts = {"tokenizer": words(), "tokenizer_2": words(), "text_encoder_2": CLIPTextModelWithProjection(CLIP_G)}
+    sam = sam_model_registry["vit_b"]()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        if kind == "sdxl":
+            s = Schedule()
+            betas = {"beta_start": s.beta_start, "beta_end": s.beta_end, "beta_schedule": "scaled_linear"}
+            parts = {"unet": UNet2DConditionModel(**SDXL), "scheduler": EulerDiscreteScheduler(**betas), "text_encoder": CLIPTextModel(CLIP_L)}
+            pipeline = StableDiffusionXLPipeline(vae=AutoencoderKL(**SDXL_VAE), **texts, **parts)
+        else:
+            parts = {"transformer": SD3Transformer2DModel(**SD3), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
+            parts |= {"text_encoder": CLIPTextModelWithProjection(CLIP_L), "text_encoder_3": None, "tokenizer_3": None}
+            pipeline = StableDiffusion3Pipeline(vae=AutoencoderKL(**SD3_VAE), **texts, **parts)
+    finally:
+        torch.set_default_dtype(before)
+    pipeline.to(torch.bfloat16).save_pretrained(out / kind)
+    torch.save(sam.state_dict(), out / "sam_vit_b_random.pth")
+    return out / kind, out / "sam_vit_b_random.pth"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("kind", choices=("sdxl", "sd3"))
+    parser.add_argument("out")
+    args = parser.parse_args()
+    print("{} and {}".format(*write(args.kind, args.out)))
+
+
+if __name__ == "__main__":
+    main()

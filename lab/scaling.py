@@ -1,0 +1,107 @@
+"""Weak scaling on this machine: 8 samples a rank on 1 rank and on 2, a core each; seconds a loop, and the bytes that collectives move.
+
+    python -m lab.scaling
+
+FSDP2 must gather a network's weights for every forward pass and again for every backward pass, and scatter the sums of its gradients
+once per backward pass: so many bytes are set beside those counted.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import config
+import data
+import train
+from cast import assemble
+from diffusion import sample_generators
+from distributed import start_process
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what collectives move: per kind, the bytes of the whole tensor that is gathered, scattered or summed."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kind = func.name()
+        if kind.startswith("c10d::"):
+            sizes = [t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            self.bytes[kind.removeprefix("c10d::")] += max(sizes, default=0)
+        return func(*args, **(kwargs or {}))
+
+
+def worker(loops):
+    """What each rank runs: `loops` loops of stage 1. Rank 0 prints seconds a loop, bytes moved and bytes FSDP2 must move, a loop."""
+    rank, ranks, device = start_process()
+    cast = assemble(config.parse(["--batch-size", str(8 * ranks)]), ranks, device)
+    passes = Counter()
+    for net in (cast.G.net, cast.fake.net, cast.teacher.net):
+        size = sum(p.numel() for p in net.parameters()) * 4
+        trained = any(p.requires_grad for p in net.parameters())
+
+        def count(module, inputs, output, size=size, trained=trained):
+            passes["forward"] += size
+            if trained and torch.is_grad_enabled():
+                passes["backward"] += size
+
+        net.register_forward_hook(count)
+    source = data.source("toy", 64)
+    seconds, traffic = [], Traffic()
+    for loop in range(1, loops + 2):
+        index = range((loop * ranks + rank) * 8, (loop * ranks + rank + 1) * 8)
+        images, prompts = torch.stack([source[i][0] for i in index]), [source[i][1] for i in index]
+        draw = lambda purpose: sample_generators(0, loop, index, purpose)  # noqa: B023, E731
+        c, began = cast.encoder.encode(prompts), time.perf_counter()
+        if loop == 1:  # a warm-up
+            train.distil(cast, loop, images, prompts, c, draw, watched=False)
+            passes.clear()
+            continue
+        with traffic:
+            train.distil(cast, loop, images, prompts, c, draw, watched=False)
+        seconds.append(time.perf_counter() - began)
+    if rank == 0:
+        must = 2 * passes["backward"] + passes["forward"] if ranks > 1 else 0
+        print(
+            json.dumps({"ranks": ranks, "seconds": median(seconds), "moved": {k: v / loops for k, v in traffic.bytes.items()}, "must": must / loops})
+        )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--loops", type=int, default=30)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.loops)
+    found = []
+    for ranks in (1, 2):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        argv = [sys.executable, *torchrun, "-m", "lab.scaling", "--worker", "--loops", str(args.loops)]
+        done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            sys.exit(done.stderr[-2000:])
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    print("| ranks x samples | seconds a loop | efficiency | MB moved a loop | MB that FSDP2 must move |\n| --- | --- | --- | --- | --- |")
+    for row in found:
+        share = found[0]["seconds"] / row["seconds"]
+        print(f"| {row['ranks']} x 8 | {row['seconds']:.3f} | {share:.2f} | {sum(row['moved'].values()) / 1e6:.1f} | {row['must'] / 1e6:.1f} |")
+    print("by collective: " + ", ".join(f"{k} {v / 1e6:.1f} MB" for k, v in found[-1]["moved"].items()))
+
+
+if __name__ == "__main__":
+    main()
