@@ -52,20 +52,27 @@ def draw(denoiser, encoder, vae, prompts, folder, made_by, batch=16):
     """
     folder, now = Path(folder), made_by | {"prompts": prompts}
     settings = folder / "settings.json"
-    if settings.is_file() and json.loads(settings.read_text()) != now:
-        raise UserError(f"{folder} holds pictures of other prompts, or of another model, steps or seed: give another --images")
+    if settings.is_file():
+        try:
+            before = json.loads(settings.read_text())
+        except ValueError:
+            before = "torn"
+        if before != now:
+            raise UserError(f"{folder} holds pictures of other prompts, or of another model, steps or seed: give another --images")
     if not settings.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something already (and no settings.json): give another --images")
     folder.mkdir(parents=True, exist_ok=True)
     settings.write_text(json.dumps(now, indent=1) + "\n")
-    missing = [i for i in range(0, len(prompts), batch) if not all(picture(folder, j).is_file() for j in range(i, min(i + batch, len(prompts))))]
-    for first in tqdm(missing, desc=f"pictures, {batch} at a time"):
-        part = prompts[first : first + batch]
-        images = generate(denoiser, encoder, vae, part, made_by["steps"], made_by["seed"], first=first, batch=batch, ode=made_by["ode"])
-        for i, image in enumerate(images, first):
-            aside = picture(folder, i).with_suffix(".part")
-            data.to_pil(image).save(aside, format="PNG")
-            aside.rename(picture(folder, i))
+    for first in tqdm(range(0, len(prompts), batch), desc=f"pictures, {batch} at a time"):
+        part = range(first, min(first + batch, len(prompts)))
+        missing = [i for i in part if not picture(folder, i).is_file()]
+        if missing:  # the whole batch, for a picture's noise goes by its place
+            words = [prompts[i] for i in part]
+            images = generate(denoiser, encoder, vae, words, made_by["steps"], made_by["seed"], first=first, batch=batch, ode=made_by["ode"])
+            for i in missing:
+                aside = picture(folder, i).with_suffix(".part")
+                data.to_pil(images[i - first]).save(aside, format="PNG")
+                aside.rename(picture(folder, i))
 
 
 def picture(folder, i):

@@ -11,7 +11,7 @@ import latent_gan
 import metrics
 import run_folder
 from diffusion import guided
-from distributed import shard, update, weights
+from distributed import adamw, shard, update, weights
 from latent_reward import LatentRewardModel
 from models import Denoiser, UserError, add_lora, load_denoiser, load_encoder, load_sam, load_vae
 from pixel_gan import PixelDiscriminator
@@ -103,13 +103,10 @@ def assemble(config, ranks, device):
     if config.compile:
         for net in (G.net, fake.net, teacher.net):
             net.compile()
-    fused = device.type == "cuda"
 
     def adam(net, lr, lora=""):
         trained = [p for name, p in net.named_parameters() if p.requires_grad and (not lora or f".{lora}." in name)]
-        if config.optimizer == "adamw8bit":
-            return adamw8bit()(trained, lr=lr, weight_decay=config.weight_decay)
-        return torch.optim.AdamW(trained, lr=lr, weight_decay=config.weight_decay, fused=fused)
+        return adamw(trained, lr, config)
 
     mine, fakes = ("student", "fake") if config.lora_rank else ("", "")
     players = {"G": (G.net, adam(G.net, config.lr, mine)), "fake": (fake.net, adam(fake.net, config.fake_lr, fakes))}
@@ -149,15 +146,6 @@ def load_reward(config, vae, device, dtype):
     if (channels := R.unet.config.in_channels) != vae.channels:
         raise UserError(f"the reward model in {folder} judges latents of {channels} channels, those of {config.model} have {vae.channels}")
     return R
-
-
-def adamw8bit():
-    """torchao's AdamW with its two moments in 8 bits. Raises UserError where torchao is missing."""
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as e:
-        raise UserError(f"--optimizer adamw8bit needs the package torchao (pip install torchao): {e}") from None
-    return AdamW8bit
 
 
 def freeze(net, dtype):

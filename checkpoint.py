@@ -19,6 +19,7 @@ import shutil
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -57,7 +58,8 @@ def save(run, players, progress, keep=1, write=None, background=False):
         aside.mkdir(parents=True)
     barrier()
     module = next(iter(players.values()))[0]
-    whole = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    lora = "student" in getattr(module, "peft_config", {})  # what that stands on is nobody's to gather
+    whole = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=lora))
 
     def finish():  # the states are whole on all ranks
         if first:
@@ -73,12 +75,18 @@ def save(run, players, progress, keep=1, write=None, background=False):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one process without a process group is what no_dist means
         if background:
-            states = dcp.async_save(_state(players), checkpoint_id=aside / "state")
+            states = dcp.async_save(_state(players), checkpoint_id=aside / "state", process_group=_group())
             _PENDING.append(_WRITER.submit(lambda: (states.result(), finish())))
         else:
             dcp.save(_state(players), checkpoint_id=aside / "state", no_dist=not dist.is_initialized())
             finish()
             barrier()
+
+
+@cache
+def _group():
+    """The writer's own group: on the ranks' common one its collectives could meet those of training in another order on each rank."""
+    return dist.new_group(backend="gloo")
 
 
 def settle():

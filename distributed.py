@@ -12,6 +12,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
+from models import UserError
+
 
 def start_process():
     """-> rank, ranks, device. A process group exists whenever there is more than one rank or a GPU."""
@@ -41,6 +43,18 @@ class Ending:
         if dist.is_initialized():
             dist.all_reduce(self.flag, dist.ReduceOp.MAX)
         return bool(self.flag)
+
+
+def adamw(parameters, lr, config):
+    """AdamW over a list of parameters, or torchao's with its two moments in 8 bits. Raises UserError where torchao is missing."""
+    settings = {"lr": lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=parameters[0].is_cuda, **settings)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as e:
+        raise UserError(f"--optimizer adamw8bit needs the package torchao (pip install torchao): {e}") from None
+    return AdamW8bit(parameters, **settings)
 
 
 def weights(optimizer):

@@ -208,29 +208,26 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def states(cast, gpus, optimizer="adamw", frozen=2):
-    """Rows of (component, parameters, bytes of weights, of gradients, of AdamW's two moments, how many GPUs share them)."""
+def states(cast, optimizer="adamw", frozen=2):
+    """Rows of (component, parameters, bytes of weights, of gradients, of AdamW's two moments, whether FSDP2 shards it). frozen: bytes a weight."""
     with FakeTensorMode():
         words = count(CLIPTextModel(CLIP_L)) + count(CLIPTextModelWithProjection(CLIP_G))
-    net = cast.G.net
+    net, moment = cast.G.net, MOMENTS[optimizer]
     lora = sum(p.numel() for name, p in net.named_parameters() if ".student." in name)
     whole = count(net) - 2 * lora
-    trained = lambda name, n, share=gpus: (name, n, 4 * n, 4 * n, MOMENTS[optimizer] * n, share)  # noqa: E731
-    kept = lambda name, n, share=gpus, size=frozen: (name, n, size * n, 0, 0, share)  # noqa: E731
+    trained = lambda name, n, sharded=True: (name, n, 4 * n, 4 * n, moment * n, sharded)  # noqa: E731
+    kept = lambda name, n, sharded=True, size=frozen: (name, n, size * n, 0, 0, sharded)  # noqa: E731
     rows = [kept("frozen network under the LoRAs", whole, size=4)] if lora else [kept("teacher", whole)]
     rows += [trained("generator G", lora or whole), trained("score estimator", lora or whole)]
-    rows += [kept("text encoders", words, 1), kept("VAE", count(cast.vae), 1, 4)]
+    rows += [kept("text encoders", words, False), kept("VAE", count(cast.vae), False, 4)]
     if cast.D:
-        rows += [kept("SAM", count(cast.D.encoder[0]), 1, 4), trained("D's heads", count(cast.D), 1)]
+        rows += [kept("SAM", count(cast.D.encoder[0]), False, 4), trained("D's heads", count(cast.D), False)]
     if cast.head:
-        rows += [trained("latent discriminator's head", count(cast.head), 1)]
+        rows += [trained("latent discriminator's head", count(cast.head), False)]
     if cast.R:
-        rows += [
-            kept("reference", whole),
-            kept("reward model's UNet", count(cast.R.unet)),
-            kept("its projection", count(cast.R) - count(cast.R.unet), 1),
-        ]
-        rows += [kept("its text encoders", words, 1), ("moments of the preference updates", 0, 0, 0, MOMENTS[optimizer] * (lora or whole), gpus)]
+        eye = count(cast.R.unet)
+        rows += [kept("reference", whole), kept("reward model's UNet", eye), kept("its projection", count(cast.R) - eye, False)]
+        rows += [kept("its text encoders", words, False), ("moments of the preference updates", 0, 0, 0, moment * (lora or whole), True)]
     return rows
 
 
@@ -239,9 +236,9 @@ def gathered(cast):
     return 2 * 2 * max(map(count, blocks(cast.G.net)))
 
 
-def a_gpu(rows):
-    """Bytes on each GPU, with whole weights everywhere, and sharded."""
-    return sum(sum(r[2:5]) for r in rows), sum(sum(r[2:5]) / r[5] for r in rows)
+def a_gpu(rows, gpus):
+    """Bytes on each of `gpus`, as train.py shards them."""
+    return sum(sum(parts) / (gpus if sharded else 1) for parts, sharded in ((r[2:5], r[5]) for r in rows))
 
 
 def report(config, distil, prefer):
@@ -262,20 +259,18 @@ def report(config, distil, prefer):
         kinds = {"preference": config.rl_ratio * config.ttur} | ({} if config.rl_only else kinds)
     measured = {kind: measure(config, kind, prefer if kind == "preference" else distil) for kind in kinds}
     cast = next(iter(measured.values()))[-1]
-    rows, open_blocks = states(cast, gpus, config.optimizer), gathered(cast)
-    whole, sharded = a_gpu(rows)
-    sharded += open_blocks
+    rows, open_blocks = states(cast, config.optimizer), gathered(cast)
+    sharded = a_gpu(rows, gpus) + open_blocks
 
     def show(name, n, *gb):
         print(f"{name:34}{n / 1e6:14.1f}" + "".join(f"{v / 1e9:{w}.2f}" for v, w in zip(gb, (10, 11, 9, 14, 16))))
 
     print(f"{'GB':34}{'parameters, M':>14}{'weights':>10}{'gradients':>11}{'moments':>9}{'a GPU, whole':>14}{'a GPU, sharded':>16}")
-    for name, n, *parts, by in rows:
-        show(name, n, *parts, sum(parts), sum(parts) / by)
+    for row in rows:
+        show(*row[:5], a_gpu([row], 1), a_gpu([row], gpus))
     show("FSDP2's gathered blocks", 0, 0, 0, 0, 0, open_blocks)
-    show("sum", *(sum(r[n] for r in rows) for n in (1, 2, 3, 4)), whole, sharded)
-    at = lambda n, optimizer=config.optimizer: a_gpu(states(cast, n, optimizer))[1] + open_blocks  # noqa: E731
-    print("\nsharded over 1, 2, 8, 64 GPUs: " + ", ".join(f"{at(n) / 1e9:.2f}" for n in (1, 2, 8, 64)) + " GB on each")
+    show("sum", *(sum(r[n] for r in rows) for n in (1, 2, 3, 4)), a_gpu(rows, 1), sharded)
+    print("\nsharded over 1, 2, 8, 64 GPUs: " + ", ".join(f"{(a_gpu(rows, n) + open_blocks) / 1e9:.2f}" for n in (1, 2, 8, 64)) + " GB on each")
     student = 4 * next(r[1] for r in rows if r[0] == "generator G")
     disk = student + sum(r[2] + r[4] for r in rows if r[4])  # what is trained, and its moments
     print(f"a checkpoint: {disk / 1e9:.1f} GB on disk; to write the student, rank 0 gathers {student / 1e9:.1f} GB in host memory")
@@ -296,7 +291,8 @@ def report(config, distil, prefer):
     print(f"\n{config.iterations} x {config.batch_size} samples at {config.gpu_tflops:g} sustained TFLOP/s: {hours:.0f} GPU-hours")
     peak = max(peak for peak, *_ in measured.values())
     for optimizer in dict.fromkeys((config.optimizer, "adamw8bit")):
-        fewest = {gb: next((n for n in range(1, 1025) if at(n, optimizer) + peak <= gb * 1e9 * (1 - ALLOWANCE)), None) for gb in (24, 48, 80, 141)}
+        held, room = states(cast, optimizer), {gb: gb * 1e9 * (1 - ALLOWANCE) - open_blocks - peak for gb in (24, 48, 80, 141)}
+        fewest = {gb: next((n for n in range(1, 1025) if a_gpu(held, n) <= free), None) for gb, free in room.items()}
         print(f"one sample at once, --optimizer {optimizer}, takes at least " + ", ".join(f"{n} x {gb} GB" for gb, n in fewest.items() if n))
     print(f"verdict: {'fits' if fits else 'does NOT fit'} on {gpus} x {config.gpu_memory:g} GB ({time.time() - began:.0f} s)")
     return max(needs)

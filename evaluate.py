@@ -75,6 +75,7 @@ def main():
     what.add_argument("--undistilled", action="store_true", help="the guided teacher in the student's few-step sampler")
     parser.add_argument("--model", default=Config.model, help=f"pipeline folder of --teacher and --undistilled (default: {Config.model})")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the student's, 50 for --teacher, 4 for --undistilled)")
+    parser.add_argument("--loops", type=int, help="--run: the checkpoint of this loop (default: the newest)")
     parser.add_argument("--guidance", type=float, default=Config.teacher_guidance, help=f"the teacher's (default: {Config.teacher_guidance})")
     parser.add_argument("--resolution", type=int, default=Config.resolution, help=f"of --teacher and --undistilled (default: {Config.resolution})")
     parser.add_argument("--clip", help=f"the CLIP that measures: a folder or a hub name (default: the run's; {Config.clip})")
@@ -92,13 +93,13 @@ def main():
     try:
         num = args.num if args.num is not None else 1000
         if num < (1 if args.prompts else 8):
-            raise UserError("--num must be at least 8: the metrics compare distributions")
+            raise UserError("--num must be at least 1" if args.prompts else "--num must be at least 8: the metrics compare distributions")
         config, student = {"model": args.model, "data": Config.data, "resolution": args.resolution, "clip": Config.clip}, None
         trained = not (args.teacher or args.undistilled)
         steps = args.steps if args.steps is not None else 50 if args.teacher else 4
         if trained:
             run, config = run_folder.find_run(args.run)
-            steps, student = config["student_steps"] if args.steps is None else args.steps, run_folder.newest(run)
+            steps, student = config["student_steps"] if args.steps is None else args.steps, run_folder.checkpoint_at(run, args.loops)
         if steps < 1:
             raise UserError("--steps must be at least 1")
         model = config["model"]
@@ -114,13 +115,9 @@ def main():
             drawer, nfe = load_denoiser(model, device, student=student), steps
             drawer.net.eval()
         if args.prompts:
-            made_by = {
-                "model": str(student or model),
-                "steps": steps,
-                "seed": args.seed,
-                "ode": args.teacher,
-                "guidance": 0 if trained else args.guidance,
-            }
+            made_by = {"model": str(student or model), "resolution": config["resolution"], "steps": steps, "seed": args.seed, "ode": args.teacher}
+            # a run of the same name may be another one
+            made_by |= {"saved": (student / "progress.json").stat().st_mtime} if trained else {"guidance": args.guidance}
             result = on_prompts(args, drawer, encoder, vae, clip, made_by, nfe)
         else:
             source = data.source(config["data"], config["resolution"])

@@ -53,9 +53,8 @@ def load_part(cls, path, sub="", how="from_pretrained", **kwargs):
         return getattr(cls, how)(path, **({"subfolder": sub} if sub else {}), **kwargs)
     except Exception as e:  # the libraries raise OSError, ValueError, SafetensorError, ...: all mean that this part cannot be read
         if not Path(path).is_dir():
-            raise UserError(
-                f"cannot get {sub or 'model_index.json'} of {path} from the hub: download {path}, and give its folder in place of the name"
-            ) from None
+            why, part = (str(e).strip() or type(e).__name__).splitlines()[0], f"{sub} of {path}" if sub else path
+            raise UserError(f"cannot get {part} from the hub: download it, and give its folder in place of the name ({why})") from None
         raise UserError(f"cannot read {sub or 'model_index.json'} of {path}: {(str(e).strip() or type(e).__name__).splitlines()[0]}") from None
 
 

@@ -121,9 +121,10 @@ def out_of_memory(error, config):
         return None
     where = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == Path(__file__).parent]
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    at_once = config.micro_batch or config.batch_size // ranks
+    whole = config.stage == "reward" or any(frame.name == "prefer" for frame in where)  # these take a rank's batch at once
+    at_once, switch = (config.batch_size // ranks, "--batch-size") if whole else (config.micro_batch or config.batch_size // ranks, "--micro-batch")
     return (
-        f"out of memory in {where[-1].name} ({where[-1].line}) with {at_once} samples at once on each of {ranks} ranks: lower --micro-batch, "
+        f"out of memory in {where[-1].name} ({where[-1].line}) with {at_once} samples at once on each of {ranks} ranks: lower {switch}, "
         "add --checkpointing, add --gan-crop (or --optimizer adamw8bit, --lora-rank, more ranks); --dry-run computes what fits"
     )
 
@@ -175,7 +176,7 @@ def average(values, ranks):
     """Mean over ranks of a dict of scalars (the same keys on every rank)."""
     stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32).cpu() for v in values.values()])
     if ranks > 1:
-        stacked = stacked.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        stacked = stacked.to("cuda" if torch.cuda.is_available() else "cpu")
         dist.all_reduce(stacked)
         stacked /= ranks
     return dict(zip(values, stacked.tolist()))

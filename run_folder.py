@@ -31,6 +31,14 @@ def newest(run):
     return next(reversed(checkpoints(run)), None)
 
 
+def checkpoint_at(run, loops=None):
+    """A run's checkpoint of a loop, by default the newest. Raises UserError where there is none."""
+    path = newest(run) if loops is None else Path(run) / f"checkpoint-{loops:06d}"
+    if not path.is_dir():
+        raise UserError(f"{run} has no checkpoint of loop {loops}, only of {', '.join(str(int(p.name[11:])) for p in checkpoints(run))}")
+    return path
+
+
 def find_run(name="", stage=None):
     """A run folder with a student's checkpoint: the named one, or the newest under runs/ (of one stage). -> (folder, its config as a dict)."""
     whole = []

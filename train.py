@@ -69,6 +69,7 @@ def train(config):
 
     firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
     batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
+    background = device.type == "cuda" and config.optimizer == "adamw"  # torchao's moments cannot be copied aside
     bad_loops, due, ending, began = 0, set(), Ending(device), time.time() - progress["seconds"]
 
     for loop in range(progress["loops"] + 1, config.iterations + 1):  # line 4
@@ -107,7 +108,7 @@ def train(config):
         ends = ending.asked() or loop == config.iterations
         last = ends or bad_loops == GIVE_UP_AFTER
         if loop % config.save_every == 0 or last:
-            checkpoint.save(run, players, progress, config.keep, background=device.type == "cuda" and not last)
+            checkpoint.save(run, players, progress, config.keep, background=background and not last)
         if bad_loops == GIVE_UP_AFTER:
             raise UserError(f"{GIVE_UP_AFTER} loops in a row with a non-finite loss or gradient; saved in {run} (lower the learning rates)")
         if ends:

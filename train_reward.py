@@ -18,7 +18,7 @@ import data
 import monitor
 import run_folder
 from diffusion import rand, randn, sample_generators, times
-from distributed import average_gradients, start_process, update
+from distributed import adamw, average_gradients, start_process, update
 from latent_reward import LatentRewardModel, bradley_terry, pair_scores
 from models import UserError, load_schedule, load_vae
 
@@ -90,7 +90,7 @@ def train_reward(config):
     R = LatentRewardModel.from_pipeline(config.model, config.resolution, device).train()
     if config.checkpointing:
         R.unet.enable_gradient_checkpointing()
-    players = {"R": (R, torch.optim.AdamW(R.parameters(), lr=config.reward_lr, weight_decay=config.weight_decay))}
+    players = {"R": (R, adamw(list(R.parameters()), config.reward_lr, config))}
 
     run = run_folder.open_run(config, rank)
     progress = {"loops": 0, "samples": 0, "skipped_updates": 0}

@@ -1,15 +1,17 @@
 """Where an iteration's time goes: each network pass and optimizer step timed alone, their sum beside whole iterations.
 
     python -m lab.bench                                     the toy
-    python -m lab.bench --preset sdxl-4step --model OUT/sdxl --sam OUT/sam_vit_b_random.pth --batch-size 2    with lab.random_models' OUT
+    python -m lab.bench --preset sdxl-4step --model OUT/sdxl --sam OUT/sam_vit_b_random.pth --clip toy/clip --data path/to/pictures --batch-size 2
 
-Any flag of train.py may follow. Then samples per second, peak memory, counted floating-point operations, and their share of the rate at
-which this device multiplies matrices (bf16 on CUDA, else fp32).
+OUT is lab.random_models'; any flag of train.py may follow. Below the passes: samples per second, peak memory, counted floating-point
+operations, and their share of the rate at which this device multiplies matrices (bf16 on CUDA, else fp32).
 """
 
 import argparse
+import gc
 import json
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +31,7 @@ from config import parse
 from diffusion import sample_generators
 from distributed import start_process
 from lab import rows
+from models import UserError
 
 
 def passes(cast):
@@ -121,8 +124,15 @@ def main():
     parser.add_argument("--repeats", type=int, default=15)
     args, argv = parser.parse_known_args()
     rank, ranks, device = start_process()
-    cast = assemble(parse(argv), ranks, device)
-    table, total = passes(cast), 0.0
+    try:
+        config = parse(argv)
+        if config.gan != "pixel" or not config.gan_weight:
+            raise UserError("lab.bench times Pixel-GAN's passes: leave --gan and --gan-weight 0 out")
+        cast = assemble(config, ranks, device)
+        table, total = passes(cast), 0.0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
     times = {name: [] for name in table}
     for repeat in range(args.repeats + 1):  # round after round, so that a slow spell of the machine meets all of them
         for name, (f, _) in table.items():
@@ -139,7 +149,8 @@ def main():
         print(f"| {name} | {ms:.1f} | {count} | {ms * count:.1f} |")
     flops, rate, n = operations(cast), matrix_rate(device), cast.config.batch_size
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    del cast, table
+    del cast, table, f
+    gc.collect()  # the GPU is the next process's
     if device.type == "cuda":
         torch.cuda.empty_cache()
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
     python -m lab.claims --only table4      what is missing in results/claims.json; then the table as Markdown, and docs/table4.png
     python -m lab.claims --only verdicts    CLAIMS below, judged from the rows that are there: results/claims.md
+    python -m lab.claims --quick            the core rows in minutes: one seed, 100 loops, 200 prompts
     python -m lab.claims --print            the tables, plots and verdicts from what is there
 
 Rows are cached by their flags, so an interrupted call goes on; those of stage 1 are lab.stage1's.
@@ -17,11 +18,10 @@ from statistics import mean, variance
 
 import matplotlib.pyplot as plt
 
-from lab import rows, stage1
+from lab import cost, rows, stage1
 from lab.stage1 import FULL, SEEDS
 
 RESULTS = Path("results/claims.json")
-RL_UPDATES = 300
 JOINT = FULL | stage1.spelt(("rl_ratio", "rl_steps", "candidates", "carry", "pair_threshold", "beta", "ratio_clip", "rl_lr"))
 COLUMNS = ("reward", "prompt_accuracy", "clip_score", "frechet", "recall", "saturation", "minutes")
 
@@ -53,6 +53,18 @@ CLAIMS = (
     Claim("The EMA pull makes the student better", "Fig. 6", "Flash-DMD", UNPULLED, "frechet", -1),
     Claim("the same, in prompts right", "Fig. 6", "Flash-DMD", UNPULLED, "prompt_accuracy"),
     Claim("The few-step student draws prompts better than its multi-step teacher", "Table 1", "Flash-DMD", TEACHER, "prompt_accuracy"),
+    Claim("The same with flow matching", "Table 2", next(iter(stage1.TABLES["sd3"])), next(iter(stage1.SD3_BASELINES)), "prompt_accuracy"),
+    Claim("At TTUR 1, Flash-DMD is better than DMD2 at TTUR 5", "Table 1", "Flash-DMD, TTUR 1", cost.BASELINE, "frechet", -1),
+    Claim("the same, in prompts right", "Table 1", "Flash-DMD, TTUR 1", cost.BASELINE, "prompt_accuracy"),
+    Claim(
+        "More updates of the score estimator, and longer training, improve Flash-DMD",
+        "Table 1",
+        "Flash-DMD, TTUR 2",
+        "Flash-DMD, TTUR 1",
+        "frechet",
+        -1,
+    ),
+    Claim("DMD2 degrades at TTUR 2", "Fig. 5", cost.BASELINE, "DMD2, TTUR 2", "frechet", -1),
     Claim("Stage 2 is preferred to stage 1", "Table 3", JOINTLY, "stage 1", "reward"),
     Claim("Stage 2 is preferred to the teacher", "Table 3", JOINTLY, TEACHER, "reward"),
     Claim("Joint training keeps what preference optimisation alone destroys: prompts right", "Table 4", JOINTLY, ALONE, "prompt_accuracy"),
@@ -64,15 +76,17 @@ CLAIMS = (
 
 
 def loops(flags):
-    """--iterations counts updates of either kind."""
-    return RL_UPDATES if "--rl-only" in flags else RL_UPDATES + RL_UPDATES // flags["--rl-ratio"]
+    """300 preference updates after the 400 loops of stage 1, beside them distillation's; --iterations counts updates of either kind."""
+    updates = flags["--iterations"] * 3 // 4
+    return updates if "--rl-only" in flags else updates + updates // flags["--rl-ratio"]
 
 
-def student(seed, num, threads):
-    """The stage-1 run that stage 2 starts from: the one of lab.stage1's first row, trained here where it is not there."""
-    out = rows.folder(stage1.name(FULL, seed, num))
+def student(seed, num, threads, flags=FULL):
+    """The stage-1 run that stage 2 starts from: that of lab.stage1's first row (of as many loops as in flags), trained here where it is not there."""
+    flags = FULL | {"--iterations": flags["--iterations"]}
+    out = rows.folder(stage1.name(flags, seed, num))
     if not (out / "metrics.json").exists():
-        stage1.measure(FULL, seed, num, threads)
+        stage1.measure(flags, seed, num, threads)
     return out
 
 
@@ -81,7 +95,7 @@ def measure(flags, seed, num, threads):
     out = rows.folder(name(flags, seed, num))
     settings = {
         "--iterations": loops(flags),
-        "--init": student(seed, num, threads),
+        "--init": student(seed, num, threads, flags),
         "--seed": seed,
         "--preview-every": 60,
         "--out": out,
@@ -139,8 +153,11 @@ def values(measured, title, measure, num):
 
     The noise of the prompts is on both sides, and in no error: all rows draw the same ones.
     """
-    names = {TEACHER: [start(TEACHER, num)] * 2, "stage 1": [start(s, num) for s in SEEDS]}
-    names |= {t: [name(flags, s, num) for s in SEEDS] for t, flags in TABLE4.items()}
+    if title in cost.METHODS:  # at the end of its way
+        names = [cost.name(cost.METHODS[title], s, num) for s in SEEDS]
+        return [measured[n][-1][measure] for n in names if n in measured]
+    names = {t: [stage1.baseline_name(t, num)] * 2 for t in stage1.BASELINES | stage1.SD3_BASELINES}
+    names |= {"stage 1": [start(s, num) for s in SEEDS]} | {t: [name(flags, s, num) for s in SEEDS] for t, flags in TABLE4.items()}
     names |= {t: [stage1.name(flags, s, num) for s in seeds] for table in stage1.TABLES.values() for t, (flags, seeds) in table.items()}
     return [measured[n][measure] for n in names[title] if n in measured]
 
@@ -176,8 +193,24 @@ def plot(results, num, path="docs/table4.png"):
     figure.savefig(path, dpi=110)
 
 
+def quick(jobs, num=200):
+    """The core rows with one seed, 100 loops and 200 prompts, as a table: a look in minutes, on which no verdict rests."""
+    path, short = rows.RUNS / "quick.json", {"--iterations": 100}
+    rows.RUNS.mkdir(parents=True, exist_ok=True)
+    first = {t: stage1.TABLES["main"][t][0] | short for t in ("Flash-DMD", PURE, UNPULLED)} | {cost.BASELINE: cost.METHODS[cost.BASELINE] | short}
+    second, found = {t: TABLE4[t] | short for t in (JOINTLY, ALONE)}, rows.load(path)
+    for table, measure_, name_ in ((first, stage1.measure, stage1.name), (second, measure, name)):
+        rows.fill(path, found, {name_(f, 0, num): lambda threads, f=f, m=measure_: m(f, 0, num, threads) for f in table.values()}, jobs)
+    rows.head("100 loops, seed 0, 200 prompts", COLUMNS)
+    for table, name_ in ((first, stage1.name), (second, name)):
+        for title, flags in table.items():
+            rows.line(title, [found[name_(flags, 0, num)]], COLUMNS)
+
+
 def main():
-    args = rows.options(__doc__.split("\n")[0], ("table4", "verdicts"))
+    args = rows.options(__doc__.split("\n")[0], ("table4", "verdicts"), quick=True)
+    if args.quick:
+        return quick(args.jobs)
     results = rows.load(RESULTS, reward_crc32=rows.crc32("toy/lrm/unet/diffusion_pytorch_model.safetensors"))
     if "table4" in args.only:
         if not args.print:
@@ -185,7 +218,7 @@ def main():
         table4(results, args.num)
         plot(results, args.num)
     if "verdicts" in args.only:
-        verdicts(rows.load(stage1.RESULTS) | results, args.num)  # rows of stage 1 lie in both, here with the reward
+        verdicts(rows.load(stage1.RESULTS) | rows.load(cost.RESULTS) | results, args.num)  # rows of stage 1 lie in both, here with the reward
 
 
 def run_table4(results, args):

@@ -17,6 +17,7 @@ from config import Config
 
 RUNS = Path("runs/lab")
 HEADINGS = {
+    "samples": "samples",
     "prompt_accuracy": "prompts right, %",
     "frechet": "Fréchet",
     "precision": "precision, %",
@@ -91,13 +92,15 @@ def fill(path, results, jobs, workers):
             done.result()
 
 
-def options(description, tables):
-    """The command line of a module of tables."""
+def options(description, tables, quick=False):
+    """The command line of a module of tables; with `quick`, of one that has a short way too."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--only", nargs="+", choices=tables, default=list(tables))
     parser.add_argument("--num", type=int, default=1000, help="held-out prompts per row")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
     parser.add_argument("--print", action="store_true", help="print the tables and train nothing")
+    if quick:
+        parser.add_argument("--quick", action="store_true", help="the core rows alone, short")
     return parser.parse_args()
 
 

@@ -24,6 +24,7 @@ def spelt(names):
 
 
 FULL = spelt(SETTINGS)
+SD3 = {"--model": "toy/sd3"}
 SEEDS = (0, 1, 2)
 
 # table -> row -> (flags, seeds)
@@ -55,15 +56,36 @@ TABLES = {
         ),
         "`--guidance 5`": (FULL | {"--guidance": 5.0}, (0,)),
     },
+    "students": {
+        "8 steps (`--student-steps 8`)": (FULL | {"--student-steps": 8}, (0,)),
+        "LoRAs of rank 16 (`--lora-rank 16 --lr 4e-4 --fake-lr 3e-3`)": (FULL | {"--lora-rank": 16, "--lr": 4e-4, "--fake-lr": 3e-3}, (0,)),
+    },
+    "sd3": {
+        "SD3 student (`--model toy/sd3`)": (FULL | SD3, SEEDS),
+    },
 }
 SCALES = (Config.teacher_guidance, Config.guidance, 1.0)
+SD3_SCALES = (Config.teacher_guidance, Config.guidance)
 BASELINES = {f"teacher, 50 steps, w = {w:g}": ("--teacher", "--steps", 50, "--guidance", w) for w in SCALES[:2]}
 BASELINES |= {f"undistilled, 4 steps, w = {w:g}": ("--undistilled", "--steps", 4, "--guidance", w) for w in SCALES}
+SD3_BASELINES = {f"SD3 teacher, 50 steps, w = {w:g}": (*rows.flat(SD3), "--teacher", "--steps", 50, "--guidance", w) for w in SD3_SCALES}
+SD3_BASELINES |= {f"SD3 undistilled, 4 steps, w = {w:g}": (*rows.flat(SD3), "--undistilled", "--steps", 4, "--guidance", w) for w in SD3_SCALES}
+BASELINES_OF = {"main": BASELINES, "sd3": SD3_BASELINES}
 COLUMNS = ("prompt_accuracy", "frechet", "precision", "recall", "clip_score", "saturation", "contrast")
 
 
 def name(flags, seed, num):
-    return rows.key(flags, "--seed", seed, f"{num} prompts")
+    return rows.key(flags, "--seed", seed, f"{num} prompts", *which_sd3("--model" in flags))
+
+
+def baseline_name(title, num):
+    return ", ".join([title, f"{num} prompts", *which_sd3(title in SD3_BASELINES)])
+
+
+def which_sd3(asked):
+    """Other weights of toy/sd3 are other rows; those of toy/sdxl empty the cache (lab/rows.py)."""
+    weights = Path("toy/sd3/transformer/diffusion_pytorch_model.safetensors")
+    return [f"sd3 {rows.crc32(weights):08x}"] if asked and weights.exists() else []
 
 
 def measure(flags, seed, num, threads):
@@ -78,14 +100,14 @@ def measure(flags, seed, num, threads):
 
 def measure_baseline(title, num, threads):
     path = rows.folder(title).with_suffix(".json")
-    rows.command("evaluate.py", *BASELINES[title], "--num", num, "--json", path, threads=threads)
+    rows.command("evaluate.py", *(BASELINES | SD3_BASELINES)[title], "--num", num, "--json", path, threads=threads)
     return json.loads(path.read_text())
 
 
 def table(results, which, num):
     rows.head(which, COLUMNS)
-    if which == "main":
-        found = {title: results[f"{title}, {num} prompts"] for title in BASELINES if f"{title}, {num} prompts" in results}
+    if which in BASELINES_OF:
+        found = {title: results[n] for title in BASELINES_OF[which] if (n := baseline_name(title, num)) in results}
         for title, measured in found.items():
             rows.line(title, [measured], COLUMNS)
         for measured in list(found.values())[:1]:
@@ -99,8 +121,8 @@ def main():
     args = rows.options(__doc__.split("\n")[0], TABLES)
     results = rows.load(RESULTS)
     if not args.print:
-        baselines = BASELINES if "main" in args.only else ()
-        jobs = {f"{title}, {args.num} prompts": lambda threads, title=title: measure_baseline(title, args.num, threads) for title in baselines}
+        baselines = [title for which in args.only for title in BASELINES_OF.get(which, ())]
+        jobs = {baseline_name(title, args.num): lambda threads, title=title: measure_baseline(title, args.num, threads) for title in baselines}
         chosen = [(flags, seed) for t in args.only for flags, seeds in TABLES[t].values() for seed in seeds]
         jobs |= {name(f, s, args.num): lambda threads, f=f, s=s: measure(f, s, args.num, threads) for f, s in chosen}
         rows.fill(RESULTS, results, jobs, args.jobs)

@@ -103,9 +103,8 @@ def test_cut_short_weights(capsys, tmp_path):
     assert status == 2 and "unet" in line and not (tmp_path / "run").exists()
 
 
-def test_hub_out_of_reach(capsys, tmp_path, monkeypatch):
+def test_hub_out_of_reach(capsys, tmp_path):
     """A hub name without the hub: the line says to give a folder."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     status, line = call(train.main, capsys, *SMALL, "--model", "nobody/no-such-model", "--out", tmp_path / "run")
     assert status == 2 and "nobody/no-such-model from the hub" in line and "give its folder" in line and not (tmp_path / "run").exists()
 
@@ -220,7 +219,7 @@ def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
     (pictures / "00003.png").unlink()
     (pictures / "00001.png").write_bytes(before["00000.png"])  # not lost: left as it is
     assert call(evaluate.main, capsys, *flags)[0] == 0
-    assert (pictures / "00003.png").read_bytes() == before["00003.png"]
+    assert (pictures / "00003.png").read_bytes() == before["00003.png"] and (pictures / "00001.png").read_bytes() == before["00000.png"]
     for extra, words in [
         (["--seed", "1"], "another --images"),
         (["--scores", tmp_path / "prompts.txt"], "--scores"),

@@ -1,4 +1,7 @@
-"""What only a GPU can show: the dry run's memory beside the memory of a real iteration. Needs CUDA and 20 GB of disk; skipped elsewhere."""
+"""What only a GPU can show: the dry run's memory beside the memory of a real iteration. Needs CUDA and 20 GB of disk; skipped elsewhere.
+
+CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py
+"""
 
 import json
 

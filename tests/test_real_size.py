@@ -117,7 +117,7 @@ held = {"teacher": size(toy.teacher.net.parameters())}
 for row, name in {"generator G": "G", "score estimator": "fake", "D's heads": "D"}.items():
     moments = [v for state in toy.players[name][1].state.values() for v in state.values() if torch.is_tensor(v) and v.dim()]
     held[row] = size(toy.weights(name)) + gradients[name] + size(moments)
-table = {name: sum(parts) / by for name, _, *parts, by in dry_run.states(toy, ranks, frozen=4)}
+table = {row[0]: dry_run.a_gpu([row], ranks) for row in dry_run.states(toy, frozen=4)}
 for name, n in held.items():
     n = torch.tensor(float(n))
     dist.all_reduce(n)
