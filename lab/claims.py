@@ -18,7 +18,7 @@ from statistics import mean, variance
 
 import matplotlib.pyplot as plt
 
-from lab import cost, rows, stage1
+from lab import cost, rows, stage1, variation
 from lab.stage1 import FULL, SEEDS
 
 RESULTS = Path("results/claims.json")
@@ -65,6 +65,7 @@ CLAIMS = (
         -1,
     ),
     Claim("DMD2 degrades at TTUR 2", "Fig. 5", cost.BASELINE, "DMD2, TTUR 2", "frechet", -1),
+    Claim("Pictures vary more with the noise of high-noise steps", "Fig. 3", variation.title(999), variation.title(499), "variation"),
     Claim("Stage 2 is preferred to stage 1", "Table 3", JOINTLY, "stage 1", "reward"),
     Claim("Stage 2 is preferred to the teacher", "Table 3", JOINTLY, TEACHER, "reward"),
     Claim("Joint training keeps what preference optimisation alone destroys: prompts right", "Table 4", JOINTLY, ALONE, "prompt_accuracy"),
@@ -81,21 +82,12 @@ def loops(flags):
     return updates if "--rl-only" in flags else updates + updates // flags["--rl-ratio"]
 
 
-def student(seed, num, threads, flags=FULL):
-    """The stage-1 run that stage 2 starts from: that of lab.stage1's first row (of as many loops as in flags), trained here where it is not there."""
-    flags = FULL | {"--iterations": flags["--iterations"]}
-    out = rows.folder(stage1.name(flags, seed, num))
-    if not (out / "metrics.json").exists():
-        stage1.measure(flags, seed, num, threads)
-    return out
-
-
 def measure(flags, seed, num, threads):
     """One stage-2 run -> its metrics, minutes, and its held-out judges over the run."""
     out = rows.folder(name(flags, seed, num))
     settings = {
         "--iterations": loops(flags),
-        "--init": student(seed, num, threads, flags),
+        "--init": stage1.student(seed, num, threads, flags["--iterations"]),
         "--seed": seed,
         "--preview-every": 60,
         "--out": out,
@@ -113,7 +105,7 @@ def measure(flags, seed, num, threads):
 def measure_start(which, num, threads):
     """Stage 1 of a seed, or the teacher."""
     path = rows.folder(str(which)).with_suffix(".json")
-    what = stage1.BASELINES[TEACHER] if which == TEACHER else ("--run", student(which, num, threads))
+    what = stage1.BASELINES[TEACHER] if which == TEACHER else ("--run", stage1.student(which, num, threads))
     rows.command("evaluate.py", *what, "--num", num, "--json", path, threads=threads)
     return json.loads(path.read_text())
 
@@ -156,6 +148,8 @@ def values(measured, title, measure, num):
     if title in cost.METHODS:  # at the end of its way
         names = [cost.name(cost.METHODS[title], s, num) for s in SEEDS]
         return [measured[n][-1][measure] for n in names if n in measured]
+    if title in variation.TITLES:
+        return [measured[n][title] for s in SEEDS if (n := variation.name(s)) in measured]
     names = {t: [stage1.baseline_name(t, num)] * 2 for t in stage1.BASELINES | stage1.SD3_BASELINES}
     names |= {"stage 1": [start(s, num) for s in SEEDS]} | {t: [name(flags, s, num) for s in SEEDS] for t, flags in TABLE4.items()}
     names |= {t: [stage1.name(flags, s, num) for s in seeds] for table in stage1.TABLES.values() for t, (flags, seeds) in table.items()}
@@ -218,13 +212,15 @@ def main():
         table4(results, args.num)
         plot(results, args.num)
     if "verdicts" in args.only:
-        verdicts(rows.load(stage1.RESULTS) | rows.load(cost.RESULTS) | results, args.num)  # rows of stage 1 lie in both, here with the reward
+        verdicts(
+            rows.load(stage1.RESULTS) | rows.load(cost.RESULTS) | rows.load(variation.RESULTS) | results, args.num
+        )  # rows of stage 1 lie in both, here with the reward
 
 
 def run_table4(results, args):
     """What is missing of Table 4's rows, and of those it starts from."""
     with ThreadPoolExecutor(args.jobs) as pool:  # first, so that no two rows train the same one
-        list(pool.map(lambda s: student(s, args.num, max(1, os.cpu_count() // args.jobs)), SEEDS))
+        list(pool.map(lambda s: stage1.student(s, args.num, max(1, os.cpu_count() // args.jobs)), SEEDS))
     starts = {start(w, args.num): w for w in (TEACHER, *SEEDS)}
     rows.fill(RESULTS, results, {row: lambda threads, w=w: measure_start(w, args.num, threads) for row, w in starts.items()}, args.jobs)
     core = (JOINTLY, ALONE)  # first: the claims rest on them

@@ -18,6 +18,7 @@ from config import Config
 RUNS = Path("runs/lab")
 HEADINGS = {
     "samples": "samples",
+    "variation": "RMS difference",
     "prompt_accuracy": "prompts right, %",
     "frechet": "Fréchet",
     "precision": "precision, %",

@@ -98,6 +98,15 @@ def measure(flags, seed, num, threads):
     return metrics | {"seconds_per_loop": last["seconds"] / last["loops"], "score_lag": last["score_lag"], "skipped_updates": last["skipped_updates"]}
 
 
+def student(seed, num, threads, loops=FULL["--iterations"]):
+    """The run of the first row (of that many loops) with a seed, which stage 2 starts from; trained here where it is not there."""
+    flags = FULL | {"--iterations": loops}
+    out = rows.folder(name(flags, seed, num))
+    if not (out / "metrics.json").exists():
+        measure(flags, seed, num, threads)
+    return out
+
+
 def measure_baseline(title, num, threads):
     path = rows.folder(title).with_suffix(".json")
     rows.command("evaluate.py", *(BASELINES | SD3_BASELINES)[title], "--num", num, "--json", path, threads=threads)

@@ -1,0 +1,72 @@
+"""How much a picture depends on the noise of each step (Fig. 3): the same prompt and first noise, and the noise after one step drawn anew.
+
+python -m lab.variation            for the three students of lab.stage1's first row: results/variation.json, and the table
+python -m lab.variation --print    the table from what is there
+"""
+
+from pathlib import Path
+
+import torch
+
+from config import Config
+from diffusion import Schedule, add_noise, times
+from lab import rows, stage1
+from lab.stage1 import SEEDS
+from metrics import diversity
+from models import load_denoiser, load_encoder, load_vae
+from run_folder import newest
+from toy import world
+
+RESULTS = Path("results/variation.json")
+DRAWS = 8  # per prompt
+
+
+@torch.no_grad()
+def variation(G, encoder, vae, prompts, S, step, seed=0):
+    """Root mean squared difference between finished pictures that differ in the noise after S[step] alone, DRAWS per prompt; channels in [0, 1]."""
+    generator, n = torch.Generator().manual_seed(seed), len(prompts)
+    shared = torch.randn(len(S), n, 4, 16, 16, generator=generator).repeat_interleave(DRAWS, 1)  # x_T, and the noise after every step but the last
+    c = {k: v.repeat_interleave(DRAWS, 0) for k, v in encoder.encode(prompts).items()}
+    x_t = shared[0]
+    for i, t in enumerate(S):
+        x_0 = G(x_t, times(t, x_t), c)
+        if i + 1 < len(S):
+            eps = torch.randn(x_0.shape, generator=generator) if i == step else shared[i + 1]
+            x_t = add_noise(G.schedule, x_0, times(S[i + 1], x_0), eps)
+    return diversity(vae.decode(x_0).clamp(-1, 1), DRAWS)
+
+
+def title(t):
+    return f"noise drawn anew after step {t:g}"
+
+
+def name(seed):
+    return f"variation, seed {seed}"
+
+
+TITLES = [title(t) for t in Schedule().steps(4)[:-1]]
+
+
+def measure(seed, num, threads, prompts=64):
+    """-> {title of a step: variation} of a seed's student."""
+    torch.set_num_threads(threads)
+    encoder, vae = load_encoder(Config.model, world.SIZE), load_vae(Config.model)
+    G = load_denoiser(Config.model, student=newest(stage1.student(seed, num, threads)))
+    G.net.eval()
+    S, words = G.schedule.steps(4), [world.scene(i, "test")[1] for i in range(prompts)]
+    return {which: variation(G, encoder, vae, words, S, i) for i, which in enumerate(TITLES)}
+
+
+def main():
+    args = rows.options(__doc__.split("\n")[0], ("variation",))
+    results = rows.load(RESULTS)
+    if not args.print:
+        rows.fill(RESULTS, results, {name(s): lambda threads, s=s: measure(s, args.num, threads) for s in SEEDS}, 1)
+    found = [results[name(s)] for s in SEEDS if name(s) in results]
+    rows.head("Fig. 3", ("variation",))
+    for which in TITLES:
+        rows.line(which, [{"variation": row[which]} for row in found], ("variation",))
+
+
+if __name__ == "__main__":
+    main()
