@@ -212,9 +212,8 @@ def main():
         table4(results, args.num)
         plot(results, args.num)
     if "verdicts" in args.only:
-        verdicts(
-            rows.load(stage1.RESULTS) | rows.load(cost.RESULTS) | rows.load(variation.RESULTS) | results, args.num
-        )  # rows of stage 1 lie in both, here with the reward
+        others = rows.load(stage1.RESULTS) | rows.load(cost.RESULTS) | rows.load(variation.RESULTS)
+        verdicts(others | results, args.num)  # rows of stage 1 lie in both, here with the reward
 
 
 def run_table4(results, args):

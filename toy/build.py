@@ -186,8 +186,8 @@ def build_sam():
 PARTS = {
     "vae": ("sdxl/vae", build_vae),
     "clip": ("clip", build_clip),
-    "sam": ("sam", build_sam),
     "teacher": ("sdxl/unet", build_sdxl),
+    "sam": ("sam", build_sam),
     "lrm": ("lrm", build_lrm),
     "sd3": ("sd3", build_sd3),
 }  # name -> (folder, function)
