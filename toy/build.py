@@ -1,4 +1,4 @@
-"""Trains the toy's weights from nothing: VAE, CLIP, SAM image encoder, the teacher (teacher.py) and the latent reward model (reward.py).
+"""Trains the toy's weights from nothing: VAE, CLIP, the teacher (teacher.py), SAM's image encoder and the latent reward model (reward.py).
 
     python -m toy.build              all parts, in this order; a part already built is kept
     python -m toy.build --only sd3   a teacher in SD3's shape, which is not among the weights that come with the project

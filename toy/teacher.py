@@ -1,5 +1,6 @@
 """The toy's two teachers: an SDXL-shaped UNet (eps-prediction) and an SD3-shaped transformer (flow matching, shift 3), as pipelines."""
 
+import os
 import time
 
 import torch
@@ -98,6 +99,11 @@ def build_sd3():
         tokenizer_3=None,
     )
     train_teacher("sd3", where, pipeline, transformer, schedule, schedule.weight, steps=8000)
+    for path in where.rglob("*.safetensors"):  # VAE and text encoders are those of toy/sdxl: links, so that they are stored once
+        for twin in (HERE / "sdxl").rglob("*.safetensors"):
+            if not path.is_symlink() and twin.read_bytes() == path.read_bytes():
+                path.unlink()
+                path.symlink_to(os.path.relpath(twin, path.parent))
 
 
 def train_teacher(part, where, pipeline, net, schedule, weight, steps, batch=32):
