@@ -122,5 +122,6 @@ for name, n in held.items():
     n = torch.tensor(float(n))
     dist.all_reduce(n)
     assert abs(n / ranks / table[name] - 1) < 0.02, (name, n / ranks, table[name])
+dist.barrier()  # no rank leaves while another still sums
 dist.destroy_process_group()
 """
