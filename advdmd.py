@@ -98,7 +98,7 @@ def reinforce(cast, part):
     """AdvDMD: the gradients of its policy loss, where D is not blind on this batch, which it has not been trained on. -> what to log."""
     config, G, S, states, c = cast.config, cast.G, cast.S, part.states, part.c
     with torch.no_grad():
-        real, R = judged(cast.fake, cast.head, states, cast.vae.encode(part.x_real), S, randn(part.unseen, part.x), c)
+        real, R = judged(cast.fake, cast.head, states, cast.latents(part.x_real), S, randn(part.unseen, part.x), c)
         right = accuracy(real, R)
     if dist.is_initialized():
         dist.all_reduce(right)

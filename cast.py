@@ -60,6 +60,15 @@ class Cast:
                 else:
                     group["lr"] = rate * factor
 
+    def latents(self, x_real):
+        """The data's latents: E(x_real), or what --cache-latents has kept of it."""
+        return x_real if self.config.cache_latents else self.vae.encode(x_real)
+
+    @torch.no_grad()
+    def pictures(self, x_real):
+        """The data's pictures; of cached latents, V's."""
+        return self.vae.decode(x_real) if self.config.cache_latents else x_real
+
     def passes(self):
         """Network passes of the three denoisers on this rank so far, in samples."""
         return self.G.passes + self.fake.passes + self.teacher.passes
@@ -98,6 +107,8 @@ def assemble(config, ranks, device):
     sharded = ranks > 1 or device.type == "cuda"
     for net in dict.fromkeys((G.net, fake.net, teacher.net)) if sharded else ():
         shard(net, dtype)
+    if config.size_condition == "original" and teacher.net.config.get("addition_embed_type") != "text_time":
+        raise UserError(f"--size-condition original: {config.model} has no size conditions, as SDXL has")
     if config.compile and config.gan != "pixel":
         raise UserError(f"--compile and --gan {config.gan} do not go together: the compiled score estimator hides its features")
     if config.compile:

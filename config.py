@@ -15,6 +15,8 @@ class Config:
     model: str = "toy/sdxl"  # the teacher: a diffusers pipeline folder, or a hub name
     data: str = "toy"  # "toy", a folder of images with metadata.jsonl (file_name, text), or WebDataset shards ("shards/{000..127}.tar")
     prompts: str = ""  # a text file of prompts, one per line, for G; default: the captions of the data
+    cache_latents: str = ""  # folder to keep the VAE's latents of --data in, for methods that look at latents alone (--gan latent or online)
+    size_condition: str = "square"  # SDXL's size conditions: square = an uncropped square, as at sampling; original = those of the prompt's picture
     resolution: int = 64  # side of the square training images, pixels
     out: str = ""  # run folder; default runs/DATE-TIME
     iterations: int = 400  # loops of Algorithm 1; the generator moves in every TTUR-th
@@ -118,6 +120,7 @@ PRESETS = {
 
 CHOICES = {
     "stage": (1, 2, "reward"),
+    "size_condition": ("square", "original"),
     "rl_steps": ("high", "all"),
     "carry": ("random", "best"),
     "student_steps": (4, 8),
@@ -180,6 +183,10 @@ def parse(argv=None):
         parser.error("--rl-gate must lie in [0, 1]")
     if not 0 <= config.ratio_clip < 1:
         parser.error("--ratio-clip must lie in [0, 1)")
+    if config.cache_latents and config.gan == "pixel" and config.gan_weight and config.gan_reals == "raw":
+        parser.error("--cache-latents: Pixel-GAN looks at the pictures themselves: leave it out, or pass --gan-reals vae")
+    if config.cache_latents and config.data == "toy":
+        parser.error("--cache-latents needs --data, a folder or shards: the toy world draws new scenes without end")
     if config.gan_crop > config.resolution:
         parser.error("--gan-crop must not be larger than --resolution")
     if config.dynamic and not config.fake_lora:

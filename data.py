@@ -1,7 +1,8 @@
 """Captioned images: the toy world's scenes, a folder of photographs with a metadata.jsonl, or WebDataset shards.
 
-A source is indexed by the global sample number, without end, and gives (image (3, H, W) in [-1, 1], prompt); so the same
-sample meets the same noise on any number of ranks, and a resumed run needs no stored position.
+A source is indexed by the global sample number, without end, and gives (image (3, H, W) in [-1, 1], prompt, sizes (6,)); so the same
+sample meets the same noise on any number of ranks, and a resumed run needs no stored position. The sizes are SDXL's conditions:
+the image's original height and width, its crop's top and left after resizing, and the crop's height and width.
 `prompts(n)` are fixed ones for previews; `held_out(start, n)` gives images and prompts that training never sees, and
 `judge(images, prompts)` checks pictures exactly: the toy's alone have these, others have None.
 """
@@ -57,7 +58,7 @@ class Toy:
 
     def __getitem__(self, i):
         scene, caption = world.scene(self.first + i)
-        return world.render(scene), caption
+        return world.render(scene), caption, whole(world.SIZE)
 
     def prompts(self, n):
         return [world.scene(i, "test")[1] for i in range(n)]
@@ -80,7 +81,7 @@ class ImageFolder:
         self.path, self.resolution, self.seed, self.bad = path, resolution, seed, {}
         self.rows = self._index()  # (file name, caption)
         for name in self._missing():
-            self._skip(name, "no such file")
+            self.skip(name, "no such file")
 
     def _index(self):
         path, table, rows = self.path, Path(self.path, "metadata.jsonl"), []
@@ -113,12 +114,17 @@ class ImageFolder:
             if name in self.bad:
                 continue
             try:
-                with self._open(name) as file, Image.open(file) as image:
-                    return pixels(image, self.resolution), text
+                picture, sizes = self.load(name)
+                return picture, text, sizes
             except UNREADABLE as e:
-                self._skip(name, e)
+                self.skip(name, e)
 
-    def _skip(self, name, why):
+    def load(self, name):
+        """-> a picture (3, H, W) and its sizes (6,). Raises one of UNREADABLE."""
+        with self._open(name) as file, Image.open(file) as image:
+            return pixels(image, self.resolution), sizes_of(image, self.resolution)
+
+    def skip(self, name, why):
         self.bad[name] = str(why)
         print(f"skipped unreadable image {name} ({len(self.bad)} so far): {why}")
         if len(self.bad) > 0.05 * len(self.rows):
@@ -217,7 +223,8 @@ class Prompted:
 
     def __getitem__(self, i):
         epoch, place = divmod(i, len(self.lines))
-        return self.source[i][0], self.lines[order_of(len(self.lines), self.seed, epoch)[place]]
+        picture, _, sizes = self.source[i]
+        return picture, self.lines[order_of(len(self.lines), self.seed, epoch)[place]], whole(int(sizes[-1]))
 
     def prompts(self, n):
         return [self.lines[i % len(self.lines)] for i in range(n)]
@@ -225,11 +232,28 @@ class Prompted:
 
 def pixels(image, side):
     """A PIL image -> (3, side, side) in [-1, 1]: resized by its short side, cropped at the centre."""
-    scale = side / min(image.size)
-    image = image.convert("RGB").resize([max(side, round(s * scale)) for s in image.size], Image.Resampling.LANCZOS)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    resized, left, top = crop(image, side)
+    image = image.convert("RGB").resize(resized, Image.Resampling.LANCZOS)
     array = np.array(image.crop((left, top, left + side, top + side)), dtype=np.float32)
     return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
+
+
+def crop(image, side):
+    """-> the size (width, height) an image is resized to, and where in it the square in its centre starts, left and top."""
+    scale = side / min(image.size)
+    width, height = (max(side, round(s * scale)) for s in image.size)
+    return (width, height), (width - side) // 2, (height - side) // 2
+
+
+def sizes_of(image, side):
+    """SDXL's conditions of a PIL image as `pixels` shows it: (height, width, top, left, side, side)."""
+    _, left, top = crop(image, side)
+    return torch.tensor([image.height, image.width, top, left, side, side], dtype=torch.float32)
+
+
+def whole(side):
+    """The same of a square that was never cropped."""
+    return torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32)
 
 
 class _Indexed(torch.utils.data.Dataset):
@@ -241,7 +265,7 @@ class _Indexed(torch.utils.data.Dataset):
 
 
 def batches(source, indices, workers=0):
-    """Batches in the order of `indices` (a list of lists of global sample numbers): images (B, 3, H, W), prompts, indices (B,)."""
+    """Batches in the order of `indices` (a list of lists of global sample numbers): images (B, 3, H, W), prompts, sizes (B, 6), indices (B,)."""
     return iter(DataLoader(_Indexed(source), batch_sampler=indices, num_workers=workers))
 
 

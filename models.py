@@ -177,8 +177,11 @@ class PromptEncoder:
         self.size, self.device, self.warned = image_size, device, False
 
     @torch.no_grad()
-    def encode(self, prompts):
-        """prompts: a list of B strings. Warns, once, of a prompt that is cut off at the encoders' length."""
+    def encode(self, prompts, sizes=None):
+        """prompts: a list of B strings; sizes (B, 6) of the pictures (data.py), by default those of a whole square.
+
+        Warns, once, of a prompt that is cut off at the encoders' length.
+        """
         if not self.warned and any(map(self.too_long, prompts)):
             self.warned = True
             long, length = next(filter(self.too_long, prompts)), self.tokenizers[0].model_max_length
@@ -190,8 +193,9 @@ class PromptEncoder:
             states.append(out.hidden_states[-2])
             if isinstance(encoder, CLIPTextModelWithProjection):
                 pooled.append(out[0])  # SDXL: the second encoder's alone
-        size = torch.tensor([self.size, self.size, 0, 0, self.size, self.size], dtype=torch.float32, device=self.device)
-        return {"tokens": torch.cat(states, -1).float(), "pooled": torch.cat(pooled, -1).float(), "size": size.expand(len(prompts), 6)}
+        if sizes is None:
+            sizes = torch.tensor([self.size, self.size, 0, 0, self.size, self.size], dtype=torch.float32).expand(len(prompts), 6)
+        return {"tokens": torch.cat(states, -1).float(), "pooled": torch.cat(pooled, -1).float(), "size": sizes.to(self.device)}
 
     def too_long(self, prompt):
         """Whether `prompt` has more tokens than the encoders take."""
@@ -217,7 +221,8 @@ class SD3Encoder(PromptEncoder):
         super().__init__(model, image_size, device, dtype)
         self.width = load_part(SD3Transformer2DModel, folder(model, "transformer"), "transformer", how="load_config")["joint_attention_dim"]
 
-    def encode(self, prompts):
+    def encode(self, prompts, sizes=None):
+        """sizes: SDXL's alone, not looked at."""
         c = super().encode(prompts)
         tokens = F.pad(c["tokens"], (0, self.width - c["tokens"].shape[-1]))
         return {"tokens": torch.cat([tokens, torch.zeros_like(tokens)], 1), "pooled": c["pooled"]}

@@ -21,12 +21,12 @@ from models import generate
 
 
 @torch.no_grad()
-def health(x_real, x_0, vae, teacher, L_fake, t, eps, c):
+def health(x_real, latent_real, x_0, vae, teacher, L_fake, t, eps, c):
     """Signals that tell a healthy run from one about to collapse; the README explains each.
 
-    x_real: the batch's images; x_0: finished samples of the generator, latents; t, eps, c: what L_fake (Eq. 6) was taken at.
+    x_real, latent_real: the batch's images, and their latents; x_0: latents of finished samples of the generator;
+    t, eps, c: what L_fake (Eq. 6) was taken at.
     """
-    latent_real = vae.encode(x_real)
     image = vae.decode(x_0).clamp(-1, 1)
     return {
         "score_lag": L_fake.detach() / score_estimator.loss(teacher, latent_real, t, eps, c),

@@ -26,6 +26,7 @@ import data
 import dmd
 import dmdr
 import dry_run
+import latent_cache
 import latent_gan
 import latent_reward
 import monitor
@@ -67,6 +68,8 @@ def train(config):
     log = monitor.Log(run, rank, config, progress)
     preview = monitor.Preview(cast, source) if config.preview_every else None
 
+    if config.cache_latents:
+        latent_cache.fill(source, cast.vae, config, rank, ranks)
     firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
     batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
     background = device.type == "cuda" and config.optimizer == "adamw"  # torchao's moments cannot be copied aside
@@ -74,10 +77,10 @@ def train(config):
 
     for loop in range(progress["loops"] + 1, config.iterations + 1):  # line 4
         draw = lambda purpose: sample_generators(config.seed, loop, index.tolist(), purpose)  # noqa: B023, E731
-        x_real, prompts, index = next(batches)  # line 7
+        x_real, prompts, sizes, index = next(batches)  # line 7
         if config.gan == "online":  # AdvDMD compares rollouts of one prompt
-            x_real, prompts = (advdmd.spread(v, config.candidates) for v in (x_real, prompts))
-        x_real, c = x_real.to(device), cast.encoder.encode(prompts)
+            x_real, prompts, sizes = (advdmd.spread(v, config.candidates) for v in (x_real, prompts, sizes))
+        x_real, c = x_real.to(device), cast.encoder.encode(prompts, sizes if config.size_condition == "original" else None)
         # NOTE: Algorithm 1 runs lines 5-26 and 27-31 in every iteration of stage 2; Table 4's ratios say r of the latter per one of the former.
         kind = "rl_updates" if config.stage == 2 and (config.rl_only or loop % (config.rl_ratio + 1)) else "generator_updates"
         if loop % config.log_every == 0:  # of either kind the next one
@@ -121,7 +124,7 @@ def train(config):
 
 
 def distil(cast, loop, x_real, prompts, c, draw, watched):
-    """Lines 5-26: one loop of distribution matching and Pixel-GAN. x_real (B, 3, H, W), its prompts, c their condition; draw(purpose):
+    """Lines 5-26: one loop of distribution matching and Pixel-GAN. x_real (B, 3, H, W) or its latents, its prompts, c their condition; draw(purpose):
     a generator per sample. -> what to log, with the health signals where `watched`; whether G moved; whether every update was finite."""
     config, D = cast.config, cast.D
     noise, size = {purpose: draw(purpose) for purpose in ("rollout", "renoise", "fake", "unseen")}, config.micro_batch or len(x_real)
@@ -173,7 +176,7 @@ def pace(config, loop):
 class Part:
     """A micro-batch, and what its turns leave for the next ones."""
 
-    x_real: torch.Tensor
+    x_real: torch.Tensor  # pictures, or with --cache-latents their latents
     prompts: list
     c: dict
     rollout: list  # generators, one per sample and purpose
@@ -262,7 +265,7 @@ def estimator_turn(cast, part):
     L = L_fake = score_estimator.loss(cast.fake, part.x, part.t, part.eps, part.c)
     logged = {"fake_loss": L_fake.detach()}
     if cast.head is not None:
-        real = cast.vae.encode(part.x_real)
+        real = cast.latents(part.x_real)
         if part.states:  # AdvDMD
             judged = advdmd.judged(cast.fake, cast.head, part.states, real, cast.S, part.eps, part.c)
             L_D, right = advdmd.discriminator_loss(*judged), advdmd.accuracy(*judged)
@@ -277,7 +280,7 @@ def estimator_turn(cast, part):
 def discriminator_turn(cast, part):
     """Line 25, Eq. 10: D judges the pictures that G was judged by. -> its loss and accuracy."""
     latents, pixels = part.look_at
-    reals = cast.vae.decode(cast.vae.encode(part.x_real)[latents]) if cast.config.gan_reals == "vae" else part.x_real[pixels]
+    reals = cast.vae.decode(cast.latents(part.x_real)[latents]) if cast.config.gan_reals == "vae" else part.x_real[pixels]
     real_logits, fake_logits = cast.D(cast.D.features(reals)), cast.D(part.features)
     L_D = pixel_gan.discriminator_loss(real_logits, fake_logits, cast.config.gan_loss)
     (part.share * L_D).backward()
@@ -289,7 +292,7 @@ def look(cast, part, i, L_fake):
     if part.x_adv is None:  # no Pixel-GAN has finished the rollout
         x_next = renoise(cast.G.schedule, part.x, cast.S, i + 1, part.rollout)
         part.x_adv = backward_simulation(cast.G, x_next, part.c, cast.S, part.rollout, i + 1)
-    return monitor.health(part.x_real, part.x_adv, cast.vae, cast.teacher, L_fake, part.t, part.eps, part.c)
+    return monitor.health(cast.pictures(part.x_real), cast.latents(part.x_real), part.x_adv, cast.vae, cast.teacher, L_fake, part.t, part.eps, part.c)
 
 
 def prefer(cast, prompts, c, draw):

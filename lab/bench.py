@@ -65,7 +65,7 @@ def passes(cast):
 
     no_grad = torch.no_grad()
     return {
-        "data and prompts": (lambda: encoder.encode([caption for _, caption in [source[i] for i in range(n)]]), 1),
+        "data and prompts": (lambda: encoder.encode([source[i][1] for i in range(n)]), 1),
         "rollout (G forward)": (no_grad(lambda: G(x, t, c)), 2),
         "G forward, backward": (lambda: backward(G(x, t, c).square().mean(), G.net), 2),
         "teacher, guided": (no_grad(lambda: cast.guided_teacher(x, t, c)), 1),

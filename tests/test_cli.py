@@ -62,6 +62,9 @@ def photos(tmp_path):
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--sam", "toy/nothing"], "toy/nothing"),
         (["--renoise", "0.9,0.1"], "renoise"),
+        (["--cache-latents", "kept"], "--gan-reals vae"),
+        (["--cache-latents", "kept", "--gan", "latent"], "the toy world"),
+        (["--size-condition", "original", "--model", "toy/sd3"], "toy/sd3"),
         (["--ema", "2"], "--ema"),
         (["--seed", "-1"], "--seed"),
         (["--lr", "0"], "--lr"),
@@ -255,7 +258,7 @@ def test_folder_of_pictures_trains(photos, capsys, tmp_path):
     source = data.source(photos, 64)
     epoch = {source[i][1] for i in range(10)}
     assert len(epoch) == 10 and [source[i][1] for i in range(10)] != [source[i][1] for i in range(10, 20)]
-    image, _ = source[0]
+    image = source[0][0]
     assert image.shape == (3, 64, 64) and -1 <= image.min() < image.max() <= 1
 
 
@@ -276,6 +279,17 @@ def test_photographs_train_preview_and_resume(capsys, tmp_path):
     assert all(torch.equal(whole[k], halves[k]) for k in whole)
     grid = Image.open(tmp_path / "halves" / "preview-000004.png")
     assert grid.width > 8 * 128 and len(set(grid.resize((64, 64)).getdata())) > 100
+
+
+@pytest.mark.parametrize("gan", [("--gan", "latent"), ("--gan-reals", "vae"), ("--gan", "online", "--candidates", "2")], ids=lambda g: g[1])
+def test_training_on_cached_latents_is_training_on_pictures(gan, photos, capsys, tmp_path):
+    """Losses and the student's weights, to the precision of fp16 latents; with the pictures' own size conditions."""
+    losses = []
+    for name, *more in (("pictures",), ("latents", "--cache-latents", tmp_path / "kept")):
+        flags = [*SMALL, "--data", photos, "--out", tmp_path / name, "--size-condition", "original", *gan, *more]
+        assert call(train.main, capsys, *flags)[0] == 0
+        losses.append([json.loads(line)["d_loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(list((tmp_path / "kept").glob("*.pt"))) == 10
 
 
 def test_unreadable_picture_is_skipped_counted_and_named(photos, capsys):

@@ -3,13 +3,16 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 import data
-from models import UserError
+import latent_cache
+from config import Config
+from models import PromptEncoder, UserError, load_vae
 
 
 def picture(value):
@@ -44,17 +47,17 @@ def test_shards_give_every_image_with_its_own_caption_once_an_epoch(shards, patt
     source = data.source(f"{shards}/{pattern}", 16, seed=3)
     epochs = [[source[i] for i in range(24 * e, 24 * e + 24)] for e in range(2)]
     for epoch in epochs:
-        assert sorted(text for _, text in epoch) == sorted(f"gray {100 * s + i}" for s in range(2) for i in range(12))
-        for image, text in epoch:
+        assert sorted(text for _, text, _ in epoch) == sorted(f"gray {100 * s + i}" for s in range(2) for i in range(12))
+        for image, text, _ in epoch:
             assert image.shape == (3, 16, 16)
             torch.testing.assert_close(image, torch.full_like(image, int(text.split()[1]) / 127.5 - 1))
-    assert [t for _, t in epochs[0]] != [t for _, t in epochs[1]]
+    assert [t for _, t, _ in epochs[0]] != [t for _, t, _ in epochs[1]]
 
 
 def test_shards_are_the_same_for_workers_ranks_and_a_resumed_run(shards):
     """Batches by two loading processes, and from the middle on, are those of one process."""
     name, whole = f"{shards}/shard-*.tar", [list(range(i, i + 4)) for i in range(0, 24, 4)]
-    texts = lambda indices, workers: [t for _, prompts, _ in data.batches(data.source(name, 16), indices, workers) for t in prompts]  # noqa: E731
+    texts = lambda indices, workers: [t for _, prompts, *_ in data.batches(data.source(name, 16), indices, workers) for t in prompts]  # noqa: E731
     straight = texts(whole, 0)
     assert texts(whole, 2) == straight and texts(whole[3:], 0) == straight[12:]
     ranks = [texts([part[2 * r : 2 * r + 2] for part in whole], 0) for r in range(2)]
@@ -87,3 +90,43 @@ def test_prompt_file_replaces_the_captions(shards, tmp_path):
     for name, why in [("empty.txt", "no prompt"), ("missing.txt", "no such file")]:
         with pytest.raises(UserError, match=why):
             data.source("toy", 64, prompts=tmp_path / name)
+
+
+def test_sizes_are_those_of_the_original_and_its_crop(shards):
+    """Of a picture 40 wide and 30 high, shown at 16: resized to 21 x 16, 2 cut off at the left. The text encoder's c carries them."""
+    source = data.source(f"{shards}/shard-*.tar", 16)
+    assert source[0][2].tolist() == [30, 40, 0, 2, 16, 16]
+    assert data.source("toy", 64)[0][2].tolist() == [64, 64, 0, 0, 64, 64]
+    sizes, encoder = torch.stack([source[i][2] for i in range(2)]), PromptEncoder("toy/sdxl", 64)
+    assert torch.equal(encoder.encode(["a", "b"], sizes)["size"], sizes)
+    assert encoder.encode(["a", "b"])["size"].tolist() == [[64, 64, 0, 0, 64, 64]] * 2
+
+
+def test_cached_latents_are_those_of_the_vae(shards, capsys):
+    """The cache gives E(picture) to fp16's precision, and the pictures are not looked at again; another model's cache is refused."""
+    name, folder, vae = f"{shards}/shard-*.tar", shards / "kept", load_vae("toy/sdxl")
+    settings = Config(data=name, resolution=32, cache_latents=str(folder))
+    plain, cached = data.source(name, 32), data.source(name, 32)
+    latent_cache.fill(cached, vae, settings)
+    for i in range(24):
+        assert cached[i][1] == plain[i][1] and torch.equal(cached[i][2], plain[i][2])
+        torch.testing.assert_close(cached[i][0], vae.encode(plain[i][0][None])[0], rtol=1e-3, atol=1e-3)
+    again = data.source(name, 32)
+    for shard in shards.glob("*.tar"):
+        shard.unlink()
+    latent_cache.fill(again, vae, settings)
+    assert all(torch.equal(again[i][0], cached[i][0]) for i in range(24))
+    (shards / "mine").mkdir()
+    (shards / "mine/diary.txt").write_text("dear diary")
+    with pytest.raises(UserError, match="another --cache-latents"):
+        latent_cache.fill(again, vae, replace(settings, resolution=16))
+    with pytest.raises(UserError, match="not a latent cache"):
+        latent_cache.fill(again, vae, replace(settings, cache_latents=str(shards / "mine")))
+
+
+def test_an_unreadable_picture_is_not_cached(shards, capsys):
+    write(shards / "shard-02.tar", {"c.png": b"not a picture", "c.txt": b"broken"})
+    source = data.source(f"{shards}/shard-*.tar", 16)
+    latent_cache.fill(source, load_vae("toy/sdxl"), Config(data="shards", resolution=16, cache_latents=str(shards / "kept")))
+    assert "c.png (1 so far)" in capsys.readouterr().out
+    assert "broken" not in [source[i][1] for i in range(25)]

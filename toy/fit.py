@@ -42,39 +42,46 @@ def batch_of(size):
     return images[which], [captions[i] for i in which], masks[which]
 
 
-def fit(name, modules, loss, steps, lr, weight_decay=0.0):
+def fit(name, modules, loss, steps, lr, weight_decay=0.0, muon=()):
     """AdamW with warm-up and cosine decay to lr / 100 on loss(step) -> scalar; leaves the EMA of the weights in `modules`.
 
-    Saves its state every 250 steps and goes on from it.
+    muon: matrices that Muon moves instead, at 10 times the rate. Saves its state every 250 steps and goes on from it.
     """
     params = [p for m in modules for p in m.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in params]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
+    others = [p for p in params if all(p is not m for m in muon)]
+    optimizers = {torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay): lr}
+    if muon:
+        optimizers[torch.optim.Muon(muon, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")] = 10 * lr
     state, start = HERE / ".build" / f"{name}.pt", 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
         start = saved["step"]
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, moments in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(moments)
         for p, a, sp, sa in zip(params, average, saved["params"], saved["average"], strict=True):
             p.data.copy_(sp), a.copy_(sa)
     bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
     for step in bar:
         torch.manual_seed(step)
         rate = min(1.0, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(step / steps * math.pi)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * rate
         value = loss(step)
-        optimizer.zero_grad(set_to_none=True)
+        for p in params:
+            p.grad = None
         value.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        for optimizer, full in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = full * rate
+            optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(average, params, 1 - min(0.999, step / (step + 10)))
         if step % 50 == 0:
             bar.set_postfix(loss=f"{value.item():.4f}")
         if (step + 1) % 250 == 0 and step + 1 < steps:
             state.parent.mkdir(exist_ok=True)
-            torch.save({"step": step + 1, "optimizer": optimizer.state_dict(), "params": params, "average": average}, state.with_suffix(".tmp"))
+            moments = [optimizer.state_dict() for optimizer in optimizers]
+            torch.save({"step": step + 1, "optimizers": moments, "params": params, "average": average}, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)
     with torch.no_grad():
         for p, a in zip(params, average):
