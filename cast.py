@@ -33,6 +33,7 @@ class Cast:
     fake: object  # μ_fake
     D: object  # Pixel-GAN's, or None
     head: object  # of DMD2's latent discriminator, or None
+    judge: tuple  # AdvDMD: the score estimator and head that reward: its own, online, or a finished run's
     ref: object  # p_ref, and R: stage 2
     R: object
     players: dict  # name -> (module, optimizer)
@@ -131,6 +132,8 @@ def assemble(config, ranks, device):
             raise UserError(f"--gan {config.gan} looks at a UNet's bottleneck, which {config.model} does not have: use --gan pixel")
         head = latent_gan.Head(fake.net.config.block_out_channels[-1]).to(device)
         players["head"] = (head, adam(head, config.fake_lr))
+    rewarded = config.stage == 1 and config.gan == "online" and config.reward
+    judge = frozen_judge(config, device, dtype, sharded) if rewarded else (fake, head)
     ref = R = None
     if config.stage == 2:
         checkpoint.restore(config.init, players, optimizers=False)
@@ -147,7 +150,8 @@ def assemble(config, ranks, device):
             if sharded:
                 shard(R.unet, dtype)
     S, null = teacher.schedule.steps(config.student_steps), encoder.null()  # τ_K > ... > τ_1
-    return Cast(config, ranks, latent, encoder, vae, teacher, guided(teacher, null, config.guidance), null, G, fake, D, head, ref, R, players, S)
+    at_scale = guided(teacher, null, config.guidance)
+    return Cast(config, ranks, latent, encoder, vae, teacher, at_scale, null, G, fake, D, head, judge, ref, R, players, S)
 
 
 def load_reward(config, vae, device, dtype):
@@ -157,6 +161,21 @@ def load_reward(config, vae, device, dtype):
     if (channels := R.unet.config.in_channels) != vae.channels:
         raise UserError(f"the reward model in {folder} judges latents of {channels} channels, those of {config.model} have {vae.channels}")
     return R
+
+
+def frozen_judge(config, device, dtype, sharded):
+    """AdvDMD's D as run --reward left it: (score estimator, head), trained no more. Raises UserError for a run without one."""
+    run, before = run_folder.find_run(config.reward, stage=1)
+    if before["gan"] not in ("latent", "online") or before["model"] != config.model or before.get("lora_rank") or before.get("fake_lora"):
+        raise UserError(f"--reward {run}: --gan online needs a run with --gan latent or online of {config.model}, without LoRAs")
+    fake = load_denoiser(config.model, device, dtype)
+    head = latent_gan.Head(fake.net.config.block_out_channels[-1]).to(device)
+    checkpoint.restore(run, {"fake": (fake.net, None), "head": (head, None)}, optimizers=False)
+    freeze(fake.net, dtype)
+    head.requires_grad_(False)
+    if sharded:
+        shard(fake.net, dtype)
+    return fake, head
 
 
 def freeze(net, dtype):

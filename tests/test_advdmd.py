@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import advdmd
+import checkpoint
 import config
 import run_folder
 import train
+from cast import assemble
 from diffusion import Schedule
 
 
@@ -77,3 +79,21 @@ def test_gate_stops_reinforcement_while_d_is_blind(tmp_path):
     assert all(m["rl_open"] == 0 and m["rl_loss"] == 0 and m["d_accuracy_unseen"] < 1 for m in shut) and all(m["rl_open"] == 1 for m in open_)
     assert "rl_open" not in late[-1] and read(weights_shut) == read(weights_late) != read(weights_open)
     assert open_[-1]["passes"] - shut[-1]["passes"] == 2 * 4 * 3 * 3  # loops, samples, transitions with a density, a pass with gradient
+
+
+def test_a_frozen_reward_is_another_run_s_discriminator(tmp_path, monkeypatch):
+    """With --reward, R comes from that run's score estimator and head, bit for bit, before and after training; one without a D is refused."""
+    run(tmp_path, "first", "--rl-gate", "1")
+    seen = []
+    monkeypatch.setattr(train, "assemble", lambda *args: seen.append(assemble(*args)) or seen[-1])
+    logged, _ = run(tmp_path, "second", "--rl-gate", "0", "--reward", str(tmp_path / "first"))
+    own, (fake, head) = seen[0], seen[0].judge
+    first = assemble(config.parse(["--preset", "advdmd"]), 1, torch.device("cpu"))
+    checkpoint.restore(tmp_path / "first", {name: first.players[name] for name in ("fake", "head")}, optimizers=False)
+    for frozen, kept, trained in ((fake.net, first.fake.net, own.fake.net), (head, first.head, own.head)):
+        assert all(torch.equal(a, b) for a, b in zip(frozen.parameters(), kept.parameters(), strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(frozen.parameters(), trained.parameters(), strict=True))
+    assert all(m["rl_open"] == 1 and m["rl_loss"] == m["rl_loss"] for m in logged)
+    plain = train.train(config.parse(["--batch-size", "2", "--iterations", "1", "--preview-every", "0", "--out", str(tmp_path / "pixel")]))
+    with pytest.raises(train.UserError, match="--gan latent or online"):
+        run(tmp_path, "third", "--reward", str(plain))
