@@ -97,7 +97,7 @@ def loss(z_s, x0_theta, x0_old, alpha_s, sigma_s, A):
 def reinforce(cast, part):
     """AdvDMD: the gradients of its policy loss, where D is not blind on this batch, which it has not been trained on. -> what to log.
 
-    D is the run's own, online; with --reward another run's, frozen (the comparison that the abstract draws).
+    D is the run's own, online; with --judge another run's, frozen (the comparison that the abstract draws).
     """
     config, G, S, states, c = cast.config, cast.G, cast.S, part.states, part.c
     with torch.no_grad():

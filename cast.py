@@ -132,8 +132,7 @@ def assemble(config, ranks, device):
             raise UserError(f"--gan {config.gan} looks at a UNet's bottleneck, which {config.model} does not have: use --gan pixel")
         head = latent_gan.Head(fake.net.config.block_out_channels[-1]).to(device)
         players["head"] = (head, adam(head, config.fake_lr))
-    rewarded = config.stage == 1 and config.gan == "online" and config.reward
-    judge = frozen_judge(config, device, dtype, sharded) if rewarded else (fake, head)
+    judge = frozen_judge(config, device, dtype, sharded) if config.judge else (fake, head)
     ref = R = None
     if config.stage == 2:
         checkpoint.restore(config.init, players, optimizers=False)
@@ -164,10 +163,10 @@ def load_reward(config, vae, device, dtype):
 
 
 def frozen_judge(config, device, dtype, sharded):
-    """AdvDMD's D as run --reward left it: (score estimator, head), trained no more. Raises UserError for a run without one."""
-    run, before = run_folder.find_run(config.reward, stage=1)
+    """AdvDMD's D as run --judge left it: (score estimator, head), trained no more. Raises UserError for a run without one."""
+    run, before = run_folder.find_run(config.judge, stage=1)
     if before["gan"] not in ("latent", "online") or before["model"] != config.model or before.get("lora_rank") or before.get("fake_lora"):
-        raise UserError(f"--reward {run}: --gan online needs a run with --gan latent or online of {config.model}, without LoRAs")
+        raise UserError(f"--judge {run}: needs a run with --gan latent or online of {config.model}, without LoRAs")
     fake = load_denoiser(config.model, device, dtype)
     head = latent_gan.Head(fake.net.config.block_out_channels[-1]).to(device)
     checkpoint.restore(run, {"fake": (fake.net, None), "head": (head, None)}, optimizers=False)

@@ -46,7 +46,7 @@ class Config:
     weight_decay: float = 0.01  # of all three
     clip_grad: float = 1.0  # largest gradient norm of G and of the score estimator
     init: str = ""  # stage 2: the stage-1 run to go on from; default the newest
-    reward: str = ""  # folder of the latent reward model; default "lrm" beside the model (toy/lrm). DMDR: or "clip". AdvDMD: a run, for its D
+    reward: str = ""  # folder of the latent reward model; default "lrm" beside the model (toy/lrm). DMDR: or "clip"
     rl_ratio: int = 5  # stage 2: preference updates per distillation update; --iterations counts both
     rl_steps: str = "high"  # stage 2: student steps whose candidates are judged: high = the two noisiest, or all
     candidates: int = 4  # stage 2: k, candidates per step
@@ -66,6 +66,7 @@ class Config:
     rl_gate: float = 0.6  # --gan online: reinforcement waits while D judges fewer than this share of unseen latents right
     pairs: str = ""  # stage reward: a folder of picture pairs, metadata.jsonl with caption, jpg_0_file_name, jpg_1_file_name, label_0
     reward_lr: float = 1e-5  # stage reward: learning rate
+    judge: str = ""  # --gan online: a run whose discriminator, frozen, is the reward; default the run's own, which goes on learning
     compile: bool = False  # torch.compile the three denoisers; needs a C++ compiler
     checkpointing: bool = False  # recompute activations in backward passes: less memory, about a third more time
     seed: int = 0  # of the whole run
@@ -185,6 +186,8 @@ def parse(argv=None):
         parser.error("--ratio-clip must lie in [0, 1)")
     if config.cache_latents and config.gan == "pixel" and config.gan_weight and config.gan_reals == "raw":
         parser.error("--cache-latents: Pixel-GAN looks at the pictures themselves: leave it out, or pass --gan-reals vae")
+    if config.judge and config.gan != "online":
+        parser.error("--judge is the reward of --gan online")
     if config.cache_latents and config.data == "toy":
         parser.error("--cache-latents needs --data, a folder or shards: the toy world draws new scenes without end")
     if config.gan_crop > config.resolution:

@@ -22,7 +22,7 @@ import run_folder
 from config import Config
 from diffusion import guided
 from latent_reward import LatentRewardModel
-from models import UserError, generate, load_denoiser, load_encoder, load_vae
+from models import UserError, generate, load_denoiser, load_encoder, load_vae, part_of
 
 
 def evaluate(denoiser, encoder, vae, clip, source, steps, num, seed, ode, nfe, reference="real", teacher=None, R=None):
@@ -123,8 +123,10 @@ def main():
             source = data.source(config["data"], config["resolution"])
             if source.held_out is None:
                 raise UserError(f"{config['data']} has no held-out part to evaluate on: give a file of --prompts")
-            reward = Path(args.reward or config.get("reward") or Path(model).parent / "lrm")
-            R = LatentRewardModel.from_pretrained(reward, config["resolution"], model, device) if args.reward or reward.is_dir() else None
+            beside = str(Path(model).parent / "lrm") if part_of(model) == "unet" else ""  # one of SDXL's latents
+            reward = args.reward or config.get("reward") or beside
+            found = args.reward or reward and Path(reward).is_dir()
+            R = LatentRewardModel.from_pretrained(reward, config["resolution"], model, device) if found else None
             result = evaluate(drawer, encoder, vae, clip, source, steps, num, args.seed, args.teacher, nfe, args.reference, teacher, R)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -82,11 +82,11 @@ def test_gate_stops_reinforcement_while_d_is_blind(tmp_path):
 
 
 def test_a_frozen_reward_is_another_run_s_discriminator(tmp_path, monkeypatch):
-    """With --reward, R comes from that run's score estimator and head, bit for bit, before and after training; one without a D is refused."""
+    """With --judge, R comes from that run's score estimator and head, bit for bit, before and after training; one without a D is refused."""
     run(tmp_path, "first", "--rl-gate", "1")
     seen = []
     monkeypatch.setattr(train, "assemble", lambda *args: seen.append(assemble(*args)) or seen[-1])
-    logged, _ = run(tmp_path, "second", "--rl-gate", "0", "--reward", str(tmp_path / "first"))
+    logged, _ = run(tmp_path, "second", "--rl-gate", "0", "--judge", str(tmp_path / "first"))
     own, (fake, head) = seen[0], seen[0].judge
     first = assemble(config.parse(["--preset", "advdmd"]), 1, torch.device("cpu"))
     checkpoint.restore(tmp_path / "first", {name: first.players[name] for name in ("fake", "head")}, optimizers=False)
@@ -96,4 +96,4 @@ def test_a_frozen_reward_is_another_run_s_discriminator(tmp_path, monkeypatch):
     assert all(m["rl_open"] == 1 and m["rl_loss"] == m["rl_loss"] for m in logged)
     plain = train.train(config.parse(["--batch-size", "2", "--iterations", "1", "--preview-every", "0", "--out", str(tmp_path / "pixel")]))
     with pytest.raises(train.UserError, match="--gan latent or online"):
-        run(tmp_path, "third", "--reward", str(plain))
+        run(tmp_path, "third", "--judge", str(plain))
