@@ -1,11 +1,12 @@
 """The paper's claims, measured on the toy world.
 
     python -m lab.claims --only table4      what is missing in results/claims.json; then the table as Markdown, and docs/table4.png
+    python -m lab.claims --only table7      the same with 8 steps
     python -m lab.claims --only verdicts    CLAIMS below, judged from the rows that are there: results/claims.md
     python -m lab.claims --quick            the core rows in minutes: one seed, 100 loops, 200 prompts
     python -m lab.claims --print            the tables, plots and verdicts from what is there
 
-Rows are cached by their flags, so an interrupted call goes on; those of stage 1 are lab.stage1's.
+Rows are cached by their flags, so an interrupted call goes on; those of stage 1 are lab.stage1's, others lab.cost's, lab.siblings', lab.variation's.
 """
 
 import json
@@ -18,24 +19,26 @@ from statistics import mean, variance
 
 import matplotlib.pyplot as plt
 
-from lab import cost, rows, stage1, variation
+from lab import cost, rows, siblings, stage1, variation
 from lab.stage1 import FULL, SEEDS
 
 RESULTS = Path("results/claims.json")
 JOINT = FULL | stage1.spelt(("rl_ratio", "rl_steps", "candidates", "carry", "pair_threshold", "beta", "ratio_clip", "rl_lr"))
 COLUMNS = ("reward", "prompt_accuracy", "clip_score", "frechet", "recall", "saturation", "minutes")
 
-TABLE4 = {
+TABLE4 = {  # row -> flags
     **{f"joint, {r}:1": JOINT | {"--rl-ratio": r} for r in (1, 2, 5, 10)},
     "RL alone (`--rl-only`)": JOINT | {"--rl-only": True},
     "joint, 5:1, all noise levels (`--rl-steps all`)": JOINT | {"--rl-steps": "all"},
     "joint, 5:1, without Pixel-GAN (`--gan-weight 0`)": JOINT | {"--gan-weight": 0},
 }
+TABLE7 = {"8 steps, joint, 5:1": JOINT | {"--student-steps": 8}}
+TABLES = {"table4": (TABLE4, FULL), "table7": (TABLE7, stage1.TABLES["students"][stage1.EIGHT][0])}  # and the stage 1 that its rows start from
 
 
 @dataclass
 class Claim:
-    """That `better` beats `worse` (titles of rows) in a measure; sign -1: smaller is better."""
+    """That `better` beats `worse` (titles of rows) in a measure; sign -1: smaller is better. point: of runs that are measured on their way."""
 
     text: str
     source: str
@@ -43,6 +46,7 @@ class Claim:
     worse: str
     measure: str
     sign: int = 1
+    point: int = -1
 
 
 PURE, UNPULLED = "pure DM, at every step (`--gan-weight 0 --dm-steps all`)", "no EMA pull (`--ema 1`)"
@@ -73,6 +77,16 @@ CLAIMS = (
     Claim("the same, the reward itself", "Table 4", JOINTLY, ALONE, "reward"),
     Claim("Preference at the two noisiest steps beats all steps", "Table 4", JOINTLY, "joint, 5:1, all noise levels (`--rl-steps all`)", "reward"),
     Claim("Pixel-GAN keeps joint training real", "Fig. 7", JOINTLY, "joint, 5:1, without Pixel-GAN (`--gan-weight 0`)", "frechet", -1),
+    Claim("With 8 steps, stage 1 is preferred to the teacher", "Table 6", stage1.EIGHT, TEACHER, "reward"),
+    Claim("With 8 steps, stage 2 is preferred to stage 1", "Table 7", "8 steps, joint, 5:1", stage1.EIGHT, "reward"),
+    Claim("Dynamic training speeds the cold start", "DMDR", "DMDR, no reward", "DMDR, no reward, no dynamic training", "frechet", -1, point=0),
+    Claim("With reward, the few-step student outdoes its teacher", "DMDR", "DMDR", TEACHER, "reward"),
+    Claim("the same, in prompts right", "DMDR", "DMDR", TEACHER, "prompt_accuracy"),
+    Claim("Reward costs recall", "DMDR", "DMDR, no reward", "DMDR", "recall"),
+    Claim("The discriminator as reward makes the student better", "AdvDMD", "AdvDMD", siblings.UNREWARDED, "frechet", -1),
+    Claim("the same, in prompts right", "AdvDMD", "AdvDMD", siblings.UNREWARDED, "prompt_accuracy"),
+    Claim("4 steps outdo the multi-step teacher", "AdvDMD", "AdvDMD", TEACHER, "prompt_accuracy"),
+    Claim("An online reward is hacked less than a frozen one", "AdvDMD", "AdvDMD", siblings.FROZEN, "frechet", -1),
 )
 
 
@@ -85,9 +99,10 @@ def loops(flags):
 def measure(flags, seed, num, threads):
     """One stage-2 run -> its metrics, minutes, and its held-out judges over the run."""
     out = rows.folder(name(flags, seed, num))
+    before = FULL | {k: flags[k] for k in ("--iterations", "--student-steps")}
     settings = {
         "--iterations": loops(flags),
-        "--init": stage1.student(seed, num, threads, flags["--iterations"]),
+        "--init": stage1.student(seed, num, threads, before),
         "--seed": seed,
         "--preview-every": 60,
         "--out": out,
@@ -102,27 +117,28 @@ def measure(flags, seed, num, threads):
     return metrics | {"minutes": logged[-1]["seconds"] / 60, "path": path}
 
 
-def measure_start(which, num, threads):
-    """Stage 1 of a seed, or the teacher."""
-    path = rows.folder(str(which)).with_suffix(".json")
-    what = stage1.BASELINES[TEACHER] if which == TEACHER else ("--run", stage1.student(which, num, threads))
+def measure_start(before, which, num, threads):
+    """Stage 1 of a seed with flags `before`, or the teacher."""
+    path = rows.folder(start(before, which, num)).with_suffix(".json")
+    what = stage1.BASELINES[TEACHER] if which == TEACHER else ("--run", stage1.student(which, num, threads, before))
     rows.command("evaluate.py", *what, "--num", num, "--json", path, threads=threads)
     return json.loads(path.read_text())
 
 
-def start(which, num):
-    """The row's name of a seed's stage 1, or of the teacher."""
-    return f"{TEACHER}, {num} prompts" if which == TEACHER else stage1.name(FULL, which, num)
+def start(before, which, num):
+    """The row's name of a seed's stage 1 with flags `before`, or of the teacher."""
+    return f"{TEACHER}, {num} prompts" if which == TEACHER else stage1.name(before, which, num)
 
 
 def name(flags, seed, num):
     return rows.key(flags, "--stage", 2, "--seed", seed, f"{num} prompts")
 
 
-def table4(results, num):
-    rows.head("Table 4", COLUMNS)
-    table = {TEACHER: [start(TEACHER, num)], "stage 1": [start(s, num) for s in SEEDS]}
-    table |= {title: [name(flags, s, num) for s in SEEDS] for title, flags in TABLE4.items()}
+def print_table(which, results, num):
+    found, before = TABLES[which]
+    rows.head(which.replace("table", "Table "), COLUMNS)
+    table = {TEACHER: [start(before, TEACHER, num)], "stage 1": [start(before, s, num) for s in SEEDS]}
+    table |= {title: [name(flags, s, num) for s in SEEDS] for title, flags in found.items()}
     for title, names in table.items():
         if found := [results[n] for n in names if n in results]:
             rows.line(title, found, COLUMNS)
@@ -140,18 +156,19 @@ def verdict(better, worse, sign):
     return gain, error, "holds" if gain > 2 * error else "does not hold" if gain < -2 * error else "within noise"
 
 
-def values(measured, title, measure, num):
+def values(measured, title, measure, num, point):
     """A measure of a row, seed by seed. No training seed is in the teacher's value: it counts as two equal ones.
 
     The noise of the prompts is on both sides, and in no error: all rows draw the same ones.
     """
-    if title in cost.METHODS:  # at the end of its way
-        names = [cost.name(cost.METHODS[title], s, num) for s in SEEDS]
-        return [measured[n][-1][measure] for n in names if n in measured]
+    if flags := (cost.METHODS | siblings.METHODS).get(title):
+        names = [cost.name(flags, s, num) for s in SEEDS]
+        return [measured[n][point][measure] for n in names if n in measured]
     if title in variation.TITLES:
         return [measured[n][title] for s in SEEDS if (n := variation.name(s)) in measured]
     names = {t: [stage1.baseline_name(t, num)] * 2 for t in stage1.BASELINES | stage1.SD3_BASELINES}
-    names |= {"stage 1": [start(s, num) for s in SEEDS]} | {t: [name(flags, s, num) for s in SEEDS] for t, flags in TABLE4.items()}
+    names |= {"stage 1": [start(FULL, s, num) for s in SEEDS]}
+    names |= {t: [name(flags, s, num) for s in SEEDS] for t, flags in (TABLE4 | TABLE7).items()}
     names |= {t: [stage1.name(flags, s, num) for s in seeds] for table in stage1.TABLES.values() for t, (flags, seeds) in table.items()}
     return [measured[n][measure] for n in names[title] if n in measured]
 
@@ -160,7 +177,7 @@ def verdicts(measured, num, path="results/claims.md"):
     """CLAIMS as a Markdown table, printed and written."""
     lines = ["| claim | source | measure | claimed better | claimed worse | difference | verdict |", "| --- |" + " --- |" * 6]
     for c in CLAIMS:
-        a, b = (values(measured, title, c.measure, num) for title in (c.better, c.worse))
+        a, b = (values(measured, title, c.measure, num, c.point) for title in (c.better, c.worse))
         if a and b:
             gain, error, judged = verdict(a, b, c.sign)
             shown = f"{gain:.4f}" + (f" ± {error:.4f}" if error is not None else "")
@@ -202,28 +219,30 @@ def quick(jobs, num=200):
 
 
 def main():
-    args = rows.options(__doc__.split("\n")[0], ("table4", "verdicts"), quick=True)
+    args = rows.options(__doc__.split("\n")[0], (*TABLES, "verdicts"), quick=True)
     if args.quick:
         return quick(args.jobs)
     results = rows.load(RESULTS, reward_crc32=rows.crc32("toy/lrm/unet/diffusion_pytorch_model.safetensors"))
-    if "table4" in args.only:
+    for which in [w for w in TABLES if w in args.only]:
         if not args.print:
-            run_table4(results, args)
-        table4(results, args.num)
+            run_table(which, results, args)
+        print_table(which, results, args.num)
+    if "table4" in args.only:
         plot(results, args.num)
     if "verdicts" in args.only:
-        others = rows.load(stage1.RESULTS) | rows.load(cost.RESULTS) | rows.load(variation.RESULTS)
+        others = rows.load(stage1.RESULTS) | rows.load(cost.RESULTS) | rows.load(siblings.RESULTS) | rows.load(variation.RESULTS)
         verdicts(others | results, args.num)  # rows of stage 1 lie in both, here with the reward
 
 
-def run_table4(results, args):
-    """What is missing of Table 4's rows, and of those it starts from."""
+def run_table(which, results, args):
+    """What is missing of a table's rows, and of those they start from."""
+    table, before = TABLES[which]
     with ThreadPoolExecutor(args.jobs) as pool:  # first, so that no two rows train the same one
-        list(pool.map(lambda s: stage1.student(s, args.num, max(1, os.cpu_count() // args.jobs)), SEEDS))
-    starts = {start(w, args.num): w for w in (TEACHER, *SEEDS)}
-    rows.fill(RESULTS, results, {row: lambda threads, w=w: measure_start(w, args.num, threads) for row, w in starts.items()}, args.jobs)
-    core = (JOINTLY, ALONE)  # first: the claims rest on them
-    chosen = [(TABLE4[t], seed) for part in (core, [t for t in TABLE4 if t not in core]) for seed in SEEDS for t in part]
+        list(pool.map(lambda s: stage1.student(s, args.num, max(1, os.cpu_count() // args.jobs), before), SEEDS))
+    starts = {start(before, w, args.num): w for w in (TEACHER, *SEEDS)}
+    rows.fill(RESULTS, results, {row: lambda threads, w=w: measure_start(before, w, args.num, threads) for row, w in starts.items()}, args.jobs)
+    core = [t for t in (JOINTLY, ALONE) if t in table]  # first: the claims rest on them
+    chosen = [(table[t], seed) for part in (core, [t for t in table if t not in core]) for seed in SEEDS for t in part]
     jobs = {name(f, s, args.num): lambda threads, f=f, s=s: measure(f, s, args.num, threads) for f, s in chosen}
     rows.fill(RESULTS, results, jobs, args.jobs)
 

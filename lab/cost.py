@@ -36,7 +36,14 @@ def name(flags, seed, num):
 
 def measure(flags, seed, num, threads):
     """One run -> its metrics at POINTS points, each with samples, passes and seconds so far. Interrupted, it goes on from its last checkpoint."""
-    out, every = rows.folder(name(flags, seed, num)), flags["--iterations"] // POINTS
+    points = run(flags, rows.folder(name(flags, seed, num)), seed, num, threads)
+    shutil.rmtree(rows.folder(name(flags, seed, num)))
+    return points
+
+
+def run(flags, out, seed, num, threads):
+    """The same, in folder `out`, which stays."""
+    every = flags["--iterations"] // POINTS
     settings = {"--out": out, "--resume": True, "--save-every": every, "--keep": POINTS, "--preview-every": 0, "--seed": seed}
     rows.command("train.py", "--stage", 1, *rows.flat(flags | settings), threads=threads)
     points = []
@@ -46,7 +53,6 @@ def measure(flags, seed, num, threads):
             rows.command("evaluate.py", "--run", out, "--loops", loops, "--num", num, "--json", path, threads=threads)
         progress = json.loads((out / f"checkpoint-{loops:06d}" / "progress.json").read_text())
         points.append(json.loads(path.read_text()) | {k: progress[k] for k in ("loops", "samples", "passes", "seconds")})
-    shutil.rmtree(out)
     return points
 
 
@@ -73,11 +79,17 @@ def headline(found):
     return lines
 
 
-def table(found):
-    rows.head("Table 1, Fig. 5", COLUMNS)
+def found_of(methods, results, num):
+    """{title: {seed: points}} of the rows that are there."""
+    found = {t: {s: results[n] for s in SEEDS if (n := name(f, s, num)) in results} for t, f in methods.items()}
+    return {title: seeds for title, seeds in found.items() if seeds}
+
+
+def table(heading, found, columns):
+    rows.head(heading, columns)
     for title, seeds in found.items():
         for points in zip(*seeds.values()):
-            rows.line(f"{title}, {points[0]['loops']} loops", points, COLUMNS)
+            rows.line(f"{title}, {points[0]['loops']} loops", points, columns)
 
 
 def plot(found, path="docs/cost.png"):
@@ -101,9 +113,8 @@ def main():
         chosen = [(METHODS[title], seed) for seed in SEEDS for title in args.only]
         jobs = {name(f, s, args.num): lambda threads, f=f, s=s: measure(f, s, args.num, threads) for f, s in chosen}
         rows.fill(RESULTS, results, jobs, args.jobs)
-    found = {t: {s: results[n] for s in SEEDS if (n := name(f, s, args.num)) in results} for t, f in METHODS.items()}
-    found = {title: seeds for title, seeds in found.items() if seeds}
-    table(found)
+    found = found_of(METHODS, results, args.num)
+    table("Table 1, Fig. 5", found, COLUMNS)
     print("\n" + "\n".join(headline(found)))
     plot(found)
 

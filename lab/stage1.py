@@ -26,6 +26,7 @@ def spelt(names):
 FULL = spelt(SETTINGS)
 SD3 = {"--model": "toy/sd3"}
 SEEDS = (0, 1, 2)
+EIGHT = "8 steps (`--student-steps 8`)"
 
 # table -> row -> (flags, seeds)
 TABLES = {
@@ -57,7 +58,7 @@ TABLES = {
         "`--guidance 5`": (FULL | {"--guidance": 5.0}, (0,)),
     },
     "students": {
-        "8 steps (`--student-steps 8`)": (FULL | {"--student-steps": 8}, (0,)),
+        EIGHT: (FULL | {"--student-steps": 8}, SEEDS),
         "LoRAs of rank 16 (`--lora-rank 16 --lr 4e-4 --fake-lr 3e-3`)": (FULL | {"--lora-rank": 16, "--lr": 4e-4, "--fake-lr": 3e-3}, (0,)),
     },
     "sd3": {
@@ -98,9 +99,8 @@ def measure(flags, seed, num, threads):
     return metrics | {"seconds_per_loop": last["seconds"] / last["loops"], "score_lag": last["score_lag"], "skipped_updates": last["skipped_updates"]}
 
 
-def student(seed, num, threads, loops=FULL["--iterations"]):
-    """The run of the first row (of that many loops) with a seed, which stage 2 starts from; trained here where it is not there."""
-    flags = FULL | {"--iterations": loops}
+def student(seed, num, threads, flags=FULL):
+    """The run of a row with a seed, which stage 2 starts from; trained here where it is not there."""
     out = rows.folder(name(flags, seed, num))
     if not (out / "metrics.json").exists():
         measure(flags, seed, num, threads)
