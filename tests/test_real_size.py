@@ -1,8 +1,5 @@
 """SDXL at 1024 without weights: one iteration of each stage on fake tensors (shapes and dtypes, no numbers), and what it would need."""
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -85,13 +82,9 @@ def test_memory_is_the_same_on_fake_tensors():
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01) and peaks[0] > 10**7  # attention keeps other statistics on real tensors
 
 
-def test_table_of_states_is_what_two_ranks_hold(tmp_path):
+def test_table_of_states_is_what_two_ranks_hold(two_ranks):
     """Weights, gradients and moments of the toy's networks on each of 2 gloo ranks, and dry_run's arithmetic: within 2 %."""
-    script = tmp_path / "weigh.py"
-    script.write_text(WEIGH)
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."})
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks(WEIGH)
 
 
 WEIGH = """

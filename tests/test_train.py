@@ -244,13 +244,9 @@ def test_two_ranks_are_one_in_stage_2(tmp_path):
             assert b[key] == pytest.approx(a[key], rel=1e-3 if a["loops"] == 1 else 0.05), (a["loops"], key)
 
 
-def test_eq_11_on_shards(tmp_path):
+def test_eq_11_on_shards(two_ranks):
     """psi <- lam psi + (1 - lam) theta on FSDP2 shards of 2 ranks, after a forward pass, against the same on whole weights."""
-    script = tmp_path / "pull.py"
-    script.write_text(PULL_ON_SHARDS)
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."})
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks(PULL_ON_SHARDS)
 
 
 PULL_ON_SHARDS = """
@@ -282,15 +278,10 @@ dist.destroy_process_group()
 """
 
 
-def test_8_bit_moments_on_shards(tmp_path):
+def test_8_bit_moments_on_shards(two_ranks):
     """torchao's AdamW on FSDP2 shards of 2 ranks: saved and restored, it goes on as if never stopped; beside AdamW's way it errs by a tenth."""
     pytest.importorskip("torchao")
-    script = tmp_path / "moments.py"
-    script.write_text(MOMENTS_ON_SHARDS)
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ".", "TORCHDYNAMO_DISABLE": "1"}  # torchao compiles its step: minutes for the toy
-    done = subprocess.run(program, capture_output=True, text=True, timeout=200, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks(MOMENTS_ON_SHARDS, TORCHDYNAMO_DISABLE="1")  # torchao compiles its step: minutes for the toy
 
 
 MOMENTS_ON_SHARDS = """
@@ -328,13 +319,9 @@ dist.destroy_process_group()
 """
 
 
-def test_checkpoint_in_the_background(tmp_path):
+def test_checkpoint_in_the_background(two_ranks):
     """2 ranks go on training while a checkpoint is written: what it holds are the weights and moments of the moment it was asked for."""
-    script = tmp_path / "background.py"
-    script.write_text(IN_THE_BACKGROUND)
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."})
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks(IN_THE_BACKGROUND)
 
 
 IN_THE_BACKGROUND = """
