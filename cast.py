@@ -33,7 +33,7 @@ class Cast:
     fake: object  # μ_fake
     D: object  # Pixel-GAN's, or None
     head: object  # of DMD2's latent discriminator, or None
-    judge: tuple  # AdvDMD: the score estimator and head that reward: its own, online, or a finished run's
+    judge: tuple  # AdvDMD: the score estimator and head that reward: its own, online, or those of --judge, frozen
     ref: object  # p_ref, and R: stage 2
     R: object
     players: dict  # name -> (module, optimizer)
@@ -62,17 +62,17 @@ class Cast:
                     group["lr"] = rate * factor
 
     def latents(self, x_real):
-        """The data's latents: E(x_real), or what --cache-latents has kept of it."""
-        return x_real if self.config.cache_latents else self.vae.encode(x_real)
+        """E(x_real), or x_real itself where it is what --cache-latents has kept: latents have more channels than pictures."""
+        return x_real if x_real.shape[1] > 3 else self.vae.encode(x_real)
 
     @torch.no_grad()
     def pictures(self, x_real):
-        """The data's pictures; of cached latents, V's."""
-        return self.vae.decode(x_real) if self.config.cache_latents else x_real
+        """x_real; where it is cached latents, V of them, in [-1, 1]."""
+        return self.vae.decode(x_real).clamp(-1, 1) if x_real.shape[1] > 3 else x_real
 
     def passes(self):
-        """Network passes of the three denoisers on this rank so far, in samples."""
-        return self.G.passes + self.fake.passes + self.teacher.passes
+        """Network passes of the denoisers on this rank so far, in samples."""
+        return sum(denoiser.passes for denoiser in {self.G, self.fake, self.teacher, self.judge[0]})
 
 
 def assemble(config, ranks, device):
@@ -165,7 +165,9 @@ def load_reward(config, vae, device, dtype):
 def frozen_judge(config, device, dtype, sharded):
     """AdvDMD's D as run --judge left it: (score estimator, head), trained no more. Raises UserError for a run without one."""
     run, before = run_folder.find_run(config.judge, stage=1)
-    if before["gan"] not in ("latent", "online") or before["model"] != config.model or before.get("lora_rank") or before.get("fake_lora"):
+    before = run_folder.DEFAULTS | before
+    judges = before["gan"] in ("latent", "online") and before["gan_weight"]
+    if not judges or before["model"] != config.model or before["lora_rank"] or before["fake_lora"]:
         raise UserError(f"--judge {run}: needs a run with --gan latent or online of {config.model}, without LoRAs")
     fake = load_denoiser(config.model, device, dtype)
     head = latent_gan.Head(fake.net.config.block_out_channels[-1]).to(device)

@@ -15,7 +15,7 @@ class Config:
     model: str = "toy/sdxl"  # the teacher: a diffusers pipeline folder, or a hub name
     data: str = "toy"  # "toy", a folder of images with metadata.jsonl (file_name, text), or WebDataset shards ("shards/{000..127}.tar")
     prompts: str = ""  # a text file of prompts, one per line, for G; default: the captions of the data
-    cache_latents: str = ""  # folder to keep the VAE's latents of --data in, for methods that look at latents alone (--gan latent or online)
+    cache_latents: str = ""  # folder to keep the VAE's latents of --data in, for --gan latent or online, or --gan-reals vae
     size_condition: str = "square"  # SDXL's size conditions: square = an uncropped square, as at sampling; original = those of the prompt's picture
     resolution: int = 64  # side of the square training images, pixels
     out: str = ""  # run folder; default runs/DATE-TIME
@@ -186,8 +186,10 @@ def parse(argv=None):
         parser.error("--ratio-clip must lie in [0, 1)")
     if config.cache_latents and config.gan == "pixel" and config.gan_weight and config.gan_reals == "raw":
         parser.error("--cache-latents: Pixel-GAN looks at the pictures themselves: leave it out, or pass --gan-reals vae")
-    if config.judge and config.gan != "online":
-        parser.error("--judge is the reward of --gan online")
+    if config.judge and not (config.gan == "online" and config.gan_weight):
+        parser.error("--judge is the reward of --gan online, and needs a --gan-weight")
+    if config.size_condition == "original" and (config.prompts or config.data == "toy"):
+        parser.error("--size-condition original needs pictures with captions of their own: give --data, and no --prompts")
     if config.cache_latents and config.data == "toy":
         parser.error("--cache-latents needs --data, a folder or shards: the toy world draws new scenes without end")
     if config.gan_crop > config.resolution:

@@ -100,13 +100,13 @@ def reverse_step(schedule, x_t, x_0, t, s):
 def guided(denoiser, null, w):
     """Classifier-free guidance as a Denoiser: x_0 = x_0(null) + w (x_0(c) - x_0(null)), formed in fp32.
 
-    null: the condition of the null prompt, batch of one. w = 1 leaves the denoiser as it is.
+    null: the condition of the null prompt, batch of one; what it says of sizes gives way to c's. w = 1 leaves the denoiser as it is.
     """
     if w == 1:
         return denoiser
 
     def x_0(x_t, t, c):
-        both = {k: torch.cat([null[k].expand_as(v), v]) for k, v in c.items()}
+        both = {k: torch.cat([v if k == "size" else null[k].expand_as(v), v]) for k, v in c.items()}
         uncond, cond = denoiser(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
         return uncond + w * (cond - uncond)
 

@@ -150,7 +150,8 @@ def assemble(config, batch):
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # gradients are counted with the states
     latent, S = torch.empty(batch, vae.channels, side, side), schedule.steps(config.student_steps)
     null = words.encode([""])
-    return Unmoved(config, 1, latent, words, vae, teacher, guided(teacher, null, config.guidance), null, G, fake, D, head, ref, R, players, S)
+    at_scale, judge = guided(teacher, null, config.guidance), (fake, head)
+    return Unmoved(config, 1, latent, words, vae, teacher, at_scale, null, G, fake, D, head, judge, ref, R, players, S)
 
 
 class Memory(TorchDispatchMode):

@@ -1,56 +1,84 @@
-"""--cache-latents: the VAE's latents of a folder's or of shards' pictures, encoded once and kept in a folder.
+"""--cache-latents: the VAE's latents of a folder's or of shards' pictures, encoded once and kept in a folder that all ranks see.
 
-    DIR/settings.json      data, model, resolution: what the latents are of
-    DIR/1a2b3c4d....pt     of one picture, named by its name's SHA-1: latent (C, h, w) in fp16, sizes (6,)
+    DIR/settings.json            data, model, resolution: what the latents are of
+    DIR/1a2b3c4d....safetensors  of one picture, named by its name's SHA-1: latent (C, h, w) in fp16, sizes (6,)
 
 For methods that look at latents alone; Pixel-GAN does with --gan-reals vae. A picture that changes under its name is not noticed.
 """
 
 import hashlib
 import json
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
+from safetensors.torch import load_file, save_file
+from tqdm import trange
 
 from checkpoint import barrier
 from data import UNREADABLE
 from models import UserError
 
+SETTINGS = ("data", "model", "resolution")
 
-def fill(source, vae, config, rank=0, ranks=1):
+
+@dataclass
+class Kept:
+    """A picture's name -> its latent (C, h, w) and sizes (6,)."""
+
+    folder: Path
+
+    def place(self, name):
+        return self.folder / (hashlib.sha1(name.encode()).hexdigest() + ".safetensors")
+
+    def __call__(self, name):
+        try:
+            kept = load_file(self.place(name))
+        except FileNotFoundError:
+            raise
+        except Exception as e:  # safetensors has an error of its own
+            raise UserError(f"cannot read {self.place(name)}: delete it, and it is made again ({e})") from None
+        return kept["latent"].float(), kept["sizes"]
+
+
+def check(config):
+    """Raises UserError where --cache-latents is a file, or a folder of something else; writes nothing."""
+    folder = Path(config.cache_latents)
+    if folder.is_file():
+        raise UserError(f"--cache-latents {folder} is a file: give a folder")
+    if folder.exists() and any(folder.iterdir()):
+        try:
+            found = json.loads((folder / "settings.json").read_text())
+        except (OSError, ValueError):
+            raise UserError(f"{folder} is not a latent cache (it has no settings.json): give another --cache-latents") from None
+        if found != (asked := {k: str(getattr(config, k)) for k in SETTINGS}):
+            raise UserError(f"{folder} holds latents of {found}, not {asked}: give another --cache-latents")
+
+
+def fill(source, vae, config, rank=0, ranks=1, together=256):
     """In place: `source` gives latents instead of pictures. What is missing of them is encoded first, a share on each rank.
 
-    Raises UserError for a folder with latents of another kind.
+    The ranks wait for one another after every `together` pictures, so that none is ever far ahead.
     """
     source = getattr(source, "source", source)  # of a Prompted one
-    folder, settings = Path(config.cache_latents), {k: str(getattr(config, k)) for k in ("data", "model", "resolution")}
-    note = folder / "settings.json"
-    if note.exists() and (found := json.loads(note.read_text())) != settings:
-        raise UserError(f"{folder} holds latents of {found}: give another --cache-latents")
-    if not note.exists() and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not a latent cache (it has no settings.json): give another --cache-latents")
-    barrier()
+    kept, device = Kept(Path(config.cache_latents)), next(vae.parameters()).device
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(settings, indent=2) + "\n")
+        kept.folder.mkdir(parents=True, exist_ok=True)
+        aside = kept.folder / f"settings.{os.getpid()}"
+        aside.write_text(json.dumps({k: str(getattr(config, k)) for k in SETTINGS}, indent=2) + "\n")
+        aside.replace(kept.folder / "settings.json")
     barrier()
-    place = lambda name: folder / (hashlib.sha1(name.encode()).hexdigest() + ".pt")  # noqa: E731
-    names, device = [name for name, _ in source.rows][rank::ranks], next(vae.parameters()).device
-    for name in tqdm(names, desc="latents", disable=rank > 0 or all(place(n).exists() for n in names)):
-        if not place(name).exists():
+    for first in trange(0, len(source.rows), together * ranks, desc="latents", disable=rank > 0):
+        for name, _ in source.rows[first + rank : first + together * ranks : ranks]:
+            if kept.place(name).exists():
+                continue
             try:
                 picture, sizes = source.load(name)
             except UNREADABLE as e:
                 source.skip(name, e)
                 continue
-            aside = place(name).with_suffix(f".{rank}.tmp")
-            torch.save({"latent": vae.encode(picture[None].to(device))[0].half().cpu(), "sizes": sizes}, aside)
-            aside.replace(place(name))
-    barrier()
-
-    def load(name):
-        kept = torch.load(place(name), weights_only=True)
-        return kept["latent"].float(), kept["sizes"]
-
-    source.load = load
+            aside = kept.place(name).with_suffix(f".{os.getpid()}-{rank}")
+            save_file({"latent": vae.encode(picture[None].to(device))[0].half().cpu(), "sizes": sizes}, aside)
+            aside.replace(kept.place(name))
+        barrier()
+    source.load = kept

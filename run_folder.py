@@ -17,7 +17,7 @@ from config import Config
 from models import UserError, part_of
 
 DEFAULTS = dataclasses.asdict(Config())  # a run of before a setting existed had its default
-FIXED = ("stage", "model", "data", "prompts", "gan", "lora_rank", "fake_lora", "optimizer")  # what a resumed run cannot change
+FIXED = ("stage", "model", "data", "prompts", "gan", "lora_rank", "fake_lora", "optimizer", "judge")  # what a resumed run cannot change
 FIXED += ("sam", "student_steps", "resolution", "seed", "batch_size")
 
 

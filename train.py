@@ -54,6 +54,8 @@ def train(config):
         raise UserError(f"--gan online needs whole groups: --candidates {config.candidates} must divide what a rank takes at once")
     if config.stage == 2:
         config = run_folder.from_stage_1(config)
+    if config.cache_latents:
+        latent_cache.check(config)
     source = data.source(config.data, config.resolution, config.seed, config.prompts)
     cast = assemble(config, ranks, device)
     G, players, share = cast.G, cast.players, len(cast.latent)

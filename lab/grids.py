@@ -1,6 +1,6 @@
 """Teacher, DMD2, Flash-DMD's stage 1 and its stage 2, the same prompts from the same noise, the three students at equal training cost.
 
-    python -m lab.grids    trains what is missing under runs/lab (about 20 minutes on a core), then draws docs/grids.png
+    python -m lab.grids    trains what is missing under runs/lab, then draws docs/grids.png
 
 6,400 samples each: 400 loops of 16; of stage 2 the first 200 are stage 1's, on a schedule of its own.
 """

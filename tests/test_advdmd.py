@@ -82,18 +82,19 @@ def test_gate_stops_reinforcement_while_d_is_blind(tmp_path):
 
 
 def test_a_frozen_reward_is_another_run_s_discriminator(tmp_path, monkeypatch):
-    """With --judge, R comes from that run's score estimator and head, bit for bit, before and after training; one without a D is refused."""
+    """With --judge, R comes from that run's score estimator and head, bit for bit, while the run's own learn on; one without a D is refused."""
     run(tmp_path, "first", "--rl-gate", "1")
-    seen = []
+    seen, judges, judged = [], [], advdmd.judged
     monkeypatch.setattr(train, "assemble", lambda *args: seen.append(assemble(*args)) or seen[-1])
-    logged, _ = run(tmp_path, "second", "--rl-gate", "0", "--judge", str(tmp_path / "first"))
+    monkeypatch.setattr(advdmd, "judged", lambda *args: judges.append(args[:2]) or judged(*args))
+    run(tmp_path, "second", "--rl-gate", "0", "--judge", str(tmp_path / "first"))
     own, (fake, head) = seen[0], seen[0].judge
+    assert judges == [(fake, head), (own.fake, own.head)] * 2  # in each of 2 loops: for RL, then for D's own loss
     first = assemble(config.parse(["--preset", "advdmd"]), 1, torch.device("cpu"))
     checkpoint.restore(tmp_path / "first", {name: first.players[name] for name in ("fake", "head")}, optimizers=False)
     for frozen, kept, trained in ((fake.net, first.fake.net, own.fake.net), (head, first.head, own.head)):
         assert all(torch.equal(a, b) for a, b in zip(frozen.parameters(), kept.parameters(), strict=True))
         assert not all(torch.equal(a, b) for a, b in zip(frozen.parameters(), trained.parameters(), strict=True))
-    assert all(m["rl_open"] == 1 and m["rl_loss"] == m["rl_loss"] for m in logged)
     plain = train.train(config.parse(["--batch-size", "2", "--iterations", "1", "--preview-every", "0", "--out", str(tmp_path / "pixel")]))
     with pytest.raises(train.UserError, match="--gan latent or online"):
         run(tmp_path, "third", "--judge", str(plain))

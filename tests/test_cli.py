@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 from safetensors.torch import load_file
@@ -64,7 +65,9 @@ def photos(tmp_path):
         (["--renoise", "0.9,0.1"], "renoise"),
         (["--cache-latents", "kept"], "--gan-reals vae"),
         (["--cache-latents", "kept", "--gan", "latent"], "the toy world"),
-        (["--size-condition", "original", "--model", "toy/sd3"], "toy/sd3"),
+        (["--cache-latents", "README.md", "--gan", "latent", "--data", "tests"], "is a file"),
+        (["--size-condition", "original"], "captions of their own"),
+        (["--judge", "runs/none"], "--gan online"),
         (["--ema", "2"], "--ema"),
         (["--seed", "-1"], "--seed"),
         (["--lr", "0"], "--lr"),
@@ -283,13 +286,26 @@ def test_photographs_train_preview_and_resume(capsys, tmp_path):
 
 @pytest.mark.parametrize("gan", [("--gan", "latent"), ("--gan-reals", "vae"), ("--gan", "online", "--candidates", "2")], ids=lambda g: g[1])
 def test_training_on_cached_latents_is_training_on_pictures(gan, photos, capsys, tmp_path):
-    """Losses and the student's weights, to the precision of fp16 latents; with the pictures' own size conditions."""
-    losses = []
-    for name, *more in (("pictures",), ("latents", "--cache-latents", tmp_path / "kept")):
-        flags = [*SMALL, "--data", photos, "--out", tmp_path / name, "--size-condition", "original", *gan, *more]
+    """The losses of two loops, to the precision of fp16 latents; what was kept of other pictures costs no run that is there already."""
+    losses, out = [], tmp_path / "run"
+    for more in ((), ("--cache-latents", tmp_path / "kept", "--workers", "1")):
+        assert call(train.main, capsys, *SMALL, "--data", photos, "--out", out, "--overwrite", *gan, *more)[0] == 0
+        losses.append([json.loads(line)["d_loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(list((tmp_path / "kept").glob("*.safetensors"))) == 10
+    status, line = call(train.main, capsys, *SMALL, "--data", tmp_path, "--out", out, "--overwrite", *gan, *more)
+    assert status == 2 and (out / "metrics.jsonl").exists()
+
+
+def test_original_sizes_reach_every_network(photos, capsys, tmp_path, monkeypatch):
+    """Pictures 96 wide and 80 high, resized to 77 x 64, 6 cut off at the left; under guidance the null prompt's half is told the same."""
+    seen, forward = [], UNet2DConditionModel.forward
+    told = lambda net, *args, **kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"]) or forward(net, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(UNet2DConditionModel, "forward", told)
+    for condition in ("original", "square"):
+        flags = [*SMALL, "--data", photos, "--out", tmp_path / condition, "--gan-weight", "0", "--size-condition", condition]
         assert call(train.main, capsys, *flags)[0] == 0
-        losses.append([json.loads(line)["d_loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(list((tmp_path / "kept").glob("*.pt"))) == 10
+        sizes, seen[:] = torch.cat(seen).unique(dim=0).tolist(), []
+        assert sizes == ([[80, 96, 0, 6, 64, 64]] if condition == "original" else [[64, 64, 0, 0, 64, 64]])
 
 
 def test_unreadable_picture_is_skipped_counted_and_named(photos, capsys):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 from dataclasses import replace
 
@@ -103,7 +104,7 @@ def test_sizes_are_those_of_the_original_and_its_crop(shards):
 
 
 def test_cached_latents_are_those_of_the_vae(shards, capsys):
-    """The cache gives E(picture) to fp16's precision, and the pictures are not looked at again; another model's cache is refused."""
+    """The cache gives E(picture) to fp16's precision, and the pictures are not looked at again; a torn file and foreign folders are named."""
     name, folder, vae = f"{shards}/shard-*.tar", shards / "kept", load_vae("toy/sdxl")
     settings = Config(data=name, resolution=32, cache_latents=str(folder))
     plain, cached = data.source(name, 32), data.source(name, 32)
@@ -116,12 +117,45 @@ def test_cached_latents_are_those_of_the_vae(shards, capsys):
         shard.unlink()
     latent_cache.fill(again, vae, settings)
     assert all(torch.equal(again[i][0], cached[i][0]) for i in range(24))
+    spawned = pickle.loads(pickle.dumps(again))  # as a loader process that is not a fork gets it
+    assert torch.equal(spawned[3][0], again[3][0])
+    latent_cache.check(settings)
+    with pytest.raises(UserError, match="another --cache-latents"):
+        latent_cache.check(replace(settings, resolution=16))
     (shards / "mine").mkdir()
     (shards / "mine/diary.txt").write_text("dear diary")
-    with pytest.raises(UserError, match="another --cache-latents"):
-        latent_cache.fill(again, vae, replace(settings, resolution=16))
     with pytest.raises(UserError, match="not a latent cache"):
-        latent_cache.fill(again, vae, replace(settings, cache_latents=str(shards / "mine")))
+        latent_cache.check(replace(settings, cache_latents=str(shards / "mine")))
+    torn = next(folder.glob("*.safetensors"))
+    torn.write_bytes(torn.read_bytes()[:100])
+    with pytest.raises(UserError, match="delete it"):
+        [again[i] for i in range(24)]
+
+
+def test_two_ranks_share_the_encoding(shards, two_ranks):
+    """Each encodes its half; both then have all. Pictures of 25 samples do not halve evenly, nor do turns of 4."""
+    write(shards / "shard-02.tar", {"a.png": picture(7), "a.txt": b"gray 7"})
+    two_ranks(FILL)
+    assert len(list((shards / "kept").glob("*.safetensors"))) == 25
+
+
+FILL = """
+import sys, torch, torch.distributed as dist
+import data, latent_cache
+from config import Config
+from models import load_vae
+
+dist.init_process_group("gloo")
+name, vae, encoded = f"{sys.argv[1]}/shard-*.tar", load_vae("toy/sdxl"), []
+encode = vae.encode
+vae.encode = lambda x: encoded.append(1) or encode(x)
+source = data.source(name, 16)
+latent_cache.fill(source, vae, Config(data=name, resolution=16, cache_latents=f"{sys.argv[1]}/kept"), dist.get_rank(), 2, together=4)
+assert len(encoded) == (13, 12)[dist.get_rank()]
+assert all(source[i][0].shape == (4, 4, 4) for i in range(25))
+dist.barrier()
+dist.destroy_process_group()
+"""
 
 
 def test_an_unreadable_picture_is_not_cached(shards, capsys):

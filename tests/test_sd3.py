@@ -12,6 +12,7 @@ import checkpoint
 import config
 import run_folder
 import train
+from cast import assemble
 from diffusion import guided, sample_generators
 from models import UserError, generate, load_denoiser, load_encoder, load_vae
 
@@ -129,6 +130,11 @@ def test_stage_2_without_a_reward_model_is_refused(sd3, tmp_path):
 def test_latent_gan_is_refused(sd3, tmp_path):
     with pytest.raises(UserError, match="bottleneck"):
         train.train(config.parse(["--model", str(sd3), "--preset", "dmd2", "--batch-size", "4", "--out", str(tmp_path / "run")]))
+
+
+def test_size_conditions_are_sdxl_s(sd3):
+    with pytest.raises(UserError, match="no size conditions"):
+        assemble(config.Config(model=str(sd3), data="pictures", size_condition="original"), 1, torch.device("cpu"))
 
 
 def test_unknown_pipeline_is_named(sd3, tmp_path):

