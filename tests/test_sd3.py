@@ -15,6 +15,7 @@ import train
 from cast import assemble
 from diffusion import guided, sample_generators
 from models import UserError, generate, load_denoiser, load_encoder, load_vae
+from toy import world
 
 PROMPTS = ["a red circle", "a large blue ring"]
 
@@ -130,6 +131,19 @@ def test_stage_2_without_a_reward_model_is_refused(sd3, tmp_path):
 def test_latent_gan_is_refused(sd3, tmp_path):
     with pytest.raises(UserError, match="bottleneck"):
         train.train(config.parse(["--model", str(sd3), "--preset", "dmd2", "--batch-size", "4", "--out", str(tmp_path / "run")]))
+
+
+def test_the_toy_teacher_draws_its_prompts():
+    """toy/sd3 as it comes: 24 held-out prompts in 10 guided steps, and one in plain diffusers; 16 tokens of the missing T5 are its length."""
+    prompts = [world.scene(i, "test")[1] for i in range(24)]
+    encoder, vae, denoiser = load_encoder("toy/sd3", 64), load_vae("toy/sd3"), load_denoiser("toy/sd3")
+    pictures = generate(guided(denoiser, encoder.null(), 5.0), encoder, vae, prompts, 10, 0, ode=True)
+    assert sum(world.judge(pictures, prompts)[0]) >= 22
+    pipeline = StableDiffusion3Pipeline.from_pretrained("toy/sd3", text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 28, "guidance_scale": 5.0, "height": 64, "width": 64, "max_sequence_length": 16, "output_type": "pt"}
+    picture = pipeline(prompts[0], generator=torch.Generator().manual_seed(0), **settings).images * 2 - 1
+    assert world.judge(picture, prompts[:1])[0] == [True]
 
 
 def test_size_conditions_are_sdxl_s(sd3):
