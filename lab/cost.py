@@ -93,15 +93,17 @@ def table(heading, found, columns):
 
 
 def plot(found, path="docs/cost.png"):
-    """Both measures over cost: each seed thin, their mean thick."""
+    """Both measures over cost: each seed thin, the mean of those that are there thick."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for color, (title, seeds) in zip(plt.cm.tab10.colors, found.items()):
-        for ax, measure_ in zip(axes, ("frechet", "prompt_accuracy")):
+        for ax, measure_, scale in zip(axes, ("frechet", "prompt_accuracy"), (1, 100)):
             for points in seeds.values():
-                ax.plot([p["samples"] for p in points], [p[measure_] for p in points], color=color, lw=0.7, alpha=0.5)
+                ax.plot([p["samples"] for p in points], [scale * p[measure_] for p in points], color=color, lw=0.7, alpha=0.5)
             both = list(zip(*seeds.values()))
-            ax.plot([p[0]["samples"] for p in both], [mean(q[measure_] for q in p) for p in both], ".-", color=color, lw=2, label=title)
+            ax.plot([p[0]["samples"] for p in both], [scale * mean(q[measure_] for q in p) for p in both], ".-", color=color, lw=2, label=title)
             ax.set(xscale="log", xlabel="training samples (batch x loops)", title=rows.HEADINGS[measure_])
+            ax.set_xticks([1000, 3000, 10000, 30000], ["1,000", "3,000", "10,000", "30,000"])
+            ax.set_xticks([], minor=True)
     axes[0].legend()
     figure.savefig(path, dpi=110)
 

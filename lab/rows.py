@@ -116,7 +116,8 @@ def line(title, found, columns):
     cells = []
     for column in columns:
         values = [r[column] for r in found if r.get(column) is not None]
-        scale, digits = (100, 1) if column in PERCENT else (1, 3)
+        scale, digits = (100, 1) if column in PERCENT else (1, 0 if column == "samples" else 3)
+        values = values[:1] if column == "samples" else values  # the same with every seed
         shown = [f"{v * scale:.{digits}f}" for v in [mean(values), *values]] if values else [""]
         cells.append(shown[0] + (f" ({', '.join(shown[1:])})" if len(values) > 1 else ""))
     print(f"| {title} | " + " | ".join(cells) + " |")
