@@ -64,6 +64,12 @@ TABLES = {
     "sd3": {
         "SD3 student (`--model toy/sd3`)": (FULL | SD3, SEEDS),
     },
+    "sd3-sweep": {
+        "`--lr 2e-5 --fake-lr 6e-4`": (FULL | SD3 | {"--lr": 2e-5, "--fake-lr": 6e-4}, (0,)),
+        "`--ttur 2 --iterations 600`": (FULL | SD3 | {"--ttur": 2, "--iterations": 600}, (0,)),
+        "`--dm-steps all`": (FULL | SD3 | {"--dm-steps": "all"}, (0,)),
+        **{f"`--guidance {w}`": (FULL | SD3 | {"--guidance": w}, (0,)) for w in (1.5, 2.0)},
+    },
 }
 SCALES = (Config.teacher_guidance, Config.guidance, 1.0)
 SD3_SCALES = (Config.teacher_guidance, Config.guidance)
