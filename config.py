@@ -46,7 +46,7 @@ class Config:
     weight_decay: float = 0.01  # of all three
     clip_grad: float = 1.0  # largest gradient norm of G and of the score estimator
     init: str = ""  # stage 2: the stage-1 run to go on from; default the newest
-    reward: str = ""  # folder of the latent reward model; default "lrm" beside the model (toy/lrm). DMDR: or "clip"
+    reward: str = ""  # stage 2, DMDR: folder of the latent reward model; default "lrm" beside the model (toy/lrm). DMDR: or "clip"
     rl_ratio: int = 5  # stage 2: preference updates per distillation update; --iterations counts both
     rl_steps: str = "high"  # stage 2: student steps whose candidates are judged: high = the two noisiest, or all
     candidates: int = 4  # stage 2: k, candidates per step

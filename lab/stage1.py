@@ -69,6 +69,7 @@ TABLES = {
         "`--ttur 2 --iterations 600`": (FULL | SD3 | {"--ttur": 2, "--iterations": 600}, (0,)),
         "`--dm-steps all`": (FULL | SD3 | {"--dm-steps": "all"}, (0,)),
         **{f"`--guidance {w}`": (FULL | SD3 | {"--guidance": w}, (0,)) for w in (1.5, 2.0)},
+        "`--guidance 2.0 --ttur 2 --iterations 600`": (FULL | SD3 | {"--guidance": 2.0, "--ttur": 2, "--iterations": 600}, (0,)),
     },
 }
 SCALES = (Config.teacher_guidance, Config.guidance, 1.0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pixel_gan
+from config import Config
 from models import load_sam, load_vae
 from toy import world
 
@@ -107,7 +108,7 @@ def test_features_are_segment_anythings_own(parts):
 def test_heads_learn_to_tell_real_from_blurred(parts):
     torch.manual_seed(0)
     D = pixel_gan.PixelDiscriminator(parts[0].encoder[0])
-    optimizer = torch.optim.Adam(D.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(D.parameters(), lr=Config.d_lr)
     blur = lambda x: torch.nn.functional.avg_pool2d(x, 5, 1, 2)  # noqa: E731
     for step in range(300):
         x = images(16, 16 * step)
@@ -115,5 +116,5 @@ def test_heads_learn_to_tell_real_from_blurred(parts):
         pixel_gan.discriminator_loss(D(D.features(x)), D(D.features(blur(x)))).backward()
         optimizer.step()
     with torch.no_grad():
-        x = images(32, 5000)
+        x = images(128, 5000)
         assert pixel_gan.accuracy(D(D.features(x)), D(D.features(blur(x)))) > 0.9

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,14 +203,23 @@ def test_non_finite_update_is_skipped_and_ten_end_the_run(tmp_path, monkeypatch)
 DMD2 = {"gan": "latent", "dm_steps": "all", "iterations": 2}
 
 
+@pytest.fixture
+def smooth(tmp_path):
+    """toy/sdxl with a UNet of random weights: the trained one amplifies rounding, for single pictures 10,000-fold in their gradients."""
+    torch.manual_seed(0)
+    model = shutil.copytree("toy/sdxl", tmp_path / "smooth")
+    UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(model / "unet")).save_pretrained(model / "unet")
+    return model
+
+
 @pytest.mark.parametrize("method", [{}, DMD2, DMD2 | {"lora_rank": 4}])
-def test_two_ranks_are_one(method, tmp_path):
+def test_two_ranks_are_one(method, smooth, tmp_path):
     """2 gloo ranks x 8, sharded by FSDP2, take the same 5 steps (the baseline: 2) as 1 rank x 16: losses, gradient norms, how far the weights moved.
 
     Small learning rates: AdamW turns the rounding noise of gradients near zero into whole steps, which at the default rates
     moves losses by 1e-4 within three loops. adv_loss is a mean of logits of order 1 that crosses zero, hence its absolute bound.
     """
-    settings = {"iterations": 5, "batch_size": 16, "ema": 0.99, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5, **method}
+    settings = {"model": smooth, "iterations": 5, "batch_size": 16, "ema": 0.99, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5, **method}
     processes = [launch(*flags(**settings, out=tmp_path / f"r{n}"), ranks=n) for n in (1, 2)]
     for p in processes:
         out, _ = p.communicate(timeout=400)
@@ -220,8 +230,8 @@ def test_two_ranks_are_one(method, tmp_path):
         for key in ("dm_loss", "adv_loss", "fake_loss", "d_loss"):
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=5e-5 if key == "adv_loss" else 2e-6), (a["loops"], key)
         for key in ("g_norm", "fake_norm"):  # a sum over ranks where a mean belongs would double these, and AdamW would hide it
-            assert b[key] == pytest.approx(a[key], rel=1e-3 if a["loops"] == 1 else 0.05), (a["loops"], key)
-    start, ends = load_denoiser("toy/sdxl").net.state_dict(), [student(tmp_path / f"r{n}") for n in (1, 2)]
+            assert b[key] == pytest.approx(a[key], rel=1e-3), (a["loops"], key)
+    start, ends = load_denoiser(smooth).net.state_dict(), [student(tmp_path / f"r{n}") for n in (1, 2)]
     start |= {k: torch.zeros_like(v) for k, v in ends[0].items() if "lora_B" in k}
     moved = [torch.cat([(v - start[k]).flatten() for k, v in end.items() if "lora_A" not in k]) for end in ends]
     assert moved[0].norm() > 0 and (moved[1] - moved[0]).norm() < 0.02 * moved[0].norm()
