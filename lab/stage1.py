@@ -62,14 +62,17 @@ TABLES = {
         "LoRAs of rank 16 (`--lora-rank 16 --lr 4e-4 --fake-lr 3e-3`)": (FULL | {"--lora-rank": 16, "--lr": 4e-4, "--fake-lr": 3e-3}, (0,)),
     },
     "sd3": {
-        "SD3 student (`--model toy/sd3`)": (FULL | SD3, SEEDS),
+        "SD3 student (`--model toy/sd3 --guidance 2.0 --ttur 2 --iterations 600`)": (
+            FULL | SD3 | {"--guidance": 2.0, "--ttur": 2, "--iterations": 600},
+            SEEDS,
+        ),
     },
     "sd3-sweep": {
+        "SDXL's settings (the defaults)": (FULL | SD3, (0,)),
         "`--lr 2e-5 --fake-lr 6e-4`": (FULL | SD3 | {"--lr": 2e-5, "--fake-lr": 6e-4}, (0,)),
         "`--ttur 2 --iterations 600`": (FULL | SD3 | {"--ttur": 2, "--iterations": 600}, (0,)),
         "`--dm-steps all`": (FULL | SD3 | {"--dm-steps": "all"}, (0,)),
         **{f"`--guidance {w}`": (FULL | SD3 | {"--guidance": w}, (0,)) for w in (1.5, 2.0)},
-        "`--guidance 2.0 --ttur 2 --iterations 600`": (FULL | SD3 | {"--guidance": 2.0, "--ttur": 2, "--iterations": 600}, (0,)),
     },
 }
 SCALES = (Config.teacher_guidance, Config.guidance, 1.0)
