@@ -161,9 +161,12 @@ class Shards(ImageFolder):
                         elif kind.lower() in ("txt", "json"):
                             key = folder + slash + stem
                             captions[key] = captions.get(key) or _caption(tar.extractfile(member).read(), kind.lower())
-                    file.seek(-1024, io.SEEK_END)
-                    if any(file.read()):
+                    # tarfile takes a broken header for the end; but there two zero blocks stand, and nothing but zeros follows
+                    if file.seek(0, io.SEEK_END) < tar.offset + 1024:
                         raise tarfile.ReadError("it has no end")
+                    file.seek(tar.offset)
+                    if any(any(part) for part in iter(lambda: file.read(1 << 20), b"")):
+                        raise tarfile.ReadError(f"no header at byte {tar.offset}")
             except (tarfile.TarError, OSError) as e:
                 if not images:
                     raise UserError(f"cannot read the shard {shard.full_name}: {e}") from None

@@ -6,6 +6,7 @@ import pickle
 import tarfile
 from dataclasses import replace
 
+import fsspec
 import pytest
 import torch
 from PIL import Image
@@ -16,9 +17,9 @@ from config import Config
 from models import PromptEncoder, UserError, load_vae
 
 
-def picture(value):
+def picture(value, kind="png"):
     out = io.BytesIO()
-    Image.new("RGB", (40, 30), (value, value, value)).save(out, "png")
+    Image.new("RGB", (40, 30), (value, value, value)).save(out, kind)
     return out.getvalue()
 
 
@@ -55,6 +56,22 @@ def test_shards_give_every_image_with_its_own_caption_once_an_epoch(shards, patt
     assert [t for _, t, _ in epochs[0]] != [t for _, t, _ in epochs[1]]
 
 
+def test_shards_of_any_url_and_kind_of_picture(shards):
+    """From fsspec's memory file system; JPEG and WebP beside PNG, with endings in capitals too."""
+    kinds = {"a.jpg": "jpeg", "b.jpeg": "jpeg", "c.webp": "webp", "d.PNG": "png", "e.JPG": "jpeg"}
+    members = {name: picture(50 + 10 * i, kind) for i, (name, kind) in enumerate(kinds.items())}
+    write(shards / "kinds.tar", members | {f"{name[0]}.txt": f"gray {50 + 10 * i}".encode() for i, name in enumerate(kinds)})
+    memory = fsspec.filesystem("memory")
+    memory.pipe({f"/test_data/{path.name}": path.read_bytes() for path in shards.glob("*.tar")})
+    for name, count in (("kinds.tar", 5), ("shard-{00..01}.tar", 24), ("*.tar", 29)):
+        source = data.source(f"memory://test_data/{name}", 16)
+        drawn = [source[i] for i in range(count)]
+        assert len({text for _, text, _ in drawn}) == len(source.rows) == count and not source.bad
+        for image, text, _ in drawn:
+            torch.testing.assert_close(image, torch.full_like(image, int(text.split()[1]) / 127.5 - 1), rtol=0, atol=2.1 / 127.5)
+    memory.rm("/test_data", recursive=True)
+
+
 def test_shards_are_the_same_for_workers_ranks_and_a_resumed_run(shards):
     """Batches by two loading processes, and from the middle on, are those of one process."""
     name, whole = f"{shards}/shard-*.tar", [list(range(i, i + 4)) for i in range(0, 24, 4)]
@@ -79,6 +96,23 @@ def test_torn_shards_and_bare_images_are_named_and_left_out(shards, capsys):
     for pattern, why in [("shard-00.tar", "cannot read the shard"), ("none-*.tar", "no image with a caption"), ("none.tar", "cannot read the shard")]:
         with pytest.raises(UserError, match=why):
             data.source(f"{shards}/{pattern}", 16)
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 512, bytes(512), bytes(1024), bytes(4096)])
+def test_a_broken_header_is_not_the_end(damage, shards, capsys):
+    """Garbage or zeros where the seventh picture's header was: tarfile stops there without a word. A whole shard ends in any number of zeros."""
+    path = shards / "shard-00.tar"
+    with tarfile.open(path) as tar:
+        at = tar.getmember("part/006.png").offset
+    whole = path.read_bytes()
+    path.write_bytes(whole[:at] + damage + whole[at + len(damage) :])
+    assert len(data.source(path, 16).rows) == 6
+    told = capsys.readouterr().out
+    assert "shard-00.tar is torn" in told and f"no header at byte {at}" in told and "what follows part/005.png is left out" in told
+    for content in (whole.rstrip(b"\0"), whole, whole + bytes(1 << 20)):  # the last caption ends in "\n": its own padding goes first
+        path.write_bytes(content + bytes(-len(content) % 512))
+        assert len(data.source(path, 16).rows) == 12
+        assert ("is torn (it has no end)" in capsys.readouterr().out) == (content < whole)
 
 
 def test_prompt_file_replaces_the_captions(shards, tmp_path):
