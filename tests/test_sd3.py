@@ -15,7 +15,7 @@ import train
 from cast import assemble
 from diffusion import guided, sample_generators
 from models import UserError, generate, load_denoiser, load_encoder, load_vae
-from toy import world
+from toy import build, world
 
 PROMPTS = ["a red circle", "a large blue ring"]
 
@@ -158,3 +158,36 @@ def test_unknown_pipeline_is_named(sd3, tmp_path):
     (other / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
     with pytest.raises(UserError, match="FluxPipeline"):
         load_denoiser(other)
+
+
+@pytest.mark.parametrize(
+    "flags, built, left",
+    [
+        ([], [], ["vae", "clip", "teacher", "sam", "lrm", "sd3"]),
+        (["--rebuild"], ["vae", "clip", "teacher", "sam", "lrm", "sd3"], ["vae", "clip", "teacher", "sam", "lrm", "sd3"]),
+        (["--only", "vae", "--rebuild"], ["vae"], ["vae", "clip", "sam"]),
+        (["--only", "teacher", "--rebuild"], ["teacher"], ["vae", "clip", "teacher", "sam", "sd3"]),
+        (["--only", "sd3", "--rebuild"], ["sd3"], ["vae", "clip", "teacher", "sam", "lrm", "sd3"]),
+    ],
+)
+def test_no_part_outlives_what_it_was_trained_on(flags, built, left, tmp_path, monkeypatch):
+    """toy.build, with parts that take no time: toy/sd3's VAE and text encoders are links to toy/sdxl's, whose rebuilding would change them."""
+    calls, quality = [], tmp_path / "quality.json"
+
+    def part(name, folder, parts):
+        def make():
+            assert all((tmp_path / build.PARTS[p][0]).is_dir() for p in parts)
+            calls.append(name)
+            (tmp_path / folder).mkdir(parents=True)
+            quality.write_text(json.dumps(json.loads(quality.read_text()) | {name: {}}))
+
+        return folder, make, parts
+
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(build, "PARTS", {name: part(name, folder, parts) for name, (folder, _, parts) in build.PARTS.items()})
+    quality.write_text("{}")
+    build.main([])
+    calls.clear()
+    build.main(flags)
+    assert calls == built and sorted(json.loads(quality.read_text())) == sorted(left)
+    assert [name for name, (folder, *_) in build.PARTS.items() if (tmp_path / folder).is_dir()] == left
