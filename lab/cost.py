@@ -4,7 +4,7 @@
     python -m lab.cost --print      from what is there
 
 Every run is evaluated at five points of its way. Cost is what the paper counts, batch x iterations; passes of the three UNets are counted too.
-The headline: the share of DMD2's cost, up to its best point, at which Flash-DMD first does as well.
+The headline: the share of DMD2's cost, up to its best point, at which Flash-DMD first does as well in Fréchet distance, prompts right, or both.
 """
 
 import json
@@ -15,17 +15,18 @@ from statistics import mean
 import matplotlib.pyplot as plt
 
 from lab import rows
-from lab.stage1 import FULL, SEEDS
+from lab.stage1 import FULL, SEEDS, SETTINGS, spelt
 
 RESULTS = Path("results/cost.json")
 POINTS = 5
 BASELINE = "DMD2, TTUR 5"
+DMD2 = spelt((*SETTINGS, "gan", "critic_weight"), "dmd2")
 METHODS = {
     "Flash-DMD, TTUR 1": FULL,
     "Flash-DMD, TTUR 2": FULL | {"--ttur": 2, "--iterations": 800},
     "Flash-DMD, TTUR 5": FULL | {"--ttur": 5, "--iterations": 2000},
-    BASELINE: {"--preset": "dmd2", "--iterations": 2000},
-    "DMD2, TTUR 2": {"--preset": "dmd2", "--iterations": 2000, "--ttur": 2},
+    BASELINE: DMD2,
+    "DMD2, TTUR 2": DMD2 | {"--ttur": 2},
 }  # title -> flags of its runs, one for each of SEEDS
 COLUMNS = ("samples", "prompt_accuracy", "frechet", "recall", "saturation", "contrast")
 
@@ -42,9 +43,9 @@ def measure(flags, seed, num, threads):
 
 
 def run(flags, out, seed, num, threads):
-    """The same, in folder `out`, which stays."""
+    """The same, in folder `out`, which stays. A run that was stopped has checkpoints beside those of the points: hence twice as many are kept."""
     every = flags["--iterations"] // POINTS
-    settings = {"--out": out, "--resume": True, "--save-every": every, "--keep": POINTS, "--preview-every": 0, "--seed": seed}
+    settings = {"--out": out, "--resume": True, "--save-every": every, "--keep": 2 * POINTS, "--preview-every": 0, "--seed": seed}
     rows.command("train.py", "--stage", 1, *rows.flat(flags | settings), threads=threads)
     points = []
     for loops in range(every, flags["--iterations"] + 1, every):
@@ -56,27 +57,37 @@ def run(flags, out, seed, num, threads):
     return points
 
 
-def share(flash, baseline, measure, sign, cost="samples"):
+def share(flash, baseline, measures, cost="samples"):
     """The share of the baseline's cost, up to its best point, at which `flash` first does as well. -> (share, reached)
 
-    flash, baseline: points of two runs; sign -1: smaller is better. Never reached: the share of all of flash's cost, a lower bound.
+    flash, baseline: points of two runs. measures: {name: sign}, sign -1: smaller is better; of several each has a best point of its own,
+    the cost goes up to the last of them, and `flash` must match all at once. Never reached: the share of all of flash's cost, a lower bound.
     """
-    best = max(baseline, key=lambda p: sign * p[measure])
-    first = next((p for p in flash if sign * p[measure] >= sign * best[measure]), None)
-    return (first or flash[-1])[cost] / best[cost], first is not None
+    best = best_points(baseline, measures)
+    first = next((p for p in flash if all(sign * p[m] >= sign * best[m][m] for m, sign in measures.items())), None)
+    return (first or flash[-1])[cost] / max(p[cost] for p in best.values()), first is not None
+
+
+def best_points(points, measures):
+    """{measure: the point of a run that is best in it}"""
+    return {m: max(points, key=lambda p: sign * p[m]) for m, sign in measures.items()}
 
 
 def headline(found):
-    """Lines: per measure and Flash-DMD's TTUR the share over seeds. found: {method: {seed: points}}."""
-    lines = []
-    for title in METHODS:
-        seeds = [s for s in found.get(title, {}) if s in found.get(BASELINE, {})]
-        if title.startswith("Flash") and seeds:
-            for measure_, sign in (("frechet", -1), ("prompt_accuracy", 1)):
-                shares = [share(found[title][s], found[BASELINE][s], measure_, sign) for s in seeds]
-                shown = ", ".join(f"{'' if reached else 'more than '}{100 * value:.0f} %" for value, reached in shares)
-                lines.append(f"{title} does as well as the best point of {BASELINE} in {rows.HEADINGS[measure_]} at {shown} of its cost")
-    return lines
+    """Lines of Markdown: the share for each of Flash-DMD's TTURs, criterion and kind of cost, seed by seed. found: {method: {seed: points}}."""
+    costs, both, baseline = ("samples", "passes", "seconds"), {"frechet": -1, "prompt_accuracy": 1}, found.get(BASELINE, {})
+    called = {"frechet": "Fréchet", "prompt_accuracy": "prompts right"}
+    criteria = {called[m]: {m: sign} for m, sign in both.items()} | {"both at once": both}
+    lines = [f"| share of {BASELINE}'s cost | as good in | " + " | ".join(costs) + " |", "| --- | --- |" + " --- |" * len(costs)]
+    for title, runs in found.items():
+        seeds = [s for s in runs if s in baseline]
+        for criterion, measures in criteria.items() if title.startswith("Flash") and seeds else ():
+            shares = [[share(runs[s], baseline[s], measures, cost) for s in seeds] for cost in costs]
+            shown = [", ".join(f"{'' if reached else '> '}{100 * value:.0f}" for value, reached in row) + " %" for row in shares]
+            lines.append(f"| {title}, seeds {', '.join(map(str, seeds))} | {criterion} | " + " | ".join(shown) + " |")
+    lines += ["", "\\>: not so good within its whole run, a lower bound."]
+    last = [f"{called[m]} (seed {s})" for s, run in baseline.items() for m, p in best_points(run, both).items() if p is run[-1]]
+    return lines + [f"{BASELINE} is best at its very end, and might go on, in {'; '.join(last)}: that share is of this horizon alone."] * bool(last)
 
 
 def found_of(methods, results, num):
@@ -92,11 +103,13 @@ def table(heading, found, columns):
             rows.line(f"{title}, {points[0]['loops']} loops", points, columns)
 
 
-def plot(found, path="docs/cost.png"):
-    """Both measures over cost: each seed thin, the mean of those that are there thick."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+def plot(found, path, measures=("frechet", "prompt_accuracy")):
+    """Two measures a row over cost: each seed thin, the mean of those that are there thick."""
+    high = len(measures) // 2
+    figure, axes = plt.subplots(high, 2, figsize=(10, 0.6 + 3.2 * high), layout="constrained", squeeze=False)
     for color, (title, seeds) in zip(plt.cm.tab10.colors, found.items()):
-        for ax, measure_, scale in zip(axes, ("frechet", "prompt_accuracy"), (1, 100)):
+        for ax, measure_ in zip(axes.flat, measures):
+            scale = 100 if measure_ in rows.PERCENT else 1
             for points in seeds.values():
                 ax.plot([p["samples"] for p in points], [scale * p[measure_] for p in points], color=color, lw=0.7, alpha=0.5)
             both = list(zip(*seeds.values()))
@@ -104,21 +117,26 @@ def plot(found, path="docs/cost.png"):
             ax.set(xscale="log", xlabel="training samples (batch x loops)", title=rows.HEADINGS[measure_])
             ax.set_xticks([1000, 3000, 10000, 30000], ["1,000", "3,000", "10,000", "30,000"])
             ax.set_xticks([], minor=True)
-    axes[0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def train(titles, num, workers):
+    """What is missing of these methods."""
+    chosen = [(METHODS[title], seed) for seed in SEEDS for title in titles]
+    jobs = {name(f, s, num): lambda threads, f=f, s=s: measure(f, s, num, threads) for f, s in chosen}
+    rows.fill(RESULTS, rows.load(RESULTS), jobs, workers)
 
 
 def main():
     args = rows.options(__doc__.split("\n")[0], tuple(METHODS))
-    results = rows.load(RESULTS)
     if not args.print:
-        chosen = [(METHODS[title], seed) for seed in SEEDS for title in args.only]
-        jobs = {name(f, s, args.num): lambda threads, f=f, s=s: measure(f, s, args.num, threads) for f, s in chosen}
-        rows.fill(RESULTS, results, jobs, args.jobs)
-    found = found_of(METHODS, results, args.num)
+        train(args.only, args.num, args.jobs)
+    found = found_of(METHODS, rows.load(RESULTS), args.num)
     table("Table 1, Fig. 5", found, COLUMNS)
     print("\n" + "\n".join(headline(found)))
-    plot(found)
+    plot(found, rows.place("docs/cost.png", args.num))
 
 
 if __name__ == "__main__":

@@ -12,16 +12,18 @@ from torchvision.utils import make_grid
 import run_folder
 from config import Config
 from diffusion import guided
-from lab import rows
+from lab import cost, rows
+from lab.stage1 import FULL
+from lab.stage2 import JOINT
 from models import generate, load_denoiser, load_encoder, load_vae
 from toy import world
 
 LOOPS, PROMPTS = 400, 24
 RUNS = {
-    "DMD2": {"--preset": "dmd2", "--iterations": LOOPS},
-    "Flash-DMD, stage 1": {"--iterations": LOOPS},
-    "half": {"--iterations": LOOPS // 2},
-    "Flash-DMD, stage 2": {"--stage": 2, "--iterations": LOOPS // 2, "--init": "half"},
+    "DMD2": cost.DMD2 | {"--iterations": LOOPS},
+    "Flash-DMD, stage 1": FULL | {"--iterations": LOOPS},
+    "half": FULL | {"--iterations": LOOPS // 2},
+    "Flash-DMD, stage 2": JOINT | {"--stage": 2, "--iterations": LOOPS // 2, "--init": "half"},
 }
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from config import Config
 
 RUNS = Path("runs/lab")
+NUM = 1000  # held-out prompts per row of the results that are kept
 HEADINGS = {
     "samples": "samples",
     "variation": "RMS difference",
@@ -75,12 +76,25 @@ def load(path, **weights):
     return found if weights.items() <= found.items() else weights
 
 
+def load_rewarded(path):
+    """The cache of rows that rest on the toy's latent reward model as well."""
+    return load(path, reward_crc32=crc32("toy/lrm/unet/diffusion_pytorch_model.safetensors"))
+
+
+def place(path, num):
+    """Where a table or plot of rows of `num` prompts goes: `path`, or beside the runs where it is a look at fewer prompts."""
+    if num == NUM:
+        return Path(path)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    return RUNS / Path(path).name
+
+
 def fill(path, results, jobs, workers):
     """Run what is missing. jobs: {row: function(threads) -> metrics}; `workers` at a time, each with its share of the cores."""
     path.parent.mkdir(exist_ok=True)
     threads, lock = max(1, os.cpu_count() // workers), Lock()
     missing = {row: job for row, job in jobs.items() if row not in results}
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(missing), desc="rows") as bar:
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(missing), desc=path.stem, disable=not missing) as bar:
 
         def one(row, job):
             measured = job(threads)
@@ -97,8 +111,8 @@ def options(description, tables, quick=False):
     """The command line of a module of tables; with `quick`, of one that has a short way too."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--only", nargs="+", choices=tables, default=list(tables))
-    parser.add_argument("--num", type=int, default=1000, help="held-out prompts per row")
-    parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
+    parser.add_argument("--num", type=int, default=NUM, help="held-out prompts per row")
+    parser.add_argument("--jobs", type=int, default=2, help="rows at a time, each with its share of the cores")
     parser.add_argument("--print", action="store_true", help="print the tables and train nothing")
     if quick:
         parser.add_argument("--quick", action="store_true", help="the core rows alone, short")

@@ -9,7 +9,7 @@ Rows are cached by their flags, so an interrupted call goes on; other teacher we
 import json
 from pathlib import Path
 
-from config import Config
+from config import PRESETS, Config
 from lab import rows
 
 RESULTS = Path("results/stage1.json")
@@ -17,30 +17,33 @@ SETTINGS = """iterations batch_size student_steps ttur lr fake_lr d_lr lr_schedu
     ema guidance renoise dm_steps gan_weight gan_loss gan_reals adv_reading""".split()
 
 
-def spelt(names):
-    """The defaults of these settings as flags: they are part of a row's name."""
-    values = {name: getattr(Config, name) for name in names}
+def spelt(names, preset="toy"):
+    """These settings of a preset as flags: they are part of a row's name, so a changed preset is another row."""
+    config = Config(**PRESETS[preset])
+    values = {name: getattr(config, name) for name in names}
     return {f"--{name.replace('_', '-')}": ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 FULL = spelt(SETTINGS)
 SD3 = {"--model": "toy/sd3"}
 SEEDS = (0, 1, 2)
-EIGHT = "8 steps (`--student-steps 8`)"
+PURE, UNPULLED = "pure DM, at every step (`--gan-weight 0 --dm-steps all`)", "no EMA pull (`--ema 1`)"
+EVERY_STEP, EIGHT = "DM loss at every step (`--dm-steps all`)", "8 steps (`--student-steps 8`)"
+HIGH_NOISE, LOW_NOISE = "renoise high (`--renoise 0.5,0.98`)", "renoise low (`--renoise 0.02,0.5`)"
 
 # table -> row -> (flags, seeds)
 TABLES = {
     "main": {
         "Flash-DMD": (FULL, SEEDS),
         "no Pixel-GAN, so no loss at the last step (`--gan-weight 0`)": (FULL | {"--gan-weight": 0}, SEEDS),
-        "pure DM, at every step (`--gan-weight 0 --dm-steps all`)": (FULL | {"--gan-weight": 0, "--dm-steps": "all"}, SEEDS),
-        "no EMA pull (`--ema 1`)": (FULL | {"--ema": 1}, SEEDS),
+        PURE: (FULL | {"--gan-weight": 0, "--dm-steps": "all"}, SEEDS),
+        UNPULLED: (FULL | {"--ema": 1}, SEEDS),
     },
     "variants": {
-        "DM loss at every step (`--dm-steps all`)": (FULL | {"--dm-steps": "all"}, (0,)),
+        EVERY_STEP: (FULL | {"--dm-steps": "all"}, SEEDS),
         "reading (a) of Eq. 9 (`--adv-reading a`)": (FULL | {"--adv-reading": "a"}, (0,)),
-        "renoise high (`--renoise 0.5,0.98`)": (FULL | {"--renoise": "0.5,0.98"}, (0,)),
-        "renoise low (`--renoise 0.02,0.5`)": (FULL | {"--renoise": "0.02,0.5"}, (0,)),
+        HIGH_NOISE: (FULL | {"--renoise": "0.5,0.98"}, SEEDS),
+        LOW_NOISE: (FULL | {"--renoise": "0.02,0.5"}, SEEDS),
     },
     "sweep": {
         **{f"`--ema {v}`": (FULL | {"--ema": v}, (0,)) for v in (0.8, 0.97)},
@@ -136,15 +139,20 @@ def table(results, which, num):
             rows.line(title, found, COLUMNS)
 
 
+def train(tables, num, workers):
+    """What is missing of these tables."""
+    baselines = [title for which in tables for title in BASELINES_OF.get(which, ())]
+    jobs = {baseline_name(title, num): lambda threads, title=title: measure_baseline(title, num, threads) for title in baselines}
+    chosen = [(flags, seed) for t in tables for flags, seeds in TABLES[t].values() for seed in seeds]
+    jobs |= {name(f, s, num): lambda threads, f=f, s=s: measure(f, s, num, threads) for f, s in chosen}
+    rows.fill(RESULTS, rows.load(RESULTS), jobs, workers)
+
+
 def main():
     args = rows.options(__doc__.split("\n")[0], TABLES)
-    results = rows.load(RESULTS)
     if not args.print:
-        baselines = [title for which in args.only for title in BASELINES_OF.get(which, ())]
-        jobs = {baseline_name(title, args.num): lambda threads, title=title: measure_baseline(title, args.num, threads) for title in baselines}
-        chosen = [(flags, seed) for t in args.only for flags, seeds in TABLES[t].values() for seed in seeds]
-        jobs |= {name(f, s, args.num): lambda threads, f=f, s=s: measure(f, s, args.num, threads) for f, s in chosen}
-        rows.fill(RESULTS, results, jobs, args.jobs)
+        train(args.only, args.num, args.jobs)
+    results = rows.load(RESULTS)
     for which in args.only:
         table(results, which, args.num)
 
