@@ -6,11 +6,12 @@
 
 Randomness and data follow from (seed, iteration), so nothing else needs saving.
 
-    python checkpoint.py export RUN OUT
+    python checkpoint.py export RUN OUT [--lora]
 
-writes the student as a pipeline folder with a model card. The scheduler that draws its steps is baked in: LCMScheduler with
-original_inference_steps = K for SDXL, FlowMatchEulerDiscreteScheduler with stochastic_sampling for SD3. What diffusers keeps outside
-of configs, the number of steps (SD3: sigmas) and guidance 0, is on the card.
+writes the student as a pipeline folder with a model card; with --lora, of a LoRA student, its LoRA and scheduler alone, to be put
+on the teacher's pipeline. The scheduler that draws its steps is baked in: LCMScheduler with original_inference_steps = K for SDXL,
+FlowMatchEulerDiscreteScheduler with stochastic_sampling for SD3. What diffusers keeps outside of configs, the number of steps
+(SD3: sigmas) and guidance 0, is on the card.
 """
 
 import argparse
@@ -35,11 +36,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from transformers import CLIPTokenizer
 
-from models import PARTS, UserError, folder, load_denoiser, load_schedule, part_name, part_of
+from models import PARTS, UserError, folder, load_denoiser, load_part, part_name, part_of
 from run_folder import checkpoints, find_run, newest
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what a LoRA stands on is the model's own, and is not saved again
+LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 _WRITER, _PENDING = ThreadPoolExecutor(1), []  # for checkpoints that are written in the background
 
 
@@ -140,7 +143,7 @@ def save_student(path, net, weights):
         lora = get_peft_model_state_dict(net, weights, "student")
         (path / "lora").mkdir()
         lora = {f"{name}.{k}": v.contiguous() for k, v in lora.items()}
-        return save_file(lora, path / "lora" / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+        return save_file(lora, path / "lora" / LORA, metadata={"format": "pt"})
     (path / name).mkdir()
     config = dict(net.config) | {"_class_name": PARTS[name].__name__}
     (path / name / "config.json").write_text(json.dumps(config, indent=2, default=list))
@@ -177,15 +180,13 @@ base_model: {model}
 Distilled with Flash-DMD (arXiv 2511.20549), stage {stage}: {loops} loops at batch {batch_size}.
 
 ```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER"{without})
+{load}
 image = pipe("a prompt", {call}, guidance_scale=0, height={resolution}, width={resolution}).images[0]
 ```
 
 - Steps: {steps}, at timesteps {timesteps}; the scheduler in this folder gives them for `{call}`.
 - Guidance: none, `guidance_scale=0`. The teacher's guidance ({guidance:g}) is distilled into the weights.
-- ComfyUI (untested): sampler "lcm", scheduler "sgm_uniform", {steps} steps, cfg 1.
+- ComfyUI (untested): sampler "lcm", scheduler "sgm_uniform", {steps} steps, cfg 1{shift}.
 
 ## Metrics
 
@@ -198,39 +199,72 @@ image = pipe("a prompt", {call}, guidance_scale=0, height={resolution}, width={r
 ```
 """
 
+LOAD = """from diffusers import DiffusionPipeline
 
-def export(run, out):
-    """Write the newest checkpoint of folder `run` as a pipeline into folder `out`. Raises UserError for a run without one, or an `out` in use."""
+pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER"{without})"""
+
+LOAD_LORA = """import torch
+from diffusers import DiffusionPipeline, {scheduler}
+
+pipe = DiffusionPipeline.from_pretrained("{model}", torch_dtype=torch.float32{without})
+pipe.load_lora_weights("THIS_FOLDER", weight_name="{weights}")
+pipe.scheduler = {scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler")"""
+
+
+def export(run, out, lora=False):
+    """Write the newest checkpoint of folder `run` as a pipeline into folder `out`, with a model card; lora: its LoRA and scheduler alone.
+
+    Raises UserError for a run without a checkpoint, or without a LoRA, and for an `out` in use.
+    """
     run, config = find_run(run)
     out, made = Path(out), newest(run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: name a new folder")
+    if lora and not (made / "lora").is_dir():
+        raise UserError(f"{run} has no LoRA (it was trained without --lora-rank): export it without --lora")
     model = folder(config["model"], "model_index.json")
-    part, steps = part_of(model), config["student_steps"]
+    part, student = part_of(model), load_denoiser(model, student=made)  # a torn LoRA shows here
     without = {"text_encoder_3": None, "tokenizer_3": None} if part == "transformer" else {}  # SD3's T5 has no part in training
-    pipeline = DiffusionPipeline.from_pretrained(model, **{part: load_denoiser(model, student=made).net}, **without, torch_dtype=torch.float32)
-    if part == "unet":
-        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=steps)
+    scheduler = student_scheduler(model, config["student_steps"])
+    if lora:
+        scheduler.save_pretrained(out / "scheduler")
+        shutil.copy(made / "lora" / LORA, out)
     else:
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, stochastic_sampling=True)
-    pipeline.save_pretrained(out)
+        parts = {part: student.net, "scheduler": scheduler, **without}
+        DiffusionPipeline.from_pretrained(model, **parts, torch_dtype=torch.float32).save_pretrained(out)
+    names = {"model": config["model"], "scheduler": type(scheduler).__name__, "weights": LORA}
+    load = (LOAD_LORA if lora else LOAD).format(**names, without="".join(f", {name}=None" for name in without))
+    (out / "README.md").write_text(card(run, made, config, load, student.schedule))
+    return out
+
+
+def student_scheduler(model, steps):
+    """diffusers' scheduler for the student of pipeline folder `model`: its few steps with re-noising, as backward_simulation draws them."""
+    if part_of(model) == "unet":
+        return load_part(LCMScheduler, model, "scheduler", original_inference_steps=steps)
+    return load_part(FlowMatchEulerDiscreteScheduler, model, "scheduler", stochastic_sampling=True)
+
+
+def card(run, made, config, load, schedule):
+    """The model card of checkpoint folder `made`. load: the code that makes `pipe`."""
+    steps, call, shift = config["student_steps"], f"num_inference_steps={config['student_steps']}", ""
+    if schedule.prediction == "flow":  # sigmas before the shift; as many tokens of zeros as CLIP has stand for the missing T5
+        length = load_part(CLIPTokenizer, folder(config["model"]), "tokenizer").model_max_length
+        call = f"sigmas={[n / steps for n in range(steps, 0, -1)]}, max_sequence_length={length}"
+        shift = f"; node ModelSamplingSD3 with shift {schedule.shift:g}"
     measured = run / "metrics.json"
     metrics = f"```json\n{measured.read_text().strip()}\n```" if measured.is_file() else f"Not measured (evaluate.py --json {measured})."
-    call = f"num_inference_steps={steps}"
-    if part == "transformer":  # sigmas before the shift; as many tokens of zeros as CLIP has stand for the missing T5
-        call = f"sigmas={[n / steps for n in range(steps, 0, -1)]}, max_sequence_length={pipeline.tokenizer.model_max_length}"
-    card = CARD.format(
+    return CARD.format(
         **{k: config[k] for k in ("model", "stage", "batch_size", "resolution", "guidance")},
         steps=steps,
+        load=load,
         call=call,
-        without="".join(f", {name}=None" for name in without),
+        shift=shift,
         loops=json.loads((made / "progress.json").read_text())["loops"],
-        timesteps=", ".join(f"{t:g}" for t in load_schedule(config["model"]).steps(steps).tolist()),
+        timesteps=", ".join(f"{t:g}" for t in schedule.steps(steps).tolist()),
         metrics=metrics,
         settings=json.dumps(config, indent=2),
     )
-    (out / "README.md").write_text(card)
-    return out
 
 
 def main():
@@ -238,9 +272,11 @@ def main():
     export_ = parser.add_subparsers(required=True).add_parser("export", help="a run's student as a diffusers pipeline folder of its own")
     export_.add_argument("run", help="a run folder")
     export_.add_argument("out", help="a new folder")
+    export_.add_argument("--lora", action="store_true", help="of a LoRA student, its LoRA, scheduler and model card alone")
     args = parser.parse_args()
     try:
-        print(f"pipeline and model card in {export(args.run, args.out)}")
+        what = "LoRA, scheduler" if args.lora else "pipeline"
+        print(f"{what} and model card in {export(args.run, args.out, args.lora)}")
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -158,7 +158,7 @@ def load_denoiser(model, device="cpu", dtype=torch.float32, student=None):
     where = folder(model, "model_index.json", part) if student is None or lora else str(student)
     net = load_part(PARTS[part], where, part, low_cpu_mem_usage=False)
     if lora:
-        net.load_lora_adapter(str(Path(student) / "lora"), prefix=part, weight_name="pytorch_lora_weights.safetensors")
+        load_part(net, str(student), "lora", "load_lora_adapter", prefix=part, weight_name="pytorch_lora_weights.safetensors")
         net.fuse_lora()
         net.unload_lora()
     return Denoiser(net.float().to(device), load_schedule(model), dtype)

@@ -1,18 +1,21 @@
 """LoRA students: two LoRAs on one frozen network, told apart in every pass; resuming, recomputation, and loading back with diffusers."""
 
 import json
+import os
+import sys
 
+import numpy as np
 import pytest
 import torch
-from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 import checkpoint
 import config
+import models
 import run_folder
 import train
-from diffusion import sample_generators
-from models import Denoiser, PromptEncoder, add_lora, generate, load_denoiser, load_schedule, load_vae
+from data import to_pil
+from models import Denoiser, UserError, add_lora, generate, load_denoiser, load_encoder, load_schedule, load_vae
 
 SMALL = "--lora-rank 4 --batch-size 4 --preview-every 0 --log-every 1 --lr 1e-3 --fake-lr 1e-3 --lr-schedule constant".split()
 
@@ -23,16 +26,20 @@ def run(folder, *flags):
     return done, logged, load_file(run_folder.newest(done) / "lora" / "pytorch_lora_weights.safetensors")
 
 
-def test_gradient_reaches_the_lora_that_was_worn():
+both = pytest.mark.parametrize("model", ["toy/sdxl", "toy/sd3"])
+
+
+@both
+def test_gradient_reaches_the_lora_that_was_worn(model):
     """Though the score estimator's and the teacher's passes come between forward and backward; with recomputation too."""
-    x, t, c = torch.randn(2, 4, 16, 16), torch.tensor([300, 700]), PromptEncoder("toy/sdxl", 64).encode(["a red circle", "a blue ring"])
+    x, t, c = torch.randn(2, 4, 16, 16), torch.tensor([300, 700]), load_encoder(model, 64).encode(["a red circle", "a blue ring"])
     grads = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        net = load_denoiser("toy/sdxl").net
+        net = load_denoiser(model).net
         add_lora(net, 4, "student", "fake")
         ways = ({"student": 0.0, "fake": 0.0}, {"student": 1.0, "fake": 0.0}, {"student": 0.0, "fake": 1.0})
-        teacher, G, fake = (Denoiser(net, load_schedule("toy/sdxl"), scales=scales) for scales in ways)
+        teacher, G, fake = (Denoiser(net, load_schedule(model), scales=scales) for scales in ways)
         for name, p in net.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.05)
@@ -41,47 +48,85 @@ def test_gradient_reaches_the_lora_that_was_worn():
         net.train()
         x_0 = G(x, t, c)
         with torch.no_grad():
-            assert not torch.equal(fake(x, t, c), x_0) and torch.equal(teacher(x, t, c), load_denoiser("toy/sdxl")(x, t, c))
+            assert not torch.equal(fake(x, t, c), x_0) and torch.equal(teacher(x, t, c), load_denoiser(model)(x, t, c))
         x_0.square().mean().backward()
         grads.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
     plain, again = grads
     assert all("lora_" in name for name in plain) and plain.keys() == again.keys()
     for name in plain:
         torch.testing.assert_close(plain[name], again[name], rtol=1e-4, atol=1e-6)
-        assert (plain[name].abs().max() > 0) == (".student." in name), name
+        unused = "transformer_blocks.5.attn.add_q_proj" in name  # SD3's last block makes nothing of its text tokens' queries
+        assert (plain[name].abs().max() > 0) == (".student." in name and not unused), name
 
 
-def test_students_lora_trains_resumes_and_loads_back(tmp_path):
-    """Of the checkpoint, the LoRAs alone; 2 + 1 loops make the weights of 3; a plain pipeline's load_lora_weights draws our picture."""
-    whole, logged, weights = run(tmp_path / "whole", "--iterations", "3", "--save-every", "2", "--keep", "2")
+@both
+def test_students_lora_trains_resumes_and_loads_back(model, tmp_path, monkeypatch, capsys):
+    """Of the checkpoint, the LoRAs alone; 2 + 1 loops make the weights of 3; the code on either export's card draws our picture."""
+    whole, logged, weights = run(tmp_path / "whole", "--model", model, "--iterations", "3", "--save-every", "2", "--keep", "2")
     assert all(m["g_norm"] > 0 and m["fake_norm"] > 0 for m in logged) and logged[-1]["skipped_updates"] == 0
-    run(tmp_path / "half", "--iterations", "2")
+    run(tmp_path / "half", "--model", model, "--iterations", "2")
     _, _, again = run(tmp_path / "half", "--iterations", "3", "--resume")
     assert weights.keys() == again.keys() and all(torch.equal(weights[k], again[k]) for k in weights)
     size = sum(p.stat().st_size for p in (run_folder.newest(whole) / "state").iterdir())
-    assert size < load_denoiser("toy/sdxl").net.num_parameters() * 4  # with both optimizers, less than the frozen network alone
+    assert size < load_denoiser(model).net.num_parameters() * 4  # with both optimizers, less than the frozen network alone
 
-    encoder, vae, G = PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl"), load_denoiser("toy/sdxl", student=run_folder.newest(whole))
-    teacher = load_denoiser("toy/sdxl").net.state_dict()
-    assert any(not torch.equal(p, teacher[name]) for name, p in G.net.state_dict().items())
-    ours = generate(G, encoder, vae, ["a red circle"], 4, 0)
-    pipeline = StableDiffusionXLPipeline.from_pretrained("toy/sdxl", torch_dtype=torch.float32)
-    pipeline.load_lora_weights(run_folder.newest(whole) / "lora", weight_name="pytorch_lora_weights.safetensors")
-    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=4)
-    pipeline.set_progress_bar_config(disable=True)
-    sizes = {"num_inference_steps": 4, "guidance_scale": 0, "height": 64, "width": 64, "output_type": "pt"}
-    theirs = pipeline(["a red circle"], generator=sample_generators(0, 0, range(1), "sample"), **sizes).images
-    assert ((ours + 1) / 2 - theirs).abs().max() < 2 / 255
-    merged = StableDiffusionXLPipeline.from_pretrained(checkpoint.export(whole, tmp_path / "merged"), torch_dtype=torch.float32)
-    merged.set_progress_bar_config(disable=True)
-    theirs = merged(["a red circle"], generator=sample_generators(0, 0, range(1), "sample"), **sizes).images
-    assert ((ours + 1) / 2 - theirs).abs().max() < 2 / 255
+    monkeypatch.setattr(models, "sample_generators", lambda *_: [torch.default_generator])  # what a pipeline without a generator draws from
+    encoder, vae, pictures = load_encoder(model, 64), load_vae(model), []
+    for student in (run_folder.newest(whole), None):
+        G = load_denoiser(model, student=student)
+        torch.manual_seed(5)
+        pictures.append(pixels(to_pil(generate(G, encoder, vae, ["a red circle"], 4, 0)[0])))
+    ours, teachers = pictures
+    (whole / "metrics.json").write_text('{"prompt_accuracy": 0.875}')
+    for lora, files in ((True, ["README.md", "pytorch_lora_weights.safetensors", "scheduler"]), (False, None)):
+        out = checkpoint.export(whole, tmp_path / f"out-{lora}", lora)
+        assert files in (None, sorted(os.listdir(out)))
+        theirs = drawn_by_card(out)
+        assert abs(theirs - ours).max() <= 2 and abs(theirs - teachers).max() > 8
+        check_card((out / "README.md").read_text(), whole, model)
+
+    torn = run_folder.newest(whole) / "lora" / "pytorch_lora_weights.safetensors"
+    torn.write_bytes(torn.read_bytes()[:5000])
+    for read in (lambda: load_denoiser(model, student=run_folder.newest(whole)), lambda: checkpoint.export(whole, tmp_path / "no", lora=True)):
+        with pytest.raises(UserError, match="^cannot read lora of .*checkpoint-000003: [^\n]+$"):
+            read()
+    torn.parent.rename(tmp_path / "lora")
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", "export", str(whole), str(tmp_path / "no"), "--lora"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        checkpoint.main()
+    assert capsys.readouterr().err.startswith(f"error: {whole} has no LoRA") and not (tmp_path / "no").exists()
 
 
+def pixels(image):
+    return np.array(image).astype(int)
+
+
+def drawn_by_card(out):
+    """The picture of the code on the card in folder `out`, run as it is but for the folder's name and the prompt."""
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    load, image, draw = code.replace("THIS_FOLDER", str(out)).replace("a prompt", "a red circle").partition("image = ")
+    names = {}
+    exec(load, names)
+    torch.manual_seed(5)
+    exec(image + draw, names)
+    return pixels(names["image"])
+
+
+def check_card(text, run, model):
+    metrics, settings = (json.loads(text.split(f"## {title}\n\n```json\n")[1].split("```")[0]) for title in ("Metrics", "Settings"))
+    assert metrics == {"prompt_accuracy": 0.875} and settings == json.loads((run / "config.json").read_text()) and settings["lora_rank"] == 4
+    (comfy,) = (line for line in text.splitlines() if "ComfyUI" in line)
+    assert 'sampler "lcm", scheduler "sgm_uniform", 4 steps, cfg 1' in comfy
+    assert ("ModelSamplingSD3 with shift 3." in comfy) == (model == "toy/sd3") == ("shift" in comfy)
+    assert ("1000, 900, 750, 500" if model == "toy/sd3" else "999, 749, 499, 249") in text
+
+
+@both
 @pytest.mark.parametrize("lam, equal", [("0", True), ("1", False)])
-def test_eq_11_on_the_factors(lam, equal, tmp_path):
+def test_eq_11_on_the_factors(lam, equal, model, tmp_path):
     """At λ = 0 the score estimator takes G's LoRA after each of its updates; its own learning rate is as good as zero here."""
-    done, *_ = run(tmp_path / "run", "--iterations", "2", "--ema", lam, "--fake-lr", "1e-30")
+    done, *_ = run(tmp_path / "run", "--model", model, "--iterations", "2", "--ema", lam, "--fake-lr", "1e-30")
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     dcp_to_torch_save(run_folder.newest(done) / "state", tmp_path / "state.pt")
