@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ class Config:
     out: str = ""  # run folder; default runs/DATE-TIME
     iterations: int = 400  # loops of Algorithm 1; the generator moves in every TTUR-th
     batch_size: int = 16  # global: over all ranks
-    micro_batch: int = 0  # samples of a rank that pass the networks at once in a distillation update (gradients add up); 0 = all
+    micro_batch: int = 0  # samples of a rank that pass the networks at once, in updates of either kind (gradients add up); 0 = all
     student_steps: int = 4  # K, the student's sampling steps: 4 or 8
     dm_steps: str = "high"  # student steps that the DM loss trains: high = all but the last (timestep-aware), or all
     ttur: int = 1  # loops per generator update (Algorithm 1, line 12)
@@ -83,7 +84,7 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-# ASSUMPTION: the paper prints neither learning rates nor loss weights; these are DMD2's (lr, guidance) and the toy's (the rest).
+# ASSUMPTION: the paper prints neither learning rates nor loss weights: lr and guidance are DMD2's, fake_lr is 5 times lr, beta is LPO's, the rest the toy's.
 _SDXL = {
     "model": "stabilityai/stable-diffusion-xl-base-1.0",
     "resolution": 1024,
@@ -103,6 +104,7 @@ _SD3 = _SDXL | {
     "lr": 1e-5,
     "fake_lr": 2e-5,
 }
+_STAGE2 = _SDXL | {"stage": 2, "rl_lr": 2e-7, "beta": 0.0076}
 _DMD2 = {"gan": "latent", "gan_weight": 5e-3, "dm_steps": "all", "ttur": 5, "ema": 1.0}  # as the paper describes it (3.1, 3.2); weights: DMD2's
 PRESETS = {
     "toy": {},
@@ -115,8 +117,8 @@ PRESETS = {
     "sdxl-4step-ttur5": _SDXL | {"batch_size": 64, "iterations": 18000, "ttur": 5},  # Table 1
     "sdxl-8step": _SDXL | {"batch_size": 48, "iterations": 3000, "ttur": 2, "student_steps": 8},  # Table 6; 6,000 too
     "sd3-4step": _SD3 | {"batch_size": 32, "iterations": 4000, "ttur": 2},  # Table 2; 7,000 too. Rank and rates are not printed
-    "sdxl-stage2": _SDXL | {"stage": 2, "batch_size": 64, "iterations": 5000, "rl_lr": 2e-7},  # Tables 3, 4
-    "sdxl-8step-stage2": _SDXL | {"stage": 2, "batch_size": 48, "iterations": 3000, "student_steps": 8, "rl_lr": 2e-7},  # Table 7; 6,000 too
+    "sdxl-stage2": _STAGE2 | {"batch_size": 64, "iterations": 5000},  # Tables 3, 4. ASSUMPTION: the batch is stage 1's
+    "sdxl-8step-stage2": _STAGE2 | {"batch_size": 48, "iterations": 3000, "student_steps": 8},  # Table 7; 6,000 too
 }
 
 CHOICES = {
@@ -157,6 +159,10 @@ def parse(argv=None):
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, default=None, help=f"{notes[f.name]} (default: {f.default})".replace("%", "%%"), **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not given.get("out"):
+        parser.error("torchrun --max-restarts needs --out: the folder in which a restart goes on")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        given["resume"] = True
     saved = Path(given.get("out", "")) / "config.json"
     if given.get("resume") and given.get("out") and saved.is_file():  # a run goes on with its own settings, but for the flags given
         try:

@@ -1,8 +1,8 @@
 """What a run would need, without weights and without a GPU: python train.py --preset sdxl-4step --dry-run --gpus 8 --gpu-memory 80
 
 The networks are built at their real size on fake tensors (shapes, no numbers) and train.py's own iteration runs through them:
-parameters are counted, floating-point operations are counted, and every tensor's storage is followed from birth to death, which
-gives the peak of activations and temporaries. Weights and optimizer states follow from the parameter counts:
+parameters are counted, floating-point operations are counted (with those that --checkpointing repeats), and every tensor's storage is
+followed from birth to death, which gives the peak of activations and temporaries. Weights and optimizer states follow from the parameter counts:
 
     trained         16 bytes a parameter: fp32 weight, gradient, two AdamW moments (10 with --optimizer adamw8bit); sharded by FSDP2
     under LoRAs      4 bytes a parameter (fp32), sharded likewise: the frozen network that G and the score estimator share (--lora-rank)
@@ -13,7 +13,6 @@ Geometry: SDXL or SD3-Medium with its VAE and two CLIP text encoders, SAM ViT-B.
 buffers (an allowance of 8 %).
 """
 
-import dataclasses
 import time
 import weakref
 
@@ -24,7 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from cast import Cast
@@ -77,7 +76,8 @@ CLIP_L = CLIPTextConfig(**TEXT, hidden_size=768, intermediate_size=3072, num_hid
 CLIP_G = CLIPTextConfig(**TEXT, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280)
 ALLOWANCE = 0.08  # of a GPU's memory
 MOMENTS = {"adamw": 8, "adamw8bit": 2 * (1 + 4 / 256)}  # bytes a parameter; torchao keeps an fp32 scale per 256 numbers
-IDLE = "distillation, a loop without G (TTUR)"
+IDLE = "a loop without G (TTUR)"
+TURNS = {"G": "generator", "fake": "score estimator", "D": "discriminator", "G, RL": "generator", "head": "latent discriminator"}
 
 
 class Words:
@@ -94,9 +94,10 @@ class Words:
 
 
 class Unmoved(Cast):
-    """A cast whose optimizers do not step: they would look at numbers."""
+    """A cast whose optimizers do not step, for they would look at numbers: where they would, a turn ends."""
 
     def update(self, name, loss, max_norm=None):
+        self.meter.turn(name)
         return loss, True
 
     def weights(self, name):
@@ -154,24 +155,31 @@ def assemble(config, batch):
     return Unmoved(config, 1, latent, words, vae, teacher, at_scale, null, G, fake, D, head, judge, ref, R, players, S)
 
 
-class Memory(TorchDispatchMode):
-    """Bytes of all tensors that operations make, while they live: `live` now, `peak` so far."""
+class Meter(TorchDispatchMode):
+    """What operations make and cost: bytes of all their tensors while these live (`live` now, `peak` so far), and floating-point operations."""
 
     def __init__(self):
         super().__init__()
-        self.live, self.peak, self.known = 0, 0, set()
+        self.live, self.peak, self.flops, self.known, self.turns = 0, 0, 0, set(), {}
+
+    def turn(self, name):
+        """A turn ends: its peak and its operations are kept under `name`, those of the next one begin."""
+        self.turns[name] = self.peak, self.flops
+        self.peak, self.flops = self.live, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        old = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and id(t.untyped_storage()) not in old | self.known:
-                self._born(t.untyped_storage())
+        out = func(*args, **(kwargs := kwargs or {}))
+        if formula := flop_registry.get(func.overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=out)
+        storages = lambda tree: {id(s): s for s in (t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor))}  # noqa: E731
+        new = {name: storage for name, storage in storages(out).items() if name not in self.known}
+        for name in new.keys() - storages((args, kwargs)).keys() if new else ():
+            self._born(name, new[name])
         self.peak = max(self.peak, self.live)
         return out
 
-    def _born(self, storage):
-        size, name = storage.nbytes(), id(storage)
+    def _born(self, name, storage):
+        size = storage.nbytes()
         self.live += size
         self.known.add(name)
         weakref.finalize(storage, self._died, name, size)
@@ -181,28 +189,22 @@ class Memory(TorchDispatchMode):
         self.known.discard(name)
 
 
-def iterate(config, kind, turn, watcher):
-    """One loop of a kind (`turn`: train.py's function for it), on one sample under `watcher`. -> the cast"""
+def measure(config, kinds, distil, prefer):
+    """One loop of each kind on one sample -> the cast, {kind: {player: (bytes at the peak, operations) from the step before to its step}}."""
+    measured, every = {}, config.rl_ratio + 1 if config.stage == 2 else 1
+    draw = lambda purpose: sample_generators(0, 1, [0], purpose)  # noqa: E731
     with FakeTensorMode(allow_non_fake_inputs=True):
         cast = assemble(config, 1)
-        draw = lambda purpose: sample_generators(0, 1, [0], purpose)  # noqa: E731
         c, picture = cast.encoder.encode(["a"]), torch.empty(1, 3, config.resolution, config.resolution)
-        every = config.rl_ratio + 1 if config.stage == 2 else 1
-        loop = every * (1 if kind == IDLE else config.ttur)  # every TTUR-th of the loops that distil updates G
-        with watcher:
-            if kind == "preference":
-                turn(cast, ["a"], c, draw)
-            else:
-                turn(cast, loop, picture, ["a"], c, draw, watched=False)
-    return cast
-
-
-def measure(config, kind, turn):
-    """-> peak bytes of one sample, its floating-point operations (without those that checkpointing repeats), the cast."""
-    flops, memory = FlopCounterMode(display=False), Memory()
-    iterate(dataclasses.replace(config, checkpointing=False), kind, turn, flops)
-    cast = iterate(config, kind, turn, memory)
-    return memory.peak, flops.get_total_flops(), cast
+        for kind in kinds:
+            loop = every * (1 if kind == IDLE else config.ttur)  # every TTUR-th of the loops that distil updates G
+            with Meter() as cast.meter:
+                if kind == "preference":
+                    prefer(cast, ["a"], c, draw)
+                else:
+                    distil(cast, loop, picture, ["a"], c, draw, watched=False)
+            measured[kind] = {name: found for name, found in cast.meter.turns.items() if found[1]}
+    return cast, measured
 
 
 def count(module):
@@ -245,7 +247,7 @@ def a_gpu(rows, gpus):
 def report(config, distil, prefer):
     """Print what the run needs, and whether it fits -> bytes a GPU at the peak, without the allowance; distil, prefer: train.py's.
 
-    Raises UserError for a preset of another geometry.
+    Raises UserError for a preset of another geometry, and for a batch that the GPUs cannot share.
     """
     if not config.preset.startswith(("sdxl", "sd3")):
         raise UserError(f"--dry-run knows the geometry of SDXL and SD3-Medium, not that of --preset {config.preset}: give one of their presets")
@@ -253,15 +255,16 @@ def report(config, distil, prefer):
         raise UserError("--dry-run knows neither DMDR (--fake-lora) nor AdvDMD (--gan online) yet")
     if config.preset.startswith("sd3") and (config.stage == 2 or config.gan == "latent"):
         raise UserError("--dry-run knows SD3 in stage 1 with --gan pixel alone: it has no latent reward model and no bottleneck")
-    began, gpus, share = time.time(), config.gpus, -(-config.batch_size // config.gpus)
+    if config.batch_size % config.gpus or config.batch_size // config.gpus % (config.micro_batch or 1):
+        raise UserError(f"--batch-size {config.batch_size} is not divisible by --gpus {config.gpus}, or a GPU's share of it not by --micro-batch")
+    began, gpus, share = time.time(), config.gpus, config.batch_size // config.gpus
     print(f"{config.preset}: stage {config.stage}, {config.resolution} pixels, batch {config.batch_size}, {gpus} GPUs of {config.gpu_memory:g} GB\n")
     kinds = {"distillation": 1} | ({IDLE: config.ttur - 1} if config.ttur > 1 else {})  # how often each kind of loop comes
     if config.stage == 2:
         kinds = {"preference": config.rl_ratio * config.ttur} | ({} if config.rl_only else kinds)
-    measured = {kind: measure(config, kind, prefer if kind == "preference" else distil) for kind in kinds}
-    cast = next(iter(measured.values()))[-1]
+    cast, measured = measure(config, kinds, distil, prefer)
     rows, open_blocks = states(cast, config.optimizer), gathered(cast)
-    sharded = a_gpu(rows, gpus) + open_blocks
+    sharded, whole = (a_gpu(rows, n) + open_blocks for n in (gpus, 1))
 
     def show(name, n, *gb):
         print(f"{name:34}{n / 1e6:14.1f}" + "".join(f"{v / 1e9:{w}.2f}" for v, w in zip(gb, (10, 11, 9, 14, 16))))
@@ -269,42 +272,56 @@ def report(config, distil, prefer):
     print(f"{'GB':34}{'parameters, M':>14}{'weights':>10}{'gradients':>11}{'moments':>9}{'a GPU, whole':>14}{'a GPU, sharded':>16}")
     for row in rows:
         show(*row[:5], a_gpu([row], 1), a_gpu([row], gpus))
-    show("FSDP2's gathered blocks", 0, 0, 0, 0, 0, open_blocks)
-    show("sum", *(sum(r[n] for r in rows) for n in (1, 2, 3, 4)), a_gpu(rows, 1), sharded)
-    print("\nsharded over 1, 2, 8, 64 GPUs: " + ", ".join(f"{(a_gpu(rows, n) + open_blocks) / 1e9:.2f}" for n in (1, 2, 8, 64)) + " GB on each")
+    show("FSDP2's gathered blocks", 0, 0, 0, 0, open_blocks, open_blocks)
+    show("sum", *(sum(r[n] for r in rows) for n in (1, 2, 3, 4)), whole, sharded)
     student = 4 * next(r[1] for r in rows if r[0] == "generator G")
     disk = student + sum(r[2] + r[4] for r in rows if r[4])  # what is trained, and its moments
-    print(f"a checkpoint: {disk / 1e9:.1f} GB on disk; to write the student, rank 0 gathers {student / 1e9:.1f} GB in host memory")
+    print(f"\na checkpoint: {disk / 1e9:.1f} GB on disk; to write the student, rank 0 gathers {student / 1e9:.1f} GB in host memory")
 
-    free, fits, cost, needs = config.gpu_memory * 1e9 * (1 - ALLOWANCE) - sharded, True, 0, []
-    for kind, (peak, flops, _) in measured.items():
-        at_once = share if kind == "preference" else config.micro_batch or share
-        most = max(0, int(free // peak))
-        fits &= at_once <= most
-        cost += flops * kinds[kind] / sum(kinds.values())
-        print(f"\n{kind}: {peak / 1e9:.2f} GB at the peak and {flops / 1e12:.1f} TFLOP a sample, without what --checkpointing repeats")
-        needs.append(sharded + at_once * peak)
-        print(
-            f"    {at_once} a GPU at once need {needs[-1] / (1 - ALLOWANCE) / 1e9:.0f} GB; {most} fit"
-            + ("" if at_once <= most else remedy(config, kind, share, most))
-        )
-    hours = config.iterations * config.batch_size * cost / (config.gpu_tflops * 1e12) / 3600
-    print(f"\n{config.iterations} x {config.batch_size} samples at {config.gpu_tflops:g} sustained TFLOP/s: {hours:.0f} GPU-hours")
-    peak = max(peak for peak, *_ in measured.values())
+    print(f"\n{'one sample, from one optimizer step to the next':50}{'GB at the peak':>15}{'TFLOP':>10}")
+    for kind, turns in measured.items():
+        for name, (peak, flops) in turns.items():
+            print(f"{f'{kind}: {TURNS[name]}':50}{peak / 1e9:15.2f}{flops / 1e12:10.1f}")
+    cost = sum(kinds[kind] * sum(flops for _, flops in turns.values()) for kind, turns in measured.items()) / sum(kinds.values())
+    hours, mean = config.iterations * config.batch_size * cost / (config.gpu_tflops * 1e12) / 3600, " (mean of the kinds)" if len(kinds) > 1 else ""
+    print(f"{f'an iteration of {config.batch_size} samples{mean}':65}{config.batch_size * cost / 1e12:10.1f}")
+    print(f"{config.iterations} x {config.batch_size} samples at {config.gpu_tflops:g} sustained TFLOP/s: {hours:.1f} GPU-hours")
+
+    peak, at_once, free = max(peak for turns in measured.values() for peak, _ in turns.values()), config.micro_batch or share, 1 - ALLOWANCE
+    most = lambda held, gb=config.gpu_memory: max(0, int((gb * 1e9 * free - held) // peak))  # noqa: E731
+    print(f"\n{f'a GPU, {ALLOWANCE:.0%} kept free':50}{f'{at_once} at once, GB':>15}{'most at once':>15}")
+    for layout, held in (("whole, as DDP would hold it", whole), ("sharded", sharded)):
+        print(f"{layout:50}{(held + at_once * peak) / free / 1e9:15.1f}{most(held):15}")
+
+    fewest, divisors = {}, [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
     for optimizer in dict.fromkeys((config.optimizer, "adamw8bit")):
-        held, room = states(cast, optimizer), {gb: gb * 1e9 * (1 - ALLOWANCE) - open_blocks - peak for gb in (24, 48, 80, 141)}
-        fewest = {gb: next((n for n in range(1, 1025) if a_gpu(held, n) <= free), None) for gb, free in room.items()}
-        print(f"one sample at once, --optimizer {optimizer}, takes at least " + ", ".join(f"{n} x {gb} GB" for gb, n in fewest.items() if n))
-    print(f"verdict: {'fits' if fits else 'does NOT fit'} on {gpus} x {config.gpu_memory:g} GB ({time.time() - began:.0f} s)")
-    return max(needs)
+        held = states(cast, optimizer)
+        found = {gb: next((n for n in divisors if most(a_gpu(held, n) + open_blocks, gb)), None) for gb in (24, 48, 80, 141)}
+        fewest[optimizer] = " or ".join(f"{n} x {gb} GB" for gb, n in found.items() if n) or "more GPUs than samples"
+    least, light = fewest[config.optimizer], fewest["adamw8bit"]
+    fits, most_light = at_once <= most(sharded), most(a_gpu(states(cast, "adamw8bit"), gpus) + open_blocks)
+    print(
+        f"\nverdict: {'fits' if fits else 'does NOT fit'} on {gpus} x {config.gpu_memory:g} GB"
+        + ("" if fits else f" (helps: {', '.join(remedies(config, measured, share, most(sharded), most_light))})")
+        + f"; one sample at once needs at least {least}"
+        + (f" (--optimizer adamw8bit: {light})" if light != least else "")
+    )
+    print(f"({time.time() - began:.0f} s)")
+    return sharded + at_once * peak
 
 
-def remedy(config, kind, share, most):
-    """What to change where more is asked for than fits."""
+def remedies(config, measured, share, most, most_light):
+    """What to change where more is asked for than the `most` samples that fit at once; `most_light`: with moments in 8 bits."""
+    turns = measured.get("distillation", {})
     if not config.checkpointing:
-        return ": add --checkpointing"
-    if not most:
-        return ": more GPUs share the states, a lower --resolution shrinks the rest"
-    if kind != "preference":
-        return f": add --micro-batch {max(n for n in range(1, most + 1) if share % n == 0)}"
-    return f": lower --batch-size to {most * config.gpus}, or use {-(-config.batch_size // most)} GPUs"
+        yield "--checkpointing"
+    if most:
+        yield f"--micro-batch {max(n for n in range(1, most + 1) if share % n == 0)}"
+    if most_light > most:
+        yield f"--optimizer adamw8bit: {most_light} at once"
+    if "D" in turns and max(turns, key=turns.get) == "G" and not config.gan_crop:
+        yield f"--gan-crop {config.resolution // 2}: less of the VAE and SAM"
+    if share > 1:
+        yield "more GPUs"
+    elif not most:
+        yield "a lower --resolution"

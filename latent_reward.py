@@ -43,7 +43,7 @@ class LatentRewardModel(nn.Module):
         """unet: a UNet2DConditionModel, whose up blocks are dropped; encoder: a PromptEncoder, R's own; text_width: of its pooled embedding."""
         super().__init__()
         unet.up_blocks = unet.conv_norm_out = unet.conv_act = unet.conv_out = None
-        self.unet, self.encoder = unet, encoder
+        self.unet, self.encoder, self.empty = unet, encoder, None
         widths = unet.config.block_out_channels
         self.visual_projection = nn.Linear(sum(widths) + widths[-1], text_width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1/0.07), CLIP's first guess
@@ -101,7 +101,9 @@ class LatentRewardModel(nn.Module):
 
     def forward(self, z_t, t, c):
         """z_t (B, C, h, w) at timesteps t (B,); c the prompts' condition through R's own encoders -> scores (B,), fp32."""
-        null = {k: v.expand_as(c[k]) for k, v in self.encoder.encode([""]).items()}
+        if self.empty is None:  # R's text encoders never learn
+            self.empty = self.encoder.encode([""])
+        null = {k: v.expand_as(c[k]) for k, v in self.empty.items()}
         *down, mid = self.features(z_t, t, c)
         mid_null = self.features(z_t, t, null)[-1]
         joined = torch.cat([*down, mid_null + self.guidance * (mid - mid_null)], 1)

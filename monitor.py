@@ -19,6 +19,9 @@ import score_estimator
 from diffusion import backward_simulation, guided, randn, sample_generators, sample_ode
 from models import generate
 
+COMPONENTS = {"G": "the generator G", "fake": "the score estimator", "teacher": "the teacher", "ref": "the reference", "R": "the reward model"}
+COMPONENTS |= {"vae": "the VAE", "D": "SAM and D's heads", "encoder": "the text encoders"}
+
 
 @torch.no_grad()
 def health(x_real, latent_real, x_0, vae, teacher, L_fake, t, eps, c):
@@ -119,14 +122,29 @@ def out_of_memory(error, config):
     """One line for an allocation that failed: where, at what batch, and what helps. None for another error."""
     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
         return None
-    where = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == Path(__file__).parent]
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    whole = config.stage == "reward" or any(frame.name == "prefer" for frame in where)  # these take a rank's batch at once
+    frames, ranks = [frame for frame, _ in traceback.walk_tb(error.__traceback__)], int(os.environ.get("WORLD_SIZE", 1))
+    names = [(Path(f.f_code.co_filename).name, f.f_code.co_name) for f in frames]
+    ours = [name for file, name in names if file in ("train.py", "train_reward.py") or name == "assemble"]
+    whole = config.stage == "reward"  # takes a rank's batch at once
     at_once, switch = (config.batch_size // ranks, "--batch-size") if whole else (config.micro_batch or config.batch_size // ranks, "--micro-batch")
     return (
-        f"out of memory in {where[-1].name} ({where[-1].line}) with {at_once} samples at once on each of {ranks} ranks: lower {switch}, "
+        f"out of memory in {component(frames)}{ours[-1]} with {at_once} samples at once on each of {ranks} ranks: lower {switch}, "
         "add --checkpointing, add --gan-crop (or --optimizer adamw8bit, --lora-rank, more ranks); --dry-run computes what fits"
     )
+
+
+def component(frames):
+    """What of a Cast was at work in the frames down to an allocation that failed: a network, an optimizer, a backward pass; "" without a Cast."""
+    cast = next((f.f_locals["cast"] for f in frames if "cast" in f.f_locals), None)
+    networks = {id(getattr(cast, name)): title for name, title in COMPONENTS.items()} if cast else {}
+    for f in frames:
+        if "self" in f.f_locals and id(f.f_locals["self"]) in networks:
+            return f"{networks[id(f.f_locals['self'])]}, in "
+        if f.f_code.co_name == "update" and "name" in f.f_locals:
+            return f"the optimizer step of {f.f_locals['name']}, in "
+        if f.f_code.co_name == "backward":
+            return "a backward pass, in "
+    return ""
 
 
 class Log:

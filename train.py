@@ -300,21 +300,24 @@ def look(cast, part, i, L_fake):
 def prefer(cast, prompts, c, draw):
     """Lines 28-31: one update of G by preference (Eq. 12-13). -> what to log, whether G moved, whether it was finite."""
     config, G, S = cast.config, cast.G, cast.S
-    noise, c_R = draw("rl"), cast.R.encoder.encode(prompts)
-    z, rows = randn(noise, cast.latent), torch.arange(len(prompts), device=cast.latent.device)
+    noise, c_R, n, size = draw("rl"), cast.R.encoder.encode(prompts), len(prompts), config.micro_batch or len(prompts)
     judged = 2 if config.rl_steps == "high" else len(S) - 1  # the last transition, to 0, has no density
-    pool = latent_reward.rollout(G, cast.R, z, c, c_R, S, judged, config.candidates, config.carry, noise)  # line 28
+    how, pool = (S, judged, config.candidates, config.carry), []
+    for part in [slice(first, first + size) for first in range(0, n, size)]:  # gradients add up over micro-batches
+        c_part, c_R_part = ({key: v[part] for key, v in cs.items()} for cs in (c, c_R))
+        steps = latent_reward.rollout(G, cast.R, randn(noise[part], cast.latent[part]), c_part, c_R_part, *how, noise[part])  # line 28
+        pool += [(c_part, *step) for step in steps]
     chosen = [latent_reward.choose(scores, config.pair_threshold) for *_, scores in pool]  # line 29
 
     kept_pairs = torch.stack([kept for *_, kept in chosen]).sum().float()
     if dist.is_initialized():
         dist.all_reduce(kept_pairs)
     total, right, drift = 0.0, 0.0, 0.0
-    for (i, z_t, z_s, _), (win, lose, kept) in zip(pool, chosen, strict=True):  # line 30, Eq. 12-13
-        s = times(S[i + 1], z_t)
-        x0_theta = G(z_t, times(S[i], z_t), c)
+    for (c_part, i, z_t, z_s, _), (win, lose, kept) in zip(pool, chosen, strict=True):  # line 30, Eq. 12-13
+        s, rows = times(S[i + 1], z_t), torch.arange(len(z_t), device=z_t.device)
+        x0_theta = G(z_t, times(S[i], z_t), c_part)
         with torch.no_grad():
-            x0_ref = cast.ref(z_t, times(S[i], z_t), c)
+            x0_ref = cast.ref(z_t, times(S[i], z_t), c_part)
         alpha_s, sigma_s = G.schedule.alpha(s), G.schedule.sigma(s)
         H = latent_reward.advantage(z_s[rows, win], z_s[rows, lose], x0_theta, x0_ref, alpha_s, sigma_s, config.ratio_clip)
         L = (latent_reward.loss(H, config.beta) * kept).sum() * cast.ranks / kept_pairs.clamp(min=1)  # FSDP averages over ranks
@@ -328,7 +331,7 @@ def prefer(cast, prompts, c, draw):
         "rl_loss": total,
         "reward": scores.mean(),
         "reward_gap": (scores.amax(1) - scores.amin(1)).mean(),
-        "kept_pairs": kept_pairs / (cast.ranks * len(pool) * len(rows)),
+        "kept_pairs": kept_pairs / (cast.ranks * judged * n),
         "implicit_accuracy": right * cast.ranks / kept_pairs.clamp(min=1),
         "kl_to_reference": drift / len(pool),
         "rl_norm": norm,

@@ -18,7 +18,7 @@ import data
 import monitor
 import run_folder
 from diffusion import rand, randn, sample_generators, times
-from distributed import adamw, average_gradients, start_process, update
+from distributed import Ending, adamw, average_gradients, start_process, update
 from latent_reward import LatentRewardModel, bradley_terry, pair_scores
 from models import UserError, load_schedule, load_vae
 
@@ -101,6 +101,7 @@ def train_reward(config):
     log = monitor.Log(run, rank, config, progress)
     firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
     batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
+    ending = Ending(device)
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     for loop in range(progress["loops"] + 1, config.iterations + 1):
@@ -115,7 +116,7 @@ def train_reward(config):
         average_gradients(R, ranks)
         norm, ok = update(players["R"][1], L, config.clip_grad)
         progress |= {"loops": loop, "samples": loop * config.batch_size, "skipped_updates": progress["skipped_updates"] + (not ok)}
-        last = loop == config.iterations
+        last = ending.asked() or loop == config.iterations
         if loop % config.log_every == 0 or last:
             logged = {"reward_loss": L.detach(), "right": (better > worse).float().mean(), "norm": norm}
             log.write(progress, monitor.average(logged, ranks))
@@ -125,6 +126,8 @@ def train_reward(config):
                 log.write(progress, held_out(R, schedule, vae, source))
         if loop % config.save_every == 0 or last:
             checkpoint.save(run, players, progress, config.keep, lambda folder, R, _: R.save_pretrained(folder / "lrm", config.model))
+        if last:
+            break
     log.close()
     return run
 

@@ -1,10 +1,10 @@
 """Where an iteration's time goes: each network pass and optimizer step timed alone, their sum beside whole iterations.
 
-    python -m lab.bench                                     the toy
-    python -m lab.bench --preset sdxl-4step --model OUT/sdxl --sam OUT/sam_vit_b_random.pth --clip toy/clip --data path/to/pictures --batch-size 2
+    python -m lab.bench --size toy                    or sdxl, sd3: the real size, with random weights (7 GB of disk) and random pictures
+    python -m lab.bench --size sdxl --batch-size 2    any flag of train.py may follow
 
-OUT is lab.random_models'; any flag of train.py may follow. Below the passes: samples per second, peak memory, counted floating-point
-operations, and their share of the rate at which this device multiplies matrices (bf16 on CUDA, else fp32).
+Without --size the flags say which model and data; by default the toy. Below the passes: samples per second, peak memory, counted
+floating-point operations, and their share of the rate at which this device multiplies matrices (bf16 on CUDA, else fp32).
 """
 
 import argparse
@@ -30,8 +30,26 @@ from cast import assemble
 from config import parse
 from diffusion import sample_generators
 from distributed import start_process
-from lab import rows
+from lab import random_models, rows
 from models import UserError
+
+SIZES = {"toy": (), "sdxl": ("--preset", "sdxl-4step"), "sd3": ("--preset", "sd3-4step", "--ttur", "1")}
+
+
+def stand_in(size, folder, argv):
+    """argv with a model of this size (the toy's own; the others with random weights) and random pictures, both in `folder`."""
+    argv, paths = [*SIZES[size], *argv], {"--data": folder / "pictures"}
+    random_models.pictures(folder / "pictures", parse(argv).resolution)
+    if size != "toy":
+        model, sam = random_models.write(size, folder)
+        paths |= {"--model": model, "--sam": sam, "--clip": "toy/clip"}
+    return [*map(str, rows.flat(paths)), *argv]
+
+
+def rollouts(config):
+    """How many passes of G without gradient an iteration of reading (b) makes: to x at step i, and on to the last. The mean over i."""
+    K = config.student_steps
+    return K - 2 + (1 / K if config.dm_steps == "all" else 0)  # where i is the last step, x is made once more
 
 
 def passes(cast):
@@ -42,16 +60,19 @@ def passes(cast):
     images, prompts = torch.stack([source[i][0] for i in range(n)]).to(cast.latent.device), [source[i][1] for i in range(n)]
     c, z, t = encoder.encode(prompts), vae.encode(images), torch.full((n,), 499, device=cast.latent.device)
     x, with_gradient = torch.randn_like(z), z.clone().requires_grad_()
-    features = [f.detach() for f in D.features(images)]
+    seen, pixels = train.window(config, vae, z.shape[-1], 1)
+    reals, picture = images[pixels], images[pixels].clone().requires_grad_()
+    features = [f.detach() for f in D.features(reals)]
+    judged = [f.clone().requires_grad_() for f in features]
 
     def backward(loss, *modules):
         loss.backward()
         for m in modules:
             m.zero_grad(set_to_none=True)
 
-    def generator_turn():
+    def heads_for_G():
         D.requires_grad_(False)
-        backward(pixel_gan.generator_loss(D(D.features(vae.decode(with_gradient)))))
+        backward(pixel_gan.generator_loss(D(judged)))
         D.requires_grad_(True)
 
     def step(name):
@@ -66,13 +87,15 @@ def passes(cast):
     no_grad = torch.no_grad()
     return {
         "data and prompts": (lambda: encoder.encode([source[i][1] for i in range(n)]), 1),
-        "rollout (G forward)": (no_grad(lambda: G(x, t, c)), 2),
+        "rollout (G forward)": (no_grad(lambda: G(x, t, c)), rollouts(config)),
         "G forward, backward": (lambda: backward(G(x, t, c).square().mean(), G.net), 2),
         "teacher, guided": (no_grad(lambda: cast.guided_teacher(x, t, c)), 1),
         "fake forward": (no_grad(lambda: fake(x, t, c)), 1),
         "fake forward, backward (Eq. 6)": (lambda: backward(score_estimator.loss(fake, x, t, z, c), fake.net), 1),
-        "VAE, SAM, heads forward, backward to x_adv (Eq. 9)": (generator_turn, 1),
-        "SAM on reals": (no_grad(lambda: D.features(images)), 1),
+        "VAE forward, backward (Eq. 9)": (lambda: backward(vae.decode(with_gradient[seen]).mean()), 1),
+        "SAM forward, backward (Eq. 9)": (lambda: backward(sum(f.mean() for f in D.features(picture))), 1),
+        "heads forward, backward (Eq. 9)": (heads_for_G, 1),
+        "SAM on reals": (no_grad(lambda: D.features(reals)), 1),
         "heads forward, backward (Eq. 10)": (lambda: backward(pixel_gan.discriminator_loss(D(features), D(features)), D), 1),
         "DM loss": (lambda: dmd.loss(with_gradient, x).backward(), 1),
         "EMA pull (Eq. 11)": (lambda: score_estimator.pull(cast.weights("fake"), cast.weights("G"), config.ema), 1),
@@ -118,23 +141,16 @@ def matrix_rate(device, repeats=20):
     return 2 * n**3 / median(seconds)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--loops", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=15)
-    args, argv = parser.parse_known_args()
+def bench(argv, loops, repeats):
+    """Print the table of a run with these flags. Raises UserError."""
     rank, ranks, device = start_process()
-    try:
-        config = parse(argv)
-        if config.gan != "pixel" or not config.gan_weight:
-            raise UserError("lab.bench times Pixel-GAN's passes: leave --gan and --gan-weight 0 out")
-        cast = assemble(config, ranks, device)
-        table, total = passes(cast), 0.0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    config = parse(argv)
+    if (config.stage, config.gan, config.gan_reals, config.adv_reading, config.ttur) != (1, "pixel", "raw", "b", 1) or not config.gan_weight:
+        raise UserError("lab.bench times stage 1 with Pixel-GAN: leave --gan, --gan-weight 0, --gan-reals and --adv-reading out, and pass --ttur 1")
+    cast = assemble(config, ranks, device)
+    table, total = passes(cast), 0.0
     times = {name: [] for name in table}
-    for repeat in range(args.repeats + 1):  # round after round, so that a slow spell of the machine meets all of them
+    for repeat in range(repeats + 1):  # round after round, so that a slow spell of the machine meets all of them
         for name, (f, _) in table.items():
             wait()
             began = time.perf_counter()
@@ -154,10 +170,24 @@ def main():
     if device.type == "cuda":
         torch.cuda.empty_cache()
         dist.destroy_process_group()
-    whole = iteration(argv, args.loops)
+    whole = iteration(argv, loops)
     print(f"| sum | | | {total:.1f} |\n| one iteration of train.py | | | {1000 * whole:.1f} |\n| ratio | | | {1000 * whole / total:.2f} |")
     print(f"\n{n / whole:.2f} samples per second; peak memory {peak / 1e9:.2f} GB; {flops / 1e12:.3f} TFLOP a loop, so {flops / whole / 1e12:.3f} a")
     print(f"second: {flops / whole / rate:.0%} of the {rate / 1e12:.3f} TFLOP/s at which this device multiplies matrices")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, help="toy, or a real size with random weights; by default what the flags say")
+    parser.add_argument("--loops", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=15)
+    args, argv = parser.parse_known_args()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            bench(stand_in(args.size, Path(folder), argv) if args.size else argv, args.loops, args.repeats)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

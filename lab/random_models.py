@@ -5,6 +5,7 @@ python train.py --preset sdxl-4step --model OUT/sdxl --sam OUT/sam_vit_b_random.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from diffusers import (
 from segment_anything import sam_model_registry
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from data import to_pil
 from diffusion import Schedule
 from dry_run import CLIP_G, CLIP_L, SD3, SD3_VAE, SDXL, SDXL_VAE
 from models import HERE
@@ -48,6 +50,15 @@ def write(kind, out):
     pipeline.to(torch.bfloat16).save_pretrained(out / kind)
     torch.save(sam.state_dict(), out / "sam_vit_b_random.pth")
     return out / kind, out / "sam_vit_b_random.pth"
+
+
+def pictures(folder, side, n=4):
+    """A folder of n random square pictures with captions, as --data takes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"file_name": f"{i}.png", "text": "a picture"}) + "\n" for i in range(n)]
+    for i in range(n):
+        to_pil(torch.rand(3, side, side) * 2 - 1).save(folder / f"{i}.png")
+    (folder / "metadata.jsonl").write_text("".join(lines))
 
 
 def main():

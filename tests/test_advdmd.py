@@ -8,6 +8,7 @@ import torch
 import advdmd
 import checkpoint
 import config
+import latent_gan
 import run_folder
 import train
 from cast import assemble
@@ -79,6 +80,14 @@ def test_gate_stops_reinforcement_while_d_is_blind(tmp_path):
     assert all(m["rl_open"] == 0 and m["rl_loss"] == 0 and m["d_accuracy_unseen"] < 1 for m in shut) and all(m["rl_open"] == 1 for m in open_)
     assert "rl_open" not in late[-1] and read(weights_shut) == read(weights_late) != read(weights_open)
     assert open_[-1]["passes"] - shut[-1]["passes"] == 2 * 4 * 3 * 3  # loops, samples, transitions with a density, a pass with gradient
+
+
+def test_gate_is_shut_while_d_is_at_chance(tmp_path, monkeypatch):
+    """A head whose logits are all 0 judges half of the latents right: below the default gate, so nothing is reinforced."""
+    real = latent_gan.Head.forward
+    monkeypatch.setattr(latent_gan.Head, "forward", lambda self, features: 0 * real(self, features))
+    blind, _ = run(tmp_path, "blind")
+    assert all(m["d_accuracy_unseen"] == 0.5 and m["rl_open"] == 0 and m["rl_loss"] == 0 for m in blind)
 
 
 def test_a_frozen_reward_is_another_run_s_discriminator(tmp_path, monkeypatch):

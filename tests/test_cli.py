@@ -132,17 +132,55 @@ class Malicious:
         return Path.touch, (self.path,)
 
 
+PAPER = {  # the paper's tables: stage, batch, iterations, TTUR, student steps, whether LoRAs
+    "sdxl-4step": (1, 64, 1000, 1, 4, False),
+    "sdxl-4step-ttur2": (1, 64, 4000, 2, 4, False),
+    "sdxl-4step-ttur5": (1, 64, 18000, 5, 4, False),
+    "sdxl-8step": (1, 48, 3000, 2, 8, False),
+    "sd3-4step": (1, 32, 4000, 2, 4, True),
+    "sdxl-stage2": (2, 64, 5000, 1, 4, False),
+    "sdxl-8step-stage2": (2, 48, 3000, 1, 8, False),
+    "sdxl-dmd2": (1, 128, 24000, 5, 4, False),
+}
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_presets_are_the_papers(preset):
+    c = config.parse(["--preset", preset])
+    assert (c.stage, c.batch_size, c.iterations, c.ttur, c.student_steps, bool(c.lora_rank)) == PAPER[preset]
+    assert c.guidance == (7 if c.lora_rank else 8) and c.resolution == 1024  # Table 2's teacher; DMD2's w
+    assert config.parse(["--preset", preset, "--ttur", "3"]).ttur == 3
+
+
 def test_out_of_memory_is_named(capsys, tmp_path, monkeypatch):
-    """An allocation that the machine refuses, in the score estimator's turn: where, how many samples, and what helps."""
-    monkeypatch.setattr(train.score_estimator, "loss", lambda *args: torch.empty(2**50))
-    status, line = call(train.main, capsys, *SMALL, "--out", tmp_path / "run")
-    assert status == 2 and all(words in line for words in ("estimator_turn", "2 samples", "--micro-batch", "--checkpointing", "--gan-crop"))
+    """An allocation that the machine refuses, inside a network or an optimizer: which, in whose turn, how many samples, and what helps."""
+    real, real_step, casts = UNet2DConditionModel.forward, torch.optim.AdamW.step, []
+    monkeypatch.setattr(train, "assemble", lambda *args, real=train.assemble: casts.append(real(*args)) or casts[-1])
+
+    def full(self, *args, **kwargs):
+        owners = {id(casts[-1].fake.net): "fake", id(casts[-1].teacher.net): "teacher", id(casts[-1].players["D"][1]): "D"} if casts else {}
+        if owners.get(id(self)) == failing:
+            return torch.empty(2**50)
+        return (real if isinstance(self, UNet2DConditionModel) else real_step)(self, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", full)
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    named = {"fake": "the score estimator, in generator_turn", "teacher": "the teacher, in generator_turn", "D": "the optimizer step of D, in distil"}
+    for failing in named:
+        status, line = call(train.main, capsys, *SMALL, "--out", tmp_path / "run", "--overwrite")
+        assert status == 2 and all(word in line for word in (named[failing], "2 samples", "--micro-batch", "--checkpointing", "--gan-crop")), line
 
 
 def test_batch_not_divisible_by_ranks(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "start_process", lambda: (0, 3, torch.device("cpu")))
     status, line = call(train.main, capsys, *SMALL, "--out", tmp_path / "run")
     assert status == 2 and "divisible by 3" in line
+
+
+def test_restart_by_torchrun_needs_a_folder(capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    status, line = call(train.main, capsys, *SMALL)
+    assert status == 2 and "--max-restarts needs --out" in line
 
 
 def test_run_folder_is_never_overwritten_unasked(capsys, tmp_path):

@@ -1,9 +1,9 @@
 """What only a GPU can show: the dry run's memory beside the memory of a real iteration. Needs CUDA and 20 GB of disk; skipped elsewhere.
 
-CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py
+CUDA_VISIBLE_DEVICES=0 python -m pytest -m gpu
 """
 
-import json
+import gc
 
 import pytest
 import torch
@@ -11,27 +11,37 @@ import torch
 import dry_run
 import train
 from config import parse
-from data import to_pil
 from lab import random_models
+from latent_reward import LatentRewardModel
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+LORA = ["--lora-rank", "64"]
 
 
-@pytest.mark.parametrize("flags", [["--lora-rank", "64"], []])
-def test_dry_run_knows_the_memory_of_sdxl(flags, tmp_path):
-    """Two loops of SDXL at 1024 with random weights: the allocator's peak within 10 % of the dry run's sum."""
+@pytest.mark.parametrize(
+    "preset, flags",
+    [("sdxl-4step", LORA), ("sdxl-4step", []), ("sd3-4step", []), ("sdxl-stage2", [*LORA, "--rl-ratio", "1"])],
+    ids=["SDXL LoRA", "SDXL", "SD3 LoRA", "SDXL LoRA stage 2"],
+)
+def test_dry_run_knows_the_memory(preset, flags, tmp_path):
+    """Two loops at 1024 with random weights (SD3: one without G; stage 2: a preference update, then distillation): the allocator's peak
+    within 10 % of the dry run's sum."""
     total = torch.cuda.get_device_properties(0).total_memory
-    argv = ["--preset", "sdxl-4step", "--batch-size", "1", "--iterations", "2", "--gpus", "1", "--gpu-memory", str(total / 1e9), *flags]
-    computed = dry_run.report(parse([*argv, "--dry-run"]), train.distil, train.prefer)
+    flags = ["--batch-size", "1", "--gpus", "1", "--gpu-memory", str(total / 1e9), *flags]
+    computed = dry_run.report(parse(["--preset", preset, *flags]), train.distil, train.prefer)
     if computed > 0.9 * total:
         pytest.skip(f"needs {computed / 1e9:.0f} GB")
-    model, sam = random_models.write("sdxl", tmp_path)
-    for i in range(4):
-        to_pil(torch.rand(3, 1024, 1024) * 2 - 1).save(tmp_path / f"{i}.png")
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.png", "text": "a picture"}) + "\n" for i in range(4)))
-    paths = {"--model": model, "--sam": sam, "--clip": "toy/clip", "--data": tmp_path, "--out": tmp_path / "run"}
+    kind = preset.split("-")[0]
+    model, sam = random_models.write(kind, tmp_path)
+    random_models.pictures(tmp_path / "pictures", 1024)
+    paths = {"--model": model, "--sam": sam, "--clip": "toy/clip", "--data": tmp_path / "pictures"}
+    flags += [*(str(v) for pair in paths.items() for v in pair), "--preview-every", "0", "--save-every", "100", "--log-every", "100"]
+    if preset == "sdxl-stage2":
+        before = train.train(parse(["--preset", "sdxl-4step", *flags, "--iterations", "1", "--out", str(tmp_path / "before")]))
+        LatentRewardModel.from_pipeline(str(model), 1024).save_pretrained(tmp_path / "lrm", str(model), half=True)
+        flags += ["--init", str(before)]
+    gc.collect()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    train.train(
-        parse([*argv, *(str(v) for pair in paths.items() for v in pair), "--preview-every", "0", "--save-every", "100", "--log-every", "100"])
-    )
+    train.train(parse(["--preset", preset, *flags, "--iterations", "2", "--out", str(tmp_path / "run")]))
     assert torch.cuda.max_memory_allocated() == pytest.approx(computed, rel=0.1)

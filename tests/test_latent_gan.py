@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +85,17 @@ def test_optimal_logit_is_log_p_over_q():
         sum(terms).backward()
         optimizer.step()
     torch.testing.assert_close(logits.detach(), (p / q).log(), atol=1e-3, rtol=0)
+
+
+def test_preset_dmd2_counts_its_passes(tmp_path):
+    """Samples: batch x loops, as the paper counts; passes of the UNets by hand, one with gradient as 3."""
+    small = "--preset dmd2 --iterations 6 --save-every 5 --batch-size 4 --preview-every 0 --log-every 100".split()  # loop 6 alone looks at health
+    run = train.train(config.parse([*small, "--out", str(tmp_path / "run")]))
+    progress = json.loads((run / "checkpoint-000005" / "progress.json").read_text())
+    steps = [int(np.random.default_rng([0, loop]).integers(4)) for loop in range(1, 6)]  # as train.distil draws them
+    rollout, without_G, with_G = sum(steps), 1, 3 + 2 + 1 + 3  # x; x with gradient, the guided teacher, the fake's score, Eq. 5
+    assert progress["samples"] == 20
+    assert progress["passes"] == 4 * (rollout + 4 * without_G + with_G + 5 * (3 + 2 * 3))  # Eq. 6, and Eq. 7 on real and made
 
 
 def test_preset_dmd2_moves_who_it_should(tmp_path):

@@ -15,6 +15,7 @@ import run_folder
 import train
 from config import Config
 from diffusion import Schedule, randn, sample_generators
+from distributed import Ending
 from dry_run import SDXL
 from latent_reward import LatentRewardModel
 from models import PromptEncoder, UserError
@@ -269,6 +270,26 @@ def test_both_kinds_of_update_are_logged(small, tmp_path):
     assert [(m["loops"], "rl_loss" in m) for m in lines] == [(2, False), (3, True), (4, False), (5, True), (6, False)]
 
 
+def test_preference_in_micro_batches(small, tmp_path):
+    """Four prompts at once, or one by one: the same losses, rewards, pairs and norms."""
+    few = {"batch_size": 4, "preview_every": 0, "log_every": 1, "gan_weight": 0.0, "lr_schedule": "constant"}
+    first = train.train(Config(iterations=1, out=str(tmp_path / "first"), **few))
+    settings = {**few, "stage": 2, "init": str(first), "reward": str(small[0]), "pair_threshold": 0.24, "iterations": 2}
+    runs = [train.train(Config(micro_batch=n, out=str(tmp_path / str(n)), **settings)) for n in (0, 1)]
+    for a, b in zip(*([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs), strict=True):
+        assert 0 < a["kept_pairs"] < 1 and a["kept_pairs"] == b["kept_pairs"]
+        for key in ("rl_loss", "reward", "reward_gap", "implicit_accuracy", "kl_to_reference", "rl_norm"):
+            assert b[key] == pytest.approx(a[key], rel=0.05 if key == "rl_norm" else 1e-3, abs=1e-6), key
+
+
+def test_a_reward_run_ends_on_sigterm(preferences, tmp_path, monkeypatch):
+    """Asked to end in its second loop, --stage reward saves there and leaves."""
+    loops = []
+    monkeypatch.setattr(Ending, "asked", lambda self: loops.append(1) or len(loops) == 2)
+    run = train_reward(Config(stage="reward", pairs=str(preferences), batch_size=4, preview_every=0, out=str(tmp_path / "run")))
+    assert [path.name for path in run_folder.checkpoints(run)] == ["checkpoint-000002"]
+
+
 def test_half_written_folder(small, tmp_path):
     with pytest.raises(UserError, match="state_dict.pt"):
         (tmp_path / "unet").mkdir()
@@ -306,28 +327,28 @@ def test_reward_hacking_is_named():
 
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory):
-    """Sixty pairs that a child could rank: the scene itself, and a gray picture; every third line is labelled the other way round."""
+    """300 pairs that a child could rank: a scene, and a gray picture, for one prompt; every third line is labelled the other way round."""
     folder, rows = tmp_path_factory.mktemp("pairs"), []
-    for i in range(60):
-        scene, caption = world.scene(i)
+    for i in range(300):
+        scene, _ = world.scene(i)
         names = [f"{i}-good.png", f"{i}-gray.png"]
         for name, image in zip(names, (world.render(scene), torch.zeros(3, 64, 64))):
             data.to_pil(image).save(folder / name)
         first, second = names if i % 3 else names[::-1]
-        rows.append({"caption": caption, "jpg_0_file_name": first, "jpg_1_file_name": second, "label_0": 1 if i % 3 else 0})
+        rows.append({"caption": "a picture", "jpg_0_file_name": first, "jpg_1_file_name": second, "label_0": 1 if i % 3 else 0})
     rows.append(rows[0] | {"label_0": 0.5})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
 
 
 def test_stage_reward_learns_a_preference_and_resumes(preferences, tmp_path):
-    """R ranks held-out pairs right after 30 updates; a run stopped after 20 and resumed ends with the weights of one that was not."""
-    settings = {"stage": "reward", "pairs": str(preferences), "batch_size": 8, "reward_lr": 5e-4, "preview_every": 0, "save_every": 20}
-    whole = train_reward(Config(**settings, iterations=30, out=str(tmp_path / "whole")))
-    train_reward(Config(**settings, iterations=20, out=str(tmp_path / "halves")))
-    halves = train_reward(Config(**settings, iterations=30, out=str(tmp_path / "halves"), resume=True))
+    """R ranks held-out pairs right after 20 updates; a run stopped after 12 and resumed ends with the weights of one that was not."""
+    settings = {"stage": "reward", "pairs": str(preferences), "batch_size": 8, "reward_lr": 1e-4, "preview_every": 0, "save_every": 12}
+    whole = train_reward(Config(**settings, iterations=20, out=str(tmp_path / "whole")))
+    train_reward(Config(**settings, iterations=12, out=str(tmp_path / "halves")))
+    halves = train_reward(Config(**settings, iterations=20, out=str(tmp_path / "halves"), resume=True))
     last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["held_out_right_at_50"] == 1.0 and last["loops"] == 30
+    assert last["held_out_right_at_50"] >= 0.9 and last["loops"] == 20
     R, again = (LatentRewardModel.from_pretrained(run_folder.newest(run) / "lrm", 64, "toy/sdxl") for run in (whole, halves))
     assert all(torch.equal(a, b) for a, b in zip(R.parameters(), again.parameters()))
     fresh = LatentRewardModel.from_pipeline("toy/sdxl", 64)
@@ -336,7 +357,7 @@ def test_stage_reward_learns_a_preference_and_resumes(preferences, tmp_path):
 
 def test_pairs_put_the_better_first_and_leave_ties_out(preferences):
     pairs = Pairs(preferences, 64, 0)
-    assert len(pairs.rows) + len(pairs.kept_out) == 60 and len(pairs.kept_out) == 3
+    assert len(pairs.rows) + len(pairs.kept_out) == 300 and len(pairs.kept_out) == 15
     for i in range(len(pairs.rows)):
         better, worse = pairs[i][0]
         assert worse.abs().max() < 0.01 < better.abs().max()

@@ -1,19 +1,25 @@
 """SDXL at 1024 without weights: one iteration of each stage on fake tensors (shapes and dtypes, no numbers), and what it would need."""
 
+import os
+import re
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import dry_run
 import train
 from config import parse
 from diffusion import sample_generators
-from models import load_denoiser
+from models import UserError, load_denoiser
 
 B = 2
+PUBLISHED = {"sdxl": 2_567_463_684, "sd3": 2_084_951_104 - 192**2 * 1536}  # the released weights' files; SD3's has its fixed table of positions too
 
 
 @pytest.mark.parametrize("preset", ["sdxl-4step", "sdxl-stage2", "sd3-4step"])
@@ -36,6 +42,7 @@ def test_iteration_at_full_size(preset, monkeypatch):
     draw = lambda purpose: sample_generators(0, 1, range(B), purpose)  # noqa: E731
     with FakeTensorMode(allow_non_fake_inputs=True):
         cast = dry_run.assemble(config, B)
+        assert sum(p.numel() for name, p in cast.G.net.named_parameters() if ".lora_" not in name) == PUBLISHED[preset[: preset.index("-")]]
         c = cast.encoder.encode(["a", "b"])
         if config.stage == 1:
             pictures = torch.empty(B, 3, 1024, 1024)
@@ -59,27 +66,93 @@ def test_memory_follows_storages():
 
     for fake in (False, True):
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
-            with dry_run.Memory() as with_graph:
+            with dry_run.Meter() as with_graph:
                 y = chain()
             assert with_graph.live == with_graph.peak == 5 * 4000
             del y
             assert with_graph.live == 0
-            with dry_run.Memory() as without, torch.no_grad():
+            with dry_run.Meter() as without, torch.no_grad():
                 y = chain()
             assert y.shape == (1000,) and (without.live, without.peak) == (4000, 2 * 4000)
 
 
 def test_memory_is_the_same_on_fake_tensors():
-    """A step of the toy's UNet, forward and backward: what lives at the peak on real tensors, and on fake ones."""
+    """A step of the toy's UNet, forward and backward with checkpointing: what lives at the peak on real tensors, and on fake ones.
+
+    Operations: as torch's own counter has them, those that checkpointing repeats included."""
     c = {"encoder_hidden_states": torch.zeros(2, 32, 256), "added_cond_kwargs": {"text_embeds": torch.zeros(2, 64), "time_ids": torch.zeros(2, 6)}}
     config, peaks = dict(load_denoiser("toy/sdxl").net.config), []
     for fake in (False, True):
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
             net = UNet2DConditionModel.from_config(config)
-            with dry_run.Memory() as memory:
+            net.enable_gradient_checkpointing()
+            with dry_run.Meter() as meter, FlopCounterMode(display=False) as counter:
                 net(torch.zeros(2, 4, 16, 16), torch.tensor([5, 5]), **c).sample.sum().backward()
-        peaks.append(memory.peak)
+        peaks.append(meter.peak)
+        assert meter.flops == counter.get_total_flops() > 10**9
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01) and peaks[0] > 10**7  # attention keeps other statistics on real tensors
+
+
+def test_dry_run_as_a_command(monkeypatch, capsys):
+    """SDXL on 4 GPUs: each figure that is printed by arithmetic of our own from others; then, from the same trace, less memory than it takes."""
+    flags = ["--preset", "sdxl-4step", "--dry-run", "--micro-batch", "2", "--gpu-memory", "80", "--iterations", "500"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "train.py", *flags, "--gpus", "4"], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = done.stdout
+
+    def row(name):
+        return [float(v) for v in re.search(rf"^{re.escape(name)} +([\d. ]+)$", out, re.M)[1].split()]
+
+    near = lambda value: pytest.approx(value, abs=0.02, rel=1e-3)  # noqa: E731
+    P = PUBLISHED["sdxl"] / 1e9
+    for name in ("generator G", "score estimator"):
+        assert row(name) == near([1e3 * P, 4 * P, 4 * P, 8 * P, 16 * P, 4 * P])
+    assert row("teacher") == near([1e3 * P, 2 * P, 0, 0, 2 * P, P / 2])
+    heads = row("D's heads")
+    assert heads[4] == heads[5] == near(16e-3 * heads[0])
+    names = ["teacher", "generator G", "score estimator", "text encoders", "VAE", "SAM", "D's heads", "FSDP2's gathered blocks"]
+    assert row("sum") == pytest.approx([sum(column) for column in zip(*map(row, names), strict=True)], abs=0.1)
+
+    turns = [row(f"distillation: {name}") for name in ("generator", "score estimator", "discriminator")]
+    (iteration,), (hours,) = row("an iteration of 64 samples"), re.search(r"500 x 64 .* 400 .*: ([\d.]+) GPU-hours", out).groups()
+    assert iteration == pytest.approx(64 * sum(flops for _, flops in turns), rel=2e-3)
+    assert float(hours) == pytest.approx(500 * iteration / 400 / 3600, abs=0.06)
+    (*_, whole, sharded), peak, free = row("sum"), max(peak for peak, _ in turns), 0.92
+    for layout, held in (("whole, as DDP would hold it", whole), ("sharded", sharded)):
+        assert row(layout) == pytest.approx([(held + 2 * peak) / free, max(0, (80 * free - held) // peak)], abs=0.1)
+    assert "\nverdict: fits on 4 x 80 GB; one sample at once needs at least 4 x 48 GB or 2 x 80 GB or 1 x 141 GB (--optimizer adamw8bit: " in out
+
+    with FakeTensorMode():
+        cast = dry_run.assemble(parse(flags), 1)
+    found = {"distillation": {name: (gb * 1e9, tflop * 1e12) for name, (gb, tflop) in zip(("G", "fake", "D"), turns, strict=True)}}
+    monkeypatch.setattr(dry_run, "measure", lambda *a: (cast, found))
+
+    def verdict(*more):
+        dry_run.report(parse([*flags, *more]), None, None)
+        return capsys.readouterr().out.splitlines()[-2]
+
+    tight = verdict("--gpus", "2", "--micro-batch", "32")  # 80 x 0.92 - 51 GB leave room for one sample, moments in 8 bits for two
+    ways = "--micro-batch 1, --optimizer adamw8bit: 2 at once, --gan-crop 512: less of the VAE and SAM, more GPUs"
+    assert tight.startswith(f"verdict: does NOT fit on 2 x 80 GB (helps: {ways}); one sample at once needs at least 4 x 48 GB")
+    for way in (["--micro-batch", "1"], ["--micro-batch", "2", "--optimizer", "adamw8bit"]):
+        assert verdict("--gpus", "2", *way).startswith("verdict: fits on 2 x 80 GB; ")
+    assert "(helps: --optimizer adamw8bit" not in (lone := verdict("--gpus", "1")) and "does NOT fit" in lone  # nor with one sample, either way
+
+
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["--preset", "toy"], "geometry of SDXL and SD3"),
+        (["--preset", "sdxl-4step", "--gan", "online"], "AdvDMD"),
+        (["--preset", "sd3-4step", "--stage", "2"], "stage 1 with --gan pixel alone"),
+        (["--preset", "sdxl-4step", "--gpus", "5"], "not divisible by --gpus 5"),
+        (["--preset", "sdxl-4step", "--gpus", "8", "--micro-batch", "3"], "--micro-batch"),
+    ],
+)
+def test_dry_run_refuses(flags, why):
+    with pytest.raises(UserError, match=why):
+        dry_run.report(parse(flags), None, None)
 
 
 def test_table_of_states_is_what_two_ranks_hold(two_ranks):

@@ -21,7 +21,7 @@ import run_folder
 import train
 from config import Config
 from diffusion import sample_generators
-from models import PromptEncoder, UserError, generate, load_denoiser, load_sam, load_vae
+from models import PARTS, PromptEncoder, UserError, generate, load_denoiser, load_sam, load_vae, part_of
 
 SMALL = {"iterations": 3, "batch_size": 4, "preview_every": 0, "log_every": 1, "save_every": 1000, "lr_schedule": "constant"}
 
@@ -84,7 +84,10 @@ def test_updates_per_network(ttur, tmp_path, monkeypatch):
     assert (logged["loops"], logged["generator_updates"], logged["samples"]) == (10, 10 // ttur, 20)
 
 
-@pytest.mark.parametrize("settings", [{"adv_reading": "a", "gan_loss": "logistic", "gan_reals": "vae"}, {"dm_steps": "all", "preview_every": 2}])
+FROZEN = [{"adv_reading": "a", "gan_loss": "logistic", "gan_reals": "vae"}, {"dm_steps": "all", "preview_every": 2}, {"gan": "latent"}]
+
+
+@pytest.mark.parametrize("settings", FROZEN)
 def test_frozen_networks_stay_bit_identical(settings, tmp_path, monkeypatch):
     kept = {}
     for name in ("load_denoiser", "load_vae", "load_sam", "load_encoder"):
@@ -92,7 +95,9 @@ def test_frozen_networks_stay_bit_identical(settings, tmp_path, monkeypatch):
         monkeypatch.setattr(cast, name, lambda *a, real=real, name=name: kept.setdefault(name, []).append(real(*a)) or kept[name][-1])
     run = train.train(Config(**{**SMALL, **settings}, out=str(tmp_path / "run")))
     teacher, G, fake = kept["load_denoiser"]
-    pairs = [(teacher.net, load_denoiser("toy/sdxl").net), (kept["load_vae"][0], load_vae("toy/sdxl")), (kept["load_sam"][0], load_sam("toy/sam"))]
+    pairs = [(teacher.net, load_denoiser("toy/sdxl").net), (kept["load_vae"][0], load_vae("toy/sdxl"))]
+    pairs += [(sam, load_sam("toy/sam")) for sam in kept.get("load_sam", ())]
+    assert ("load_sam" in kept) == ("gan" not in settings)
     pairs += zip(kept["load_encoder"][0].encoders, PromptEncoder("toy/sdxl", 64).encoders)
     for used, fresh in pairs:
         assert all(torch.equal(a, b) for a, b in zip(used.state_dict().values(), fresh.state_dict().values()))
@@ -147,8 +152,9 @@ def test_checkpointing_changes_nothing_but_memory(tmp_path):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def test_losses_reach_their_own_steps(tmp_path, monkeypatch):
-    """The DM loss sees only steps 999, 749, 499 of G; the adversarial loss only 249 (timestep-aware, 3.3).
+@pytest.mark.parametrize("noisy, last", [([999, 749, 499], 249), ([999, 874, 749, 624, 499, 374, 249], 124)])
+def test_losses_reach_their_own_steps(noisy, last, tmp_path, monkeypatch):
+    """The DM loss sees only the steps 999, 749, 499 of G, or the first seven of eight; the adversarial loss only the last one (timestep-aware, 3.3).
 
     Eq. 8's Detach: no input of G carries a graph. Eq. 10's loss leaves no gradient in G or the score estimator.
     """
@@ -178,9 +184,10 @@ def test_losses_reach_their_own_steps(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cast, "load_denoiser", load)
     monkeypatch.setattr(train, "average_gradients", after_D)
-    train.train(Config(**{**SMALL, "iterations": 12, "batch_size": 2}, out=str(tmp_path / "run")))
+    settings = {**SMALL, "iterations": 4 * len(noisy), "batch_size": 2, "student_steps": len(noisy) + 1}
+    train.train(Config(**settings, out=str(tmp_path / "run")))
     steps = [t[0] for who, t in with_gradient if who == id(loaded[1])]
-    assert set(steps[0::2]) == {999, 749, 499} and set(steps[1::2]) == {249}
+    assert set(steps[0::2]) == set(noisy) and set(steps[1::2]) == {last}
     assert not [who for who, _ in with_gradient if who == id(loaded[0])]  # the teacher never
 
 
@@ -201,25 +208,27 @@ def test_non_finite_update_is_skipped_and_ten_end_the_run(tmp_path, monkeypatch)
 
 
 DMD2 = {"gan": "latent", "dm_steps": "all", "iterations": 2}
+SD3_LORA = {"model": "toy/sd3", "lora_rank": 4, "iterations": 2}
 
 
-@pytest.fixture
-def smooth(tmp_path):
-    """toy/sdxl with a UNet of random weights: the trained one amplifies rounding, for single pictures 10,000-fold in their gradients."""
+def smooth(model, path):
+    """A copy of a toy with a denoiser of random weights: the trained ones amplify rounding, for single pictures 10,000-fold in their gradients."""
     torch.manual_seed(0)
-    model = shutil.copytree("toy/sdxl", tmp_path / "smooth")
-    UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(model / "unet")).save_pretrained(model / "unet")
-    return model
+    part = part_of(model)
+    shutil.copytree(model, path)
+    PARTS[part].from_config(PARTS[part].load_config(path / part)).save_pretrained(path / part)
+    return path
 
 
-@pytest.mark.parametrize("method", [{}, DMD2, DMD2 | {"lora_rank": 4}])
-def test_two_ranks_are_one(method, smooth, tmp_path):
+@pytest.mark.parametrize("method", [{}, DMD2, DMD2 | {"lora_rank": 4}, SD3_LORA])
+def test_two_ranks_are_one(method, tmp_path):
     """2 gloo ranks x 8, sharded by FSDP2, take the same 5 steps (the baseline: 2) as 1 rank x 16: losses, gradient norms, how far the weights moved.
 
     Small learning rates: AdamW turns the rounding noise of gradients near zero into whole steps, which at the default rates
     moves losses by 1e-4 within three loops. adv_loss is a mean of logits of order 1 that crosses zero, hence its absolute bound.
     """
-    settings = {"model": smooth, "iterations": 5, "batch_size": 16, "ema": 0.99, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5, **method}
+    model = smooth(method.get("model", "toy/sdxl"), tmp_path / "model")
+    settings = {"iterations": 5, "batch_size": 16, "ema": 0.99, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5, **method, "model": model}
     processes = [launch(*flags(**settings, out=tmp_path / f"r{n}"), ranks=n) for n in (1, 2)]
     for p in processes:
         out, _ = p.communicate(timeout=400)
@@ -231,7 +240,7 @@ def test_two_ranks_are_one(method, smooth, tmp_path):
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=5e-5 if key == "adv_loss" else 2e-6), (a["loops"], key)
         for key in ("g_norm", "fake_norm"):  # a sum over ranks where a mean belongs would double these, and AdamW would hide it
             assert b[key] == pytest.approx(a[key], rel=1e-3), (a["loops"], key)
-    start, ends = load_denoiser(smooth).net.state_dict(), [student(tmp_path / f"r{n}") for n in (1, 2)]
+    start, ends = load_denoiser(model).net.state_dict(), [student(tmp_path / f"r{n}") for n in (1, 2)]
     start |= {k: torch.zeros_like(v) for k, v in ends[0].items() if "lora_B" in k}
     moved = [torch.cat([(v - start[k]).flatten() for k, v in end.items() if "lora_A" not in k]) for end in ends]
     assert moved[0].norm() > 0 and (moved[1] - moved[0]).norm() < 0.02 * moved[0].norm()
@@ -252,6 +261,22 @@ def test_two_ranks_are_one_in_stage_2(tmp_path):
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=2e-6), (a["loops"], key)
         for key in {"rl_norm", "g_norm", "fake_norm"} & a.keys():
             assert b[key] == pytest.approx(a[key], rel=1e-3 if a["loops"] == 1 else 0.05), (a["loops"], key)
+
+
+def test_resumes_on_another_number_of_ranks(tmp_path):
+    """Four loops on one rank; two on two and two on one; two on one and two on two: one run."""
+    common = {"model": smooth("toy/sdxl", tmp_path / "model"), "batch_size": 4, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5, "ema": 0.99}
+    for n, ranks in enumerate(((1, 1), (2, 1), (1, 2))):
+        for loops, r in zip((2, 4), ranks):
+            p = launch(*flags(**common, iterations=loops, out=tmp_path / str(n), resume=True), ranks=r)
+            out, _ = p.communicate(timeout=200)
+            assert p.returncode == 0, out[-3000:]
+    one, *others = (metrics_of(tmp_path / str(n)) for n in range(3))
+    for other in others:
+        assert [m["loops"] for m in other] == [1, 2, 3, 4]
+        for a, b in zip(one, other):
+            for key in ("dm_loss", "fake_loss", "d_loss", "g_norm", "fake_norm"):
+                assert b[key] == pytest.approx(a[key], rel=1e-3), (a["loops"], key)
 
 
 def test_eq_11_on_shards(two_ranks):
@@ -401,26 +426,39 @@ def test_torn_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
         train.train(Config(**settings, out=str(torn), resume=True))
 
 
-def test_sigterm_saves_and_ends(tmp_path):
-    """SIGTERM: saved at the loop in hand, exit 0. --resume on a folder that is not there yet starts afresh."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_ends(ranks, tmp_path):
+    """SIGTERM: saved at the loop in hand, exit 0 (torchrun's own is 1). --resume on a folder that is not there yet starts afresh."""
     settings = {"gan_weight": 0, "iterations": 500, "save_every": 1000, "resume": True}
-    ended = launch(*flags(**settings, out=tmp_path / "ended"))
+    ended = launch(*flags(**settings, out=tmp_path / "ended"), ranks=ranks)
     wait_for(tmp_path / "ended" / "metrics.jsonl", content=True)
     ended.send_signal(signal.SIGTERM)
     out, _ = ended.communicate(timeout=100)
     saved = json.loads((run_folder.newest(tmp_path / "ended") / "progress.json").read_text())
-    assert ended.returncode == 0 and 0 < saved["loops"] < 500, out[-3000:]
+    assert ended.returncode == ranks - 1 and 0 < saved["loops"] < 500, out[-3000:]
+
+
+def test_a_dead_rank_ends_the_others(tmp_path):
+    """Within 60 s of its death, and torchrun says which it was and how it ended."""
+    broken = launch(*flags(gan_weight=0, iterations=500, out=tmp_path / "broken"), ranks=2)
+    wait_for(tmp_path / "broken" / "metrics.jsonl", content=True)
+    kill_a_rank(broken)
+    out, _ = broken.communicate(timeout=60)
+    assert broken.returncode == 1 and "exitcode: -9" in out or "exitcode  : -9" in out, out[-3000:]
+
+
+def kill_a_rank(torchrun):
+    os.kill(int(Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()[0]), signal.SIGKILL)
 
 
 def test_a_killed_rank_restarts_the_run(tmp_path):
-    """kill -9 on one of two ranks: torchrun ends the other and starts both again, and --resume ends with an unbroken run's weights."""
+    """kill -9 on one of two ranks: torchrun ends the other, starts both again, and they go on by themselves, to an unbroken run's weights."""
     settings = {"gan_weight": 0, "iterations": 16, "save_every": 4}
     whole = launch(*flags(**settings, out=tmp_path / "whole"), ranks=2)
     assert whole.communicate(timeout=300) and whole.returncode == 0
-    broken = launch(*flags(**settings, out=tmp_path / "broken", resume=True), ranks=2, restarts=1)
+    broken = launch(*flags(**settings, out=tmp_path / "broken"), ranks=2, restarts=1)
     wait_for(tmp_path / "broken" / "checkpoint-000004")
-    rank = int(Path(f"/proc/{broken.pid}/task/{broken.pid}/children").read_text().split()[0])
-    os.kill(rank, signal.SIGKILL)
+    kill_a_rank(broken)
     out, _ = broken.communicate(timeout=120)
     assert broken.returncode == 0 and "exitcode: -9" in out, out[-3000:]
     a, b = student(tmp_path / "whole"), student(tmp_path / "broken")
