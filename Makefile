@@ -17,7 +17,7 @@ demo: $(ENV)/installed
 
 test: $(ENV)/installed
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 weights: $(ENV)/installed
 	$(PY) -m toy.build --rebuild

@@ -13,7 +13,9 @@ THE REST IS OUR RECONSTRUCTION:
     states       z_s at every student step but the first, and x_0;  the final state's A is added to that of the last z_s, its only cause
     gate         RL runs while D tells real from generated on a batch it has not been trained on yet (--rl-gate)
 
-A group needs one prompt several times: `spread` repeats every g-th. Left out: KL to a reference; DM is the regulariser here.
+A group needs one prompt several times: `spread` repeats every g-th, its real picture too. A_max binds from groups of 11 on, and ρ leaves 1
+only where a rollout is used twice, which train.py does not do. G has no direct adversarial term (Eq. 5): the reward is D's only way to it.
+Left out: KL to a reference; DM is the regulariser here.
 """
 
 import torch

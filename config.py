@@ -28,7 +28,7 @@ class Config:
     ttur: int = 1  # loops per generator update (Algorithm 1, line 12)
     ema: float = 0.9  # lambda of Eq. 11; 1 = no pull
     gan: str = "pixel"  # pixel = Eq. 9, 10 on SAM's features; latent = DMD2's, Eq. 5, 7 (the baseline); online = AdvDMD's reward
-    gan_weight: float = 0.03  # lambda of Algorithm 1, line 16; 0 = no GAN
+    gan_weight: float = 0.03  # lambda of Algorithm 1, line 16 (--gan online: weight of the policy loss); 0 = no GAN
     critic_weight: float = 0.01  # --gan latent: weight of Eq. 7 beside Eq. 6, as in DMD2
     gan_loss: str = "hinge"  # hinge or logistic
     adv_reading: str = "b"  # x_adv: a = re-noised finished rollout (Eq. 9), b = the rollout's last step (Algorithm 1)
@@ -84,7 +84,8 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-# ASSUMPTION: the paper prints neither learning rates nor loss weights: lr and guidance are DMD2's, fake_lr is 5 times lr, beta is LPO's, the rest the toy's.
+# ASSUMPTION: the paper prints neither learning rates nor loss weights: lr and guidance are DMD2's, fake_lr is 5 times lr,
+# beta is LPO's, the rest the toy's.
 _SDXL = {
     "model": "stabilityai/stable-diffusion-xl-base-1.0",
     "resolution": 1024,

@@ -8,8 +8,11 @@
     k        generator updates so far;  K, r_0, w, m: --dynamic, --real-scale, --reward-weight, --reward-margin
     x_s      x re-noised to the next student step s, where the latent reward model looks; or x itself for a judge of pictures
 
-So the target starts near the student and moves to the teacher, and reward joins once the two are close.
-Schedules as in the authors' public demo. ASSUMPTION: the text-to-image values of w and m, of which only ranges are known.
+So the target starts near the student and moves to the teacher, and reward joins once the two are close; from then on the learning
+rates are halved (train.py's `pace`). Schedules as in the authors' public demo, which is one-step and flow-based.
+ASSUMPTION: the values of w and m, of which only ranges are known; r_0 is the one-step demo's, 0.75 (0.5 is reported for SD3).
+NOTE: t(u) is the schedule's, at eps-prediction too; the DM loss squeezes u into --renoise, Eq. 6 does not. The teacher's guidance stays
+on, also while its LoRA is worn. x_s takes the DM loss's own noise.
 Left out: GRPO and DPO, which the paper names beside the back-propagated reward; their losses are not public.
 """
 

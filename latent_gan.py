@@ -7,6 +7,7 @@
     ψ    trained by Eq. 6 AND Eq. 7: the double role that Flash-DMD's section 3.2 blames for DMD2's five updates per generator update
 
 NOTE: the paper prints ascent directions, and Eq. 7's second term as -log D(x); these are the logistic losses they stand for.
+NOTE: Eq. 5 takes t from --renoise, as the DM loss does, and Eq. 7 from the whole range, as Eq. 6 does: they share those passes' noise.
 ASSUMPTION: the head (strided convolutions, group norm, SiLU) is ours; DMD2's paper says only that it sits on the bottleneck.
 Left out: everything but the two losses; `--preset dmd2` is the method, and train.py the order of events.
 """

@@ -90,7 +90,7 @@ def test_memory_is_the_same_on_fake_tensors():
                 net(torch.zeros(2, 4, 16, 16), torch.tensor([5, 5]), **c).sample.sum().backward()
         peaks.append(meter.peak)
         assert meter.flops == counter.get_total_flops() > 10**9
-    assert peaks[1] == pytest.approx(peaks[0], rel=0.01) and peaks[0] > 10**7  # attention keeps other statistics on real tensors
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.02) and peaks[0] > 10**7  # attention keeps other statistics on real tensors
 
 
 def test_dry_run_as_a_command(monkeypatch, capsys):
@@ -112,7 +112,7 @@ def test_dry_run_as_a_command(monkeypatch, capsys):
     heads = row("D's heads")
     assert heads[4] == heads[5] == near(16e-3 * heads[0])
     names = ["teacher", "generator G", "score estimator", "text encoders", "VAE", "SAM", "D's heads", "FSDP2's gathered blocks"]
-    assert row("sum") == pytest.approx([sum(column) for column in zip(*map(row, names), strict=True)], abs=0.1)
+    assert row("sum") == pytest.approx([sum(column) for column in zip(*map(row, names), strict=True)], abs=0.05 * len(names))  # of figures rounded to 0.1 M or 0.01 GB
 
     turns = [row(f"distillation: {name}") for name in ("generator", "score estimator", "discriminator")]
     (iteration,), (hours,) = row("an iteration of 64 samples"), re.search(r"500 x 64 .* 400 .*: ([\d.]+) GPU-hours", out).groups()
