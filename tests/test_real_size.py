@@ -112,7 +112,7 @@ def test_dry_run_as_a_command(monkeypatch, capsys):
     heads = row("D's heads")
     assert heads[4] == heads[5] == near(16e-3 * heads[0])
     names = ["teacher", "generator G", "score estimator", "text encoders", "VAE", "SAM", "D's heads", "FSDP2's gathered blocks"]
-    assert row("sum") == pytest.approx([sum(column) for column in zip(*map(row, names), strict=True)], abs=0.05 * len(names))  # of figures rounded to 0.1 M or 0.01 GB
+    assert row("sum") == pytest.approx([sum(column) for column in zip(*map(row, names), strict=True)], abs=0.05 * len(names))  # of rounded figures
 
     turns = [row(f"distillation: {name}") for name in ("generator", "score estimator", "discriminator")]
     (iteration,), (hours,) = row("an iteration of 64 samples"), re.search(r"500 x 64 .* 400 .*: ([\d.]+) GPU-hours", out).groups()
