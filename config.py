@@ -77,7 +77,7 @@ class Config:
     log_every: int = 10  # loops between lines of metrics.jsonl
     workers: int = 0  # data-loading processes per rank
     dry_run: bool = False  # print what the run needs (memory, FLOPs, GPU-hours at SDXL's size) and end; no weights, no GPU
-    gpus: int = 8  # --dry-run: how many
+    gpus: int = 8  # --dry-run: how many; must divide the batch
     gpu_memory: float = 80.0  # --dry-run: GB of each
     gpu_tflops: float = 400.0  # --dry-run: sustained bf16 TFLOP/s of each
     resume: bool = False  # go on from the newest checkpoint in --out

@@ -274,9 +274,10 @@ def report(config, distil, prefer):
         show(*row[:5], a_gpu([row], 1), a_gpu([row], gpus))
     show("FSDP2's gathered blocks", 0, 0, 0, 0, open_blocks, open_blocks)
     show("sum", *(sum(r[n] for r in rows) for n in (1, 2, 3, 4)), whole, sharded)
+    print("\nsharded over 1, 2, 8, 64 GPUs: " + ", ".join(f"{(a_gpu(rows, n) + open_blocks) / 1e9:.2f}" for n in (1, 2, 8, 64)) + " GB on each")
     student = 4 * next(r[1] for r in rows if r[0] == "generator G")
     disk = student + sum(r[2] + r[4] for r in rows if r[4])  # what is trained, and its moments
-    print(f"\na checkpoint: {disk / 1e9:.1f} GB on disk; to write the student, rank 0 gathers {student / 1e9:.1f} GB in host memory")
+    print(f"a checkpoint: {disk / 1e9:.1f} GB on disk; to write the student, rank 0 gathers {student / 1e9:.1f} GB in host memory")
 
     print(f"\n{'one sample, from one optimizer step to the next':50}{'GB at the peak':>15}{'TFLOP':>10}")
     for kind, turns in measured.items():
