@@ -121,6 +121,8 @@ def test_dry_run_as_a_command(monkeypatch, capsys):
     (*_, whole, sharded), peak, free = row("sum"), max(peak for peak, _ in turns), 0.92
     for layout, held in (("whole, as DDP would hold it", whole), ("sharded", sharded)):
         assert row(layout) == pytest.approx([(held + 2 * peak) / free, max(0, (80 * free - held) // peak)], abs=0.1)
+    by_ranks = [float(v) for v in re.search(r"over 1, 2, 8, 64 GPUs: (.*) GB on each", out)[1].split(", ")]
+    assert by_ranks == [near(whole - 34 * P * (1 - 1 / n)) for n in (1, 2, 8, 64)]  # teacher, and both that are trained
     assert "\nverdict: fits on 4 x 80 GB; one sample at once needs at least 4 x 48 GB or 2 x 80 GB or 1 x 141 GB (--optimizer adamw8bit: " in out
 
     with FakeTensorMode():
