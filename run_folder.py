@@ -7,6 +7,7 @@ runs/NAME/metrics.jsonl, tensorboard/, preview-*.png   monitor.py's
 
 import dataclasses
 import json
+import os
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -120,6 +121,9 @@ def refusal(config, run):
                 return f"{run} was trained with --{key.replace('_', '-')} {old}, not {new}: resume it with its own"
         if bool(before["gan_weight"]) != bool(config.gan_weight):
             return f"{run} was trained with --gan-weight {before['gan_weight']}: its GAN cannot be switched on or off by --resume"
+        progress, now = (newest(run) or run) / "progress.json", int(os.environ.get("WORLD_SIZE", 1))
+        if config.optimizer == "adamw8bit" and progress.is_file() and (ranks := json.loads(progress.read_text()).get("ranks", now)) != now:
+            return f"{run} was trained on {ranks} ranks, not {now}: with --optimizer adamw8bit it goes on with as many"
     elif run.exists() and any(run.iterdir()):
         if not config.overwrite:
             return f"{run} is not empty: pass --resume to go on, or --overwrite to replace it"

@@ -101,6 +101,7 @@ def train(config):
             "passes": progress["passes"] + (cast.passes() - passes_before) * ranks,
             "skipped_updates": progress["skipped_updates"] + (not ok),
             "seconds": time.time() - began,
+            "ranks": ranks,
         }
         if watched:
             due = due - {kind}

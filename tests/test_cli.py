@@ -177,6 +177,17 @@ def test_batch_not_divisible_by_ranks(capsys, tmp_path, monkeypatch):
     assert status == 2 and "divisible by 3" in line
 
 
+def test_8_bit_moments_want_the_same_ranks(tmp_path):
+    config_ = config.Config(optimizer="adamw8bit", resume=True, out=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(vars(config_)))
+    (tmp_path / "checkpoint-000002").mkdir()
+    for ranks, refused in ((1, False), (2, True)):
+        (tmp_path / "checkpoint-000002" / "progress.json").write_text(json.dumps({"loops": 2, "ranks": ranks}))
+        line = run_folder.refusal(config_, tmp_path)
+        assert bool(line) == refused
+    assert "2 ranks, not 1" in line
+
+
 def test_restart_by_torchrun_needs_a_folder(capsys, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     status, line = call(train.main, capsys, *SMALL)
