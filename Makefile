@@ -17,7 +17,7 @@ demo: $(ENV)/installed
 
 test: $(ENV)/installed
 	$(PY) -m ruff check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 weights: $(ENV)/installed
 	$(PY) -m toy.build --rebuild

@@ -84,8 +84,8 @@ class Config:
     overwrite: bool = False  # replace the run in --out
 
 
-# ASSUMPTION: the paper prints neither learning rates nor loss weights: lr and guidance are DMD2's, fake_lr is 5 times lr,
-# beta is LPO's, the rest the toy's.
+# ASSUMPTION: the paper prints neither learning rates nor loss weights: SDXL's lr and guidance are DMD2's, its fake_lr is 5 times lr,
+# beta is LPO's, SD3's rates are ours, the rest the toy's.
 _SDXL = {
     "model": "stabilityai/stable-diffusion-xl-base-1.0",
     "resolution": 1024,
@@ -162,9 +162,9 @@ def parse(argv=None):
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not given.get("out"):
         parser.error("torchrun --max-restarts needs --out: the folder in which a restart goes on")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        given["resume"] = True
-    saved = Path(given.get("out", "")) / "config.json"
+    launch, saved = Path(given.get("out", "")) / "launch", Path(given.get("out", "")) / "config.json"
+    if given.get("out") and launch.is_file() and launch.read_text() == os.environ.get("TORCHELASTIC_RUN_ID"):
+        given["resume"] = True  # this very torchrun has begun the run: it has started us again
     if given.get("resume") and given.get("out") and saved.is_file():  # a run goes on with its own settings, but for the flags given
         try:
             before = json.loads(saved.read_text())

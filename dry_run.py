@@ -77,7 +77,7 @@ CLIP_G = CLIPTextConfig(**TEXT, hidden_size=1280, intermediate_size=5120, num_hi
 ALLOWANCE = 0.08  # of a GPU's memory
 MOMENTS = {"adamw": 8, "adamw8bit": 2 * (1 + 4 / 256)}  # bytes a parameter; torchao keeps an fp32 scale per 256 numbers
 IDLE = "a loop without G (TTUR)"
-TURNS = {"G": "generator", "fake": "score estimator", "D": "discriminator", "G, RL": "generator", "head": "latent discriminator"}
+TURNS = {"G": "generator", "fake": "score estimator", "D": "discriminator", "G, RL": "generator"}
 
 
 class Words:
@@ -251,8 +251,8 @@ def report(config, distil, prefer):
     """
     if not config.preset.startswith(("sdxl", "sd3")):
         raise UserError(f"--dry-run knows the geometry of SDXL and SD3-Medium, not that of --preset {config.preset}: give one of their presets")
-    if config.fake_lora or config.gan == "online":
-        raise UserError("--dry-run knows neither DMDR (--fake-lora) nor AdvDMD (--gan online) yet")
+    if config.fake_lora or config.gan == "online" or config.stage == "reward":
+        raise UserError("--dry-run knows neither DMDR (--fake-lora) nor AdvDMD (--gan online) nor --stage reward yet")
     if config.preset.startswith("sd3") and (config.stage == 2 or config.gan == "latent"):
         raise UserError("--dry-run knows SD3 in stage 1 with --gan pixel alone: it has no latent reward model and no bottleneck")
     if config.batch_size % config.gpus or config.batch_size // config.gpus % (config.micro_batch or 1):

@@ -1,6 +1,7 @@
 """Run folders: which checkpoints one holds, the newest run, and what a new run may write over.
 
 runs/NAME/config.json        every setting
+runs/NAME/launch             which torchrun started it last
 runs/NAME/checkpoint-000400/ checkpoint.py's
 runs/NAME/metrics.jsonl, tensorboard/, preview-*.png   monitor.py's
 """
@@ -92,6 +93,8 @@ def open_run(config, rank):
             if config.overwrite and not config.resume:
                 shutil.rmtree(run, ignore_errors=True)
             run.mkdir(parents=True, exist_ok=True)
+            if name := os.environ.get("TORCHELASTIC_RUN_ID"):
+                (run / "launch").write_text(name)
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
     if answer[1]:
@@ -107,7 +110,7 @@ def refusal(config, run):
         return f"{run} is a file: give another --out"
     saved = run / "config.json"
     if config.resume:
-        if not run.exists() or not any(run.iterdir()):
+        if not run.exists() or not any(path.name != "launch" for path in run.iterdir()):
             return None  # so that a restarted job may always say --resume
         if not saved.exists():
             return f"nothing to resume in {run}: it has no config.json"
@@ -121,11 +124,19 @@ def refusal(config, run):
                 return f"{run} was trained with --{key.replace('_', '-')} {old}, not {new}: resume it with its own"
         if bool(before["gan_weight"]) != bool(config.gan_weight):
             return f"{run} was trained with --gan-weight {before['gan_weight']}: its GAN cannot be switched on or off by --resume"
-        progress, now = (newest(run) or run) / "progress.json", int(os.environ.get("WORLD_SIZE", 1))
-        if config.optimizer == "adamw8bit" and progress.is_file() and (ranks := json.loads(progress.read_text()).get("ranks", now)) != now:
+        now = int(os.environ.get("WORLD_SIZE", 1))
+        if config.optimizer == "adamw8bit" and (ranks := ranks_of(newest(run)) or now) != now:
             return f"{run} was trained on {ranks} ranks, not {now}: with --optimizer adamw8bit it goes on with as many"
     elif run.exists() and any(run.iterdir()):
         if not config.overwrite:
             return f"{run} is not empty: pass --resume to go on, or --overwrite to replace it"
         if not saved.exists():
             return f"{run} is not a run folder (it has no config.json): --overwrite will not delete it"
+
+
+def ranks_of(made):
+    """On how many ranks a checkpoint was made; None where it does not say, is torn or is not there."""
+    try:
+        return json.loads((made / "progress.json").read_text()).get("ranks")
+    except (TypeError, OSError, ValueError):
+        return None

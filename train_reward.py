@@ -121,11 +121,11 @@ def train_reward(config):
             logged = {"reward_loss": L.detach(), "right": (better > worse).float().mean(), "norm": norm}
             log.write(progress, monitor.average(logged, ranks))
             log.bar(loop, logged)
-        if last or (config.preview_every and loop % config.preview_every == 0):
-            with half:
-                log.write(progress, held_out(R, schedule, vae, source))
         if loop % config.save_every == 0 or last:
             checkpoint.save(run, players, progress, config.keep, lambda folder, R, _: R.save_pretrained(folder / "lrm", config.model))
+        if loop == config.iterations or (config.preview_every and loop % config.preview_every == 0 and not last):
+            with half:
+                log.write(progress, held_out(R, schedule, vae, source))
         if last:
             break
     log.close()

@@ -188,10 +188,21 @@ def test_8_bit_moments_want_the_same_ranks(tmp_path):
     assert "2 ranks, not 1" in line
 
 
-def test_restart_by_torchrun_needs_a_folder(capsys, monkeypatch):
+def test_restart_by_torchrun_goes_on_with_its_own_run(capsys, monkeypatch, tmp_path):
+    """--max-restarts asks for --out; what this torchrun has begun goes on without --resume, another's run is refused, also at a restart."""
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     status, line = call(train.main, capsys, *SMALL)
     assert status == 2 and "--max-restarts needs --out" in line
+    out = ["--out", str(tmp_path / "run")]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert not config.parse(out).resume
+    config_ = config.parse([*out, "--lr", "1e-3"])
+    (run_folder.open_run(config_, 0) / "config.json").write_text(json.dumps(vars(config_)))
+    again = config.parse(out)
+    assert again.resume and again.lr == 1e-3 and run_folder.refusal(again, tmp_path / "run") is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "is not empty" in run_folder.refusal(config.parse(out), tmp_path / "run")
 
 
 def test_run_folder_is_never_overwritten_unasked(capsys, tmp_path):
