@@ -91,14 +91,14 @@ def assemble(config, ranks, device):
     teacher = load_denoiser(config.model, device, dtype)  # μ_real
     if config.lora_rank:  # one network, three ways to wear it
         net, schedule = teacher.net, teacher.schedule
-        add_lora(net, config.lora_rank, "student", "fake")
+        add_lora(net, config.lora_rank, "student", "fake", dtype=dtype)
         teacher, G, fake = (Denoiser(net, schedule, dtype, {"student": a, "fake": b}) for a, b in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)))
     else:
         freeze(teacher.net, dtype)
         G = load_denoiser(config.model, device, dtype)  # line 1
         fake = load_denoiser(config.model, device, dtype)  # line 2
         if config.fake_lora:
-            add_lora(fake.net, config.fake_lora, "fake")
+            add_lora(fake.net, config.fake_lora, "fake", dtype=dtype)
             fake.scales = {"fake": dmdr.FAKE_SCALE}
     if config.checkpointing:
         for net in (G.net, fake.net, vae.net):

@@ -5,8 +5,7 @@ parameters are counted, floating-point operations are counted (with those that -
 followed from birth to death, which gives the peak of activations and temporaries. Weights and optimizer states follow from the parameter counts:
 
     trained         16 bytes a parameter: fp32 weight, gradient, two AdamW moments (10 with --optimizer adamw8bit); sharded by FSDP2
-    under LoRAs      4 bytes a parameter (fp32), sharded likewise: the frozen network that G and the score estimator share (--lora-rank)
-    frozen           2 bytes a parameter (bf16), sharded likewise: teacher, reference, the reward model's UNet
+    frozen           2 bytes a parameter (bf16), sharded likewise: teacher (under LoRAs the one network), reference, the reward model's UNet
     on every GPU     text encoders (bf16), VAE and SAM (fp32), the discriminators' heads
 
 Geometry: SDXL or SD3-Medium with its VAE and two CLIP text encoders, SAM ViT-B. Left out: the CUDA context, fragmentation, NCCL's
@@ -220,7 +219,7 @@ def states(cast, optimizer="adamw", frozen=2):
     whole = count(net) - 2 * lora
     trained = lambda name, n, sharded=True: (name, n, 4 * n, 4 * n, moment * n, sharded)  # noqa: E731
     kept = lambda name, n, sharded=True, size=frozen: (name, n, size * n, 0, 0, sharded)  # noqa: E731
-    rows = [kept("frozen network under the LoRAs", whole, size=4)] if lora else [kept("teacher", whole)]
+    rows = [kept("frozen network under the LoRAs" if lora else "teacher", whole)]
     rows += [trained("generator G", lora or whole), trained("score estimator", lora or whole)]
     rows += [kept("text encoders", words, False), kept("VAE", count(cast.vae), False, 4)]
     if cast.D:

@@ -111,8 +111,9 @@ LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v
 LAYERS += ["proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"]  # attention, feed-forward and residual layers, as diffusers names them
 
 
-def add_lora(net, rank, *names):
-    """In place: the network's weights freeze, and a trainable LoRA (peft) of this rank joins every one of LAYERS under each of `names`.
+def add_lora(net, rank, *names, dtype=torch.float32):
+    """In place: the network's weights freeze, kept in `dtype`, and a trainable fp32 LoRA (peft) of this rank joins every one of LAYERS under each
+    of `names`.
 
     All are in force at once, and all start as the same zero update B A; lora_scale says how much each adds.
     """
@@ -126,6 +127,9 @@ def add_lora(net, rank, *names):
         if isinstance(layer, LoraLayer):
             for name in names[1:]:
                 layer.lora_A[name].load_state_dict(layer.lora_A[names[0]].state_dict())
+    for p in net.parameters():
+        if not p.requires_grad:  # only now: peft gives a LoRA the type of its layer
+            p.data = p.data.to(dtype)
 
 
 def lora_scale(net, scales):

@@ -36,7 +36,7 @@ import score_estimator
 from cast import assemble
 from config import parse
 from diffusion import backward_simulation, guided, rand, randn, renoise, sample_generators, times
-from distributed import Ending, average_gradients, start_process
+from distributed import Ending, average_gradients, leave, start_process
 from models import UserError
 from train_reward import train_reward
 
@@ -361,6 +361,7 @@ def main():
         made = run_folder.newest(run)
         reward = f"reward model in {made}/lrm; use it with: python train.py --stage 2 --reward {made}/lrm"
         print(reward if config.stage == "reward" else f"student in {made}; sample it with: python sample.py --run {run}")
+    leave()
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def test_two_ranks_share_the_encoding(shards, two_ranks):
 
 FILL = """
 import sys, torch, torch.distributed as dist
-import data, latent_cache
+import data, distributed, latent_cache
 from config import Config
 from models import load_vae
 
@@ -188,7 +188,7 @@ latent_cache.fill(source, vae, Config(data=name, resolution=16, cache_latents=f"
 assert len(encoded) == (13, 12)[dist.get_rank()]
 assert all(source[i][0].shape == (4, 4, 4) for i in range(25))
 dist.barrier()
-dist.destroy_process_group()
+distributed.leave()
 """
 
 

@@ -133,3 +133,38 @@ def test_eq_11_on_the_factors(lam, equal, model, tmp_path):
     state = torch.load(tmp_path / "state.pt", weights_only=True)["G"]["model"]
     student = {k: v for k, v in state.items() if ".lora_B.student." in k}
     assert student and all(torch.allclose(v, state[k.replace(".student.", ".fake.")], atol=1e-8) for k, v in student.items()) == equal
+
+
+def test_the_frozen_network_in_bf16(two_ranks):
+    """Computing in bf16, LoRAs on a network kept in bf16 take the same steps, to the bit, as on one kept in fp32; they stay fp32 themselves."""
+    two_ranks(KEPT_IN_BF16)
+
+
+KEPT_IN_BF16 = """
+import torch
+import config, distributed
+from models import Denoiser, add_lora, load_denoiser, load_encoder
+
+rank, ranks, device = distributed.start_process()
+for model in ("toy/sdxl", "toy/sd3"):
+    c, ends = load_encoder(model, 64, dtype=torch.bfloat16).encode(["a red circle", "a blue ring"]), []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        denoiser = load_denoiser(model)
+        net = denoiser.net
+        add_lora(net, 4, "student", "fake", dtype=dtype)
+        assert {p.dtype for p in net.parameters() if not p.requires_grad} == {dtype}
+        distributed.shard(net, torch.bfloat16)
+        student = Denoiser(net, denoiser.schedule, torch.bfloat16, {"student": 1.0, "fake": 0.0})
+        trained = [p for name, p in net.named_parameters() if ".student." in name]
+        assert {p.dtype for p in trained} == {torch.float32}
+        optimizer = distributed.adamw(trained, 1e-3, config.Config())
+        torch.manual_seed(rank)
+        for _ in range(2):
+            loss = student(torch.randn(2, 4, 16, 16), torch.tensor([500, 500]), c).square().mean()
+            loss.backward()
+            assert distributed.update(optimizer, loss)[1]
+        ends.append([p.full_tensor() for p in trained])
+    assert all(map(torch.equal, *ends)) and any(p.abs().max() > 1e-3 for p in ends[0])
+distributed.leave()
+"""

@@ -167,7 +167,7 @@ def test_table_of_states_is_what_two_ranks_hold(two_ranks):
 
 WEIGH = """
 import torch, torch.distributed as dist
-import cast, config, dry_run, train
+import cast, config, distributed, dry_run, train
 from diffusion import sample_generators
 from distributed import start_process
 
@@ -194,5 +194,5 @@ for name, n in held.items():
     dist.all_reduce(n)
     assert abs(n / ranks / table[name] - 1) < 0.02, (name, n / ranks, table[name])
 dist.barrier()  # no rank leaves while another still sums
-dist.destroy_process_group()
+distributed.leave()
 """

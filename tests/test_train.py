@@ -305,7 +305,7 @@ def test_eq_11_on_shards(two_ranks):
 
 PULL_ON_SHARDS = """
 import torch, torch.distributed as dist
-import score_estimator
+import distributed, score_estimator
 from distributed import shard
 from models import load_denoiser
 
@@ -328,7 +328,7 @@ score_estimator.pull(psi.parameters(), theta.parameters(), 0.9)
 assert all(p.to_local().numel() < p.numel() for p in psi.parameters() if p.shape[0] % 2 == 0)
 for p, w in zip(psi.parameters(), whole):
     torch.testing.assert_close(p.full_tensor(), w)
-dist.destroy_process_group()
+distributed.leave()
 """
 
 
@@ -340,7 +340,7 @@ def test_8_bit_moments_on_shards(two_ranks):
 
 MOMENTS_ON_SHARDS = """
 import sys, torch, torch.distributed as dist
-import checkpoint, config
+import checkpoint, config, distributed
 from distributed import adamw, shard, update, weights
 from models import load_denoiser
 
@@ -369,7 +369,7 @@ for player in (eight, again, plain):
 for p, q, r, p_0 in zip(*(weights(player[1]) for player in (eight, again, plain)), start):
     p, q, r = (v.full_tensor() for v in (p, q, r))
     assert torch.equal(p, q) and (p - r).norm() < 0.1 * (r - p_0).norm()
-dist.destroy_process_group()
+distributed.leave()
 """
 
 
@@ -380,7 +380,7 @@ def test_checkpoint_in_the_background(two_ranks):
 
 IN_THE_BACKGROUND = """
 import sys, torch, torch.distributed as dist
-import checkpoint, run_folder
+import checkpoint, distributed, run_folder
 from distributed import shard, update
 from models import load_denoiser
 
@@ -406,7 +406,7 @@ assert checkpoint.load(run_folder.checkpoints(sys.argv[1])[0], {"G": (net, optim
 assert all(torch.equal(p.full_tensor(), q) for p, q in zip(net.parameters(), asked_for))
 moments = [optimizer.state[p]["exp_avg"] for p in net.parameters()]
 assert all(torch.allclose(m.full_tensor(), torch.full(m.shape, 0.1)) for m in moments)  # (1 - beta_1) times the first gradient
-dist.destroy_process_group()
+distributed.leave()
 """
 
 
