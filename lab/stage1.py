@@ -62,7 +62,7 @@ TABLES = {
     },
     "students": {
         EIGHT: (FULL | {"--student-steps": 8}, SEEDS),
-        "LoRAs of rank 16 (`--lora-rank 16 --lr 4e-4 --fake-lr 3e-3`)": (FULL | {"--lora-rank": 16, "--lr": 4e-4, "--fake-lr": 3e-3}, (0,)),
+        "LoRAs of rank 16 (`--lora-rank 16 --lr 4e-4 --fake-lr 3e-3`)": (FULL | {"--lora-rank": 16, "--lr": 4e-4, "--fake-lr": 3e-3}, SEEDS),
     },
     "sd3": {
         "SD3 student (`--model toy/sd3 --guidance 2.0 --ttur 2 --iterations 600`)": (
