@@ -15,12 +15,11 @@ from statistics import mean
 import matplotlib.pyplot as plt
 
 from lab import rows
-from lab.stage1 import FULL, SEEDS, SETTINGS, spelt
+from lab.stage1 import DMD2, FULL, SEEDS
 
 RESULTS = Path("results/cost.json")
 POINTS = 5
 BASELINE = "DMD2, TTUR 5"
-DMD2 = spelt((*SETTINGS, "gan", "critic_weight"), "dmd2")
 METHODS = {
     "Flash-DMD, TTUR 1": FULL,
     "Flash-DMD, TTUR 2": FULL | {"--ttur": 2, "--iterations": 800},

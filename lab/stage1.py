@@ -25,6 +25,9 @@ def spelt(names, preset="toy"):
 
 
 FULL = spelt(SETTINGS)
+DMD2 = spelt((*SETTINGS, "gan", "critic_weight"), "dmd2")
+SHORT = DMD2 | {"--iterations": 800}
+CONSTANT = {"--lr": 3e-5, "--fake-lr": 2e-4, "--lr-schedule": "constant"}
 SD3 = {"--model": "toy/sd3"}
 SEEDS = (0, 1, 2)
 PURE, UNPULLED = "pure DM, at every step (`--gan-weight 0 --dm-steps all`)", "no EMA pull (`--ema 1`)"
@@ -49,15 +52,9 @@ TABLES = {
         **{f"`--ema {v}`": (FULL | {"--ema": v}, (0,)) for v in (0.8, 0.97)},
         "`--gan-weight 0.1`": (FULL | {"--gan-weight": 0.1}, (0,)),
         **{f"`--lr {g:g} --fake-lr {f:g}`": (FULL | {"--lr": g, "--fake-lr": f}, (0,)) for g, f in ((2e-5, 3e-4), (1e-4, 4e-4))},
-        "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant`": (FULL | {"--lr": 3e-5, "--fake-lr": 2e-4, "--lr-schedule": "constant"}, (1, 2)),
-        "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant --gan-weight 0.1`": (
-            FULL | {"--lr": 3e-5, "--fake-lr": 2e-4, "--lr-schedule": "constant", "--gan-weight": 0.1},
-            (2,),
-        ),
-        "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant --guidance 5`": (
-            FULL | {"--lr": 3e-5, "--fake-lr": 2e-4, "--lr-schedule": "constant", "--guidance": 5.0},
-            (1, 2),
-        ),
+        "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant`": (FULL | CONSTANT, (1, 2)),
+        "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant --gan-weight 0.1`": (FULL | CONSTANT | {"--gan-weight": 0.1}, (2,)),
+        "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant --guidance 5`": (FULL | CONSTANT | {"--guidance": 5.0}, (1, 2)),
         "`--guidance 5`": (FULL | {"--guidance": 5.0}, (0,)),
     },
     "students": {
@@ -76,6 +73,14 @@ TABLES = {
         "`--ttur 2 --iterations 600`": (FULL | SD3 | {"--ttur": 2, "--iterations": 600}, (0,)),
         "`--dm-steps all`": (FULL | SD3 | {"--dm-steps": "all"}, (0,)),
         **{f"`--guidance {w}`": (FULL | SD3 | {"--guidance": w}, (0,)) for w in (1.5, 2.0)},
+    },
+    "dmd2-sweep": {  # as many settings beside the default as Flash-DMD's sweep has
+        "DMD2's settings (`--preset dmd2 --iterations 800`)": (SHORT, (0,)),
+        **{f"`--lr {g:g} --fake-lr {f:g}`": (SHORT | {"--lr": g, "--fake-lr": f}, (0,)) for g, f in ((2e-5, 3e-4), (4e-5, 6e-4), (1e-4, 4e-4))},
+        "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant`": (SHORT | CONSTANT, (0,)),
+        **{f"`--gan-weight {v}`": (SHORT | {"--gan-weight": v}, (0,)) for v in (0.001, 0.02)},
+        "`--critic-weight 0.1`": (SHORT | {"--critic-weight": 0.1}, (0,)),
+        **{f"`--guidance {w}`": (SHORT | {"--guidance": w}, (0,)) for w in (2.0, 5.0)},
     },
 }
 SCALES = (Config.teacher_guidance, Config.guidance, 1.0)
