@@ -50,12 +50,9 @@ TABLES = {
     },
     "sweep": {
         **{f"`--ema {v}`": (FULL | {"--ema": v}, (0,)) for v in (0.8, 0.97)},
-        "`--gan-weight 0.1`": (FULL | {"--gan-weight": 0.1}, (0,)),
-        **{f"`--lr {g:g} --fake-lr {f:g}`": (FULL | {"--lr": g, "--fake-lr": f}, (0,)) for g, f in ((2e-5, 3e-4), (1e-4, 4e-4))},
         "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant`": (FULL | CONSTANT, (1, 2)),
         "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant --gan-weight 0.1`": (FULL | CONSTANT | {"--gan-weight": 0.1}, (2,)),
         "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant --guidance 5`": (FULL | CONSTANT | {"--guidance": 5.0}, (1, 2)),
-        "`--guidance 5`": (FULL | {"--guidance": 5.0}, (0,)),
     },
     "students": {
         EIGHT: (FULL | {"--student-steps": 8}, SEEDS),
@@ -74,13 +71,12 @@ TABLES = {
         "`--dm-steps all`": (FULL | SD3 | {"--dm-steps": "all"}, (0,)),
         **{f"`--guidance {w}`": (FULL | SD3 | {"--guidance": w}, (0,)) for w in (1.5, 2.0)},
     },
-    "dmd2-sweep": {  # as many settings beside the default as Flash-DMD's sweep has
+    "dmd2-sweep": {  # beside the default as many runs as Flash-DMD's sweep
         "DMD2's settings (`--preset dmd2 --iterations 800`)": (SHORT, (0,)),
         **{f"`--lr {g:g} --fake-lr {f:g}`": (SHORT | {"--lr": g, "--fake-lr": f}, (0,)) for g, f in ((2e-5, 3e-4), (4e-5, 6e-4), (1e-4, 4e-4))},
         "`--lr 3e-5 --fake-lr 2e-4 --lr-schedule constant`": (SHORT | CONSTANT, (0,)),
         **{f"`--gan-weight {v}`": (SHORT | {"--gan-weight": v}, (0,)) for v in (0.001, 0.02)},
-        "`--critic-weight 0.1`": (SHORT | {"--critic-weight": 0.1}, (0,)),
-        **{f"`--guidance {w}`": (SHORT | {"--guidance": w}, (0,)) for w in (2.0, 5.0)},
+        "`--guidance 5`": (SHORT | {"--guidance": 5.0}, (0,)),
     },
 }
 SCALES = (Config.teacher_guidance, Config.guidance, 1.0)
