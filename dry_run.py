@@ -107,7 +107,7 @@ def with_loras(build, rank):
     """A network with train.py's two LoRAs, on fake tensors. peft casts its weights in place, which fake ones refuse: first without storage."""
     with unset_fake_temporarily(), torch.device("meta"):
         net = build()
-        add_lora(net, rank, "student", "fake")
+        add_lora(net, rank, "student", "fake", dtype=torch.bfloat16)
     for module in net.modules():
         for name, p in module.named_parameters(recurse=False):
             module.register_parameter(name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
