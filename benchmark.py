@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from models import UserError, generate
+from models import UserError, at_once, generate
 
 COLUMNS = ("ImgRwd", "CLIP", "Pick", "HPSv2", "MPS")
 PAPER = {  # Tables 1, 2, 3, 6, 7: COCO-10k; name: (NFE, *COLUMNS, cost = batch x iterations or GPU hours)
@@ -45,12 +45,12 @@ def read_prompts(path, num):
     return prompts[:num]
 
 
-def draw(denoiser, encoder, vae, prompts, folder, made_by, batch=16):
+def draw(denoiser, encoder, vae, prompts, folder, made_by, batch=None):
     """Writes the pictures of `prompts` that folder lacks. made_by: what they depend on, "steps", "seed" and "ode" (diffusion.py) among it.
 
     Raises UserError where folder holds something else.
     """
-    folder, now = Path(folder), made_by | {"prompts": prompts}
+    folder, now, batch = Path(folder), made_by | {"prompts": prompts}, batch or at_once(encoder.size)
     settings = folder / "settings.json"
     if settings.is_file():
         try:

@@ -125,7 +125,7 @@ def assemble(config, ranks, device):
     D = head = None
     torch.manual_seed(config.seed)
     if config.gan == "pixel" and config.gan_weight > 0:  # line 3
-        D = PixelDiscriminator(load_sam(config.sam, device), checkpointing=config.checkpointing).to(device)
+        D = PixelDiscriminator(load_sam(config.sam, device, dtype), checkpointing=config.checkpointing).to(device)
         players["D"] = (D, adam(D, config.d_lr))
     if config.gan in ("latent", "online") and config.gan_weight > 0:
         if not hasattr(fake.net, "mid_block"):

@@ -163,8 +163,9 @@ def parse(argv=None):
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not given.get("out"):
         parser.error("torchrun --max-restarts needs --out: the folder in which a restart goes on")
     launch, saved = Path(given.get("out", "")) / "launch", Path(given.get("out", "")) / "config.json"
-    if given.get("out") and launch.is_file() and launch.read_text() == os.environ.get("TORCHELASTIC_RUN_ID"):
-        given["resume"] = True  # this very torchrun has begun the run: it has started us again
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if again and given.get("out") and launch.is_file() and launch.read_text() == os.environ.get("TORCHELASTIC_RUN_ID"):
+        given["resume"] = True  # this very torchrun has begun the run, and has started us again
     if given.get("resume") and given.get("out") and saved.is_file():  # a run goes on with its own settings, but for the flags given
         try:
             before = json.loads(saved.read_text())

@@ -10,6 +10,7 @@ the image's original height and width, its crop's top and left after resizing, a
 import io
 import json
 import re
+import signal
 import tarfile
 import textwrap
 from functools import lru_cache
@@ -174,7 +175,7 @@ class Shards(ImageFolder):
             for key, (name, *place) in images.items():
                 if captions.get(key):
                     rows.append((f"{shard.full_name}/{name}", captions[key]))
-                    self.places[rows[-1][0]] = (shard, *place)
+                    self.places[rows[-1][0]] = (shard.full_name, *place)
             if bare := [name for key, (name, *_) in images.items() if not captions.get(key)]:
                 print(f"{len(bare)} images of {shard.full_name} have no caption and are left out, the first: {bare[0]}")
         if not rows:
@@ -186,7 +187,7 @@ class Shards(ImageFolder):
 
     def _open(self, name):
         shard, first, length = self.places[name]
-        with shard as file:
+        with fsspec.open(shard) as file:  # anew: connections do not survive the fork to a loader process
             file.seek(first)
             return io.BytesIO(file.read(length))
 
@@ -269,7 +270,12 @@ class _Indexed(torch.utils.data.Dataset):
 
 def batches(source, indices, workers=0):
     """Batches in the order of `indices` (a list of lists of global sample numbers): images (B, 3, H, W), prompts, sizes (B, 6), indices (B,)."""
-    return iter(DataLoader(_Indexed(source), batch_sampler=indices, num_workers=workers))
+    return iter(DataLoader(_Indexed(source), batch_sampler=indices, num_workers=workers, worker_init_fn=_deaf))
+
+
+def _deaf(worker):
+    """torchrun and Slurm send SIGTERM to loader processes too; the run still needs them for the loop that it ends with."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # -------------------------------------------------------------------------------------------- pictures out

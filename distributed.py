@@ -7,13 +7,12 @@ import threading
 
 import torch
 import torch.distributed as dist
-from diffusers import SD3Transformer2DModel
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from models import UserError
+from models import UserError, blocks
 
 
 def start_process():
@@ -50,14 +49,18 @@ class Ending:
     """SIGTERM asks a run to end: `asked` after an iteration, all ranks save and leave together, whichever of them heard it first."""
 
     def __init__(self, device):
-        self.flag = torch.zeros(1, device=device)
+        self.heard, self.device = False, device
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-            signal.signal(signal.SIGTERM, lambda *_: self.flag.fill_(1))
+            signal.signal(signal.SIGTERM, self.hear)
+
+    def hear(self, *_):
+        self.heard = True
 
     def asked(self):
+        flag = torch.tensor(float(self.heard), device=self.device)  # a copy: what is heard while ranks reduce it counts at the next call
         if dist.is_initialized():
-            dist.all_reduce(self.flag, dist.ReduceOp.MAX)
-        return bool(self.flag)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
 
 def adamw(parameters, lr, config):
@@ -97,14 +100,6 @@ def average_gradients(module, ranks):
         for p in module.parameters():
             dist.all_reduce(p.grad)
             p.grad /= ranks
-
-
-def blocks(net):
-    """The parts of a denoiser, or of a reward model's, whose weights FSDP2 gathers together."""
-    # The stem too: where gradient reaches the mid block's features alone (latent_gan.py), the root's own weights would not be gathered.
-    if isinstance(net, SD3Transformer2DModel):
-        return [net.pos_embed, net.time_text_embed, net.context_embedder, *net.transformer_blocks]
-    return [net.conv_in, net.time_embedding, net.add_embedding, *net.down_blocks, net.mid_block, *(net.up_blocks or ())]
 
 
 def shard(net, dtype):

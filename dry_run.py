@@ -6,10 +6,11 @@ followed from birth to death, which gives the peak of activations and temporarie
 
     trained         16 bytes a parameter: fp32 weight, gradient, two AdamW moments (10 with --optimizer adamw8bit); sharded by FSDP2
     frozen           2 bytes a parameter (bf16), sharded likewise: teacher (under LoRAs the one network), reference, the reward model's UNet
-    on every GPU     text encoders (bf16), VAE and SAM (fp32), the discriminators' heads
+    on every GPU     text encoders and SAM (bf16), VAE (fp32), the discriminators' heads
 
 Geometry: SDXL or SD3-Medium with its VAE and two CLIP text encoders, SAM ViT-B. Left out: the CUDA context, fragmentation, NCCL's
-buffers (an allowance of 8 %).
+buffers (an allowance of 8 %); the buffers in which FSDP2 reduces a block's gradients (bf16 and fp32, 7 GB for the largest of SDXL's), which
+come when VAE and SAM have let go of theirs; previews, which draw 4 pictures of 1024 together, and the host's copy of what a checkpoint holds.
 """
 
 import time
@@ -27,10 +28,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from cast import Cast
 from diffusion import Schedule, guided, sample_generators
-from distributed import blocks
 from latent_gan import Head
 from latent_reward import LatentRewardModel
-from models import VAE, Denoiser, UserError, add_lora
+from models import VAE, Denoiser, UserError, add_lora, blocks
 from pixel_gan import PixelDiscriminator
 
 SDXL = {
@@ -134,12 +134,13 @@ def assemble(config, batch):
         ref = Denoiser(UNet2DConditionModel(**SDXL), schedule, torch.bfloat16)
         ref.net.requires_grad_(False)
         R = LatentRewardModel(UNet2DConditionModel(**SDXL), words, 1280).eval().requires_grad_(False)
+    sam = sam_model_registry["vit_b"]().image_encoder.requires_grad_(False) if config.gan == "pixel" and config.gan_weight else None
     torch.set_default_dtype(torch.float32)
     vae = VAE(AutoencoderKL(**(SD3_VAE if sd3 else SDXL_VAE)))
     if config.gan_weight and config.gan == "latent":
         head = Head(SDXL["block_out_channels"][-1])
-    elif config.gan_weight:
-        D = PixelDiscriminator(sam_model_registry["vit_b"]().image_encoder.requires_grad_(False), checkpointing=config.checkpointing)
+    elif sam:
+        D = PixelDiscriminator(sam, checkpointing=config.checkpointing)
     if config.checkpointing:
         for net in (G.net, fake.net, vae.net):
             net.enable_gradient_checkpointing()
@@ -223,7 +224,7 @@ def states(cast, optimizer="adamw", frozen=2):
     rows += [trained("generator G", lora or whole), trained("score estimator", lora or whole)]
     rows += [kept("text encoders", words, False), kept("VAE", count(cast.vae), False, 4)]
     if cast.D:
-        rows += [kept("SAM", count(cast.D.encoder[0]), False, 4), trained("D's heads", count(cast.D), False)]
+        rows += [kept("SAM", count(cast.D.encoder[0]), False), trained("D's heads", count(cast.D), False)]
     if cast.head:
         rows += [trained("latent discriminator's head", count(cast.head), False)]
     if cast.R:

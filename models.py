@@ -85,7 +85,7 @@ class Denoiser:
 
     def __call__(self, x_t, t, c):
         self.passes += len(x_t) * (3 if torch.is_grad_enabled() else 1)
-        x, c, scales = x_t.to(self.dtype), {k: v.to(self.dtype) for k, v in c.items()}, self.scales
+        x, c, scales = x_t.to(self.dtype), {k: v if k == "size" else v.to(self.dtype) for k, v in c.items()}, self.scales  # bf16 rounds sizes
         if scales:
             lora_scale(self.net, scales)
         if isinstance(self.net, SD3Transformer2DModel):
@@ -242,8 +242,19 @@ def load_encoder(model, image_size, device="cpu", dtype=torch.float32):
     return cls(model, image_size, device, dtype)
 
 
+def blocks(net):
+    """The parts of a denoiser, or of a reward model's, whose weights FSDP2 gathers together."""
+    # The stem too: where gradient reaches the mid block's features alone (latent_gan.py), the root's own weights would not be gathered.
+    if isinstance(net, SD3Transformer2DModel):
+        return [net.pos_embed, net.time_text_embed, net.context_embedder, *net.transformer_blocks]
+    return [net.conv_in, net.time_embedding, net.add_embedding, *net.down_blocks, net.mid_block, *(net.up_blocks or ())]
+
+
 class VAE(nn.Module):
-    """The pipeline's frozen autoencoder, between images in [-1, 1] (B, 3, H, W) and scaled latents (B, C, h, w), in fp32."""
+    """The pipeline's frozen autoencoder, between images in [-1, 1] (B, 3, H, W) and scaled latents (B, C, h, w), in fp32.
+
+    Without gradient it takes at_once pictures together, however many are asked for.
+    """
 
     def __init__(self, net):
         """net: an AutoencoderKL."""
@@ -256,12 +267,20 @@ class VAE(nn.Module):
     def encode(self, images):
         """The posterior mean, scaled."""
         config = self.net.config
-        return (self.net.encode(images).latent_dist.mean - (config.shift_factor or 0)) * config.scaling_factor
+        means = torch.cat([self.net.encode(part).latent_dist.mean for part in images.split(at_once(images.shape[-1]))])
+        return (means - (config.shift_factor or 0)) * config.scaling_factor
 
     def decode(self, z):
         """V: latents -> images. Gradient passes through it to z, never to its weights."""
         config = self.net.config
-        return self.net.decode(z / config.scaling_factor + (config.shift_factor or 0), return_dict=False)[0]
+        z = z / config.scaling_factor + (config.shift_factor or 0)
+        together = len(z) if z.requires_grad and torch.is_grad_enabled() else at_once(z.shape[-1] * self.factor)
+        return torch.cat([self.net.decode(part, return_dict=False)[0] for part in z.split(together)])
+
+
+def at_once(side):
+    """How many pictures of `side` pixels are drawn or encoded together where no batch is given: 64 of the toy's, 4 at 1024."""
+    return max(1, min(64, 2**22 // side**2))
 
 
 def load_vae(model, device="cpu"):
@@ -269,8 +288,8 @@ def load_vae(model, device="cpu"):
     return VAE(load_part(AutoencoderKL, folder(model, "vae"), "vae", low_cpu_mem_usage=False).float()).to(device)
 
 
-def load_sam(path, device="cpu"):
-    """segment_anything's image encoder, frozen: from a folder (config.json, image_encoder.safetensors) or one of its own
+def load_sam(path, device="cpu", dtype=torch.float32):
+    """segment_anything's image encoder, frozen, in `dtype`: from a folder (config.json, image_encoder.safetensors) or one of its own
     checkpoints (sam_vit_b_*.pth, sam_vit_l_*.pth, sam_vit_h_*.pth)."""
     if str(path).endswith(".pth"):
         kind = re.search(r"vit_[blh]", Path(path).name)
@@ -289,17 +308,17 @@ def load_sam(path, device="cpu"):
         encoder = build()
     except Exception as e:
         raise UserError(f"cannot read the SAM image encoder in {path}: {(str(e).strip() or type(e).__name__).splitlines()[0]}") from None
-    return encoder.to(device).eval().requires_grad_(False)
+    return encoder.to(device, dtype).eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def generate(denoiser, encoder, vae, prompts, steps, seed, first=0, batch=64, ode=False):
-    """Prompts -> pictures (n, 3, H, W) in [-1, 1] on the CPU.
+def generate(denoiser, encoder, vae, prompts, steps, seed, first=0, batch=None, ode=False):
+    """Prompts -> pictures (n, 3, H, W) in [-1, 1] on the CPU, `batch` (by default at_once) of them together.
 
     The picture of (seed, prompt, first + place in the list) is the same at every batch size. Few-step sampling re-noises
     between steps (diffusion.backward_simulation); ode=True follows the multi-step teacher's deterministic path.
     """
-    side, pictures = encoder.size // vae.factor, []
+    side, pictures, batch = encoder.size // vae.factor, [], batch or at_once(encoder.size)
     for i in range(0, len(prompts), batch):
         part = prompts[i : i + batch]
         c = encoder.encode(part)

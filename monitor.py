@@ -127,9 +127,19 @@ def out_of_memory(error, config):
     ours = [name for file, name in names if file in ("train.py", "train_reward.py") or name == "assemble"]
     whole = config.stage == "reward"  # takes a rank's batch at once
     at_once, switch = (config.batch_size // ranks, "--batch-size") if whole else (config.micro_batch or config.batch_size // ranks, "--micro-batch")
+    sees = not whole and config.gan == "pixel" and config.gan_weight and not config.gan_crop
+    helps = {
+        f"lower {switch}": at_once > 1,
+        "add --checkpointing": not config.checkpointing,
+        f"add --gan-crop {config.resolution // 2}": sees,
+        "--optimizer adamw8bit": config.optimizer == "adamw",
+        "--lora-rank 64": not (whole or config.lora_rank),
+        "more ranks": True,
+        "a lower --resolution": True,
+    }
     return (
-        f"out of memory in {component(frames)}{ours[-1]} with {at_once} samples at once on each of {ranks} ranks: lower {switch}, "
-        "add --checkpointing, add --gan-crop (or --optimizer adamw8bit, --lora-rank, more ranks); --dry-run computes what fits"
+        f"out of memory in {component(frames)}{ours[-1]} with {at_once} samples at once on each of {ranks} ranks: "
+        f"{', '.join(what for what, possible in helps.items() if possible)}; --dry-run computes what fits"
     )
 
 
@@ -142,6 +152,8 @@ def component(frames):
             return f"{networks[id(f.f_locals['self'])]}, in "
         if f.f_code.co_name == "update" and "name" in f.f_locals:
             return f"the optimizer step of {f.f_locals['name']}, in "
+        if f.f_code.co_name.startswith("load_"):
+            return f"{f.f_code.co_name}, in "
         if f.f_code.co_name == "backward":
             return "a backward pass, in "
     return ""

@@ -39,9 +39,9 @@ class PixelDiscriminator(nn.Module):
         self.heads = nn.ModuleList(head(channels, width) for channels in [dim] * len(self.levels) + [out])
 
     def features(self, images):
-        """(B, 3, H, W) in [-1, 1] -> SAM's feature maps, one (B, C_l, h, w) per level."""
+        """(B, 3, H, W) in [-1, 1] -> SAM's feature maps, one (B, C_l, h, w) per level, in the images' type; SAM computes in its own."""
         (encoder,) = self.encoder
-        x = encoder.patch_embed(sam_input(images, encoder.img_size))
+        x = encoder.patch_embed(sam_input(images, encoder.img_size).to(encoder.patch_embed.proj.weight.dtype))
         if encoder.pos_embed is not None:
             x = x + encoder.pos_embed
         maps = []
@@ -49,7 +49,7 @@ class PixelDiscriminator(nn.Module):
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)  # (B, h, w, C)
             if i in self.levels:
                 maps.append(x.permute(0, 3, 1, 2))
-        return [*maps, encoder.neck(x.permute(0, 3, 1, 2))]
+        return [m.to(images.dtype) for m in (*maps, encoder.neck(x.permute(0, 3, 1, 2)))]
 
     def forward(self, features):
         """Feature maps -> logits (B, n). They are made apart, so that a picture judged twice passes SAM once."""

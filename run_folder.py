@@ -102,6 +102,13 @@ def open_run(config, rank):
     return Path(answer[0])
 
 
+def write_config(run, config):
+    """config.json, written aside and renamed: a kill leaves the old one or the new."""
+    aside = run / "config.json.tmp"
+    aside.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    aside.rename(run / "config.json")
+
+
 def refusal(config, run):
     """Why this run folder cannot be used as asked, in one line; None where it can."""
     if config.resume and not config.out:

@@ -11,7 +11,6 @@ siblings DMDR and AdvDMD, latent_gan.py, dmdr.py and advdmd.py; this file says i
 """
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -66,16 +65,17 @@ def train(config):
     if config.resume and run_folder.newest(run):
         progress = checkpoint.restore(run, players)
     if rank == 0:
-        (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        run_folder.write_config(run, config)
     log = monitor.Log(run, rank, config, progress)
     preview = monitor.Preview(cast, source) if config.preview_every else None
 
     if config.cache_latents:
         latent_cache.fill(source, cast.vae, config, rank, ranks)
     firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
+    ending = Ending(device)
     batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
     background = device.type == "cuda" and config.optimizer == "adamw"  # torchao's moments cannot be copied aside
-    bad_loops, due, ending, began = 0, set(), Ending(device), time.time() - progress["seconds"]
+    bad_loops, due, began = 0, set(), time.time() - progress["seconds"]
 
     for loop in range(progress["loops"] + 1, config.iterations + 1):  # line 4
         draw = lambda purpose: sample_generators(config.seed, loop, index.tolist(), purpose)  # noqa: B023, E731

@@ -6,7 +6,6 @@ R starts as the model's own UNet and text encoders. NOTE: LPO trains the text en
 Every rank holds R whole and gradients are averaged over ranks.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -97,11 +96,11 @@ def train_reward(config):
     if config.resume and run_folder.newest(run):
         progress = checkpoint.restore(run, players)
     if rank == 0:
-        (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        run_folder.write_config(run, config)
     log = monitor.Log(run, rank, config, progress)
     firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
-    batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
     ending = Ending(device)
+    batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     for loop in range(progress["loops"] + 1, config.iterations + 1):

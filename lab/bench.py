@@ -33,7 +33,7 @@ from distributed import start_process
 from lab import random_models, rows
 from models import UserError
 
-SIZES = {"toy": (), "sdxl": ("--preset", "sdxl-4step"), "sd3": ("--preset", "sd3-4step", "--ttur", "1")}
+SIZES = {"toy": (), "sdxl": ("--preset", "sdxl-4step", "--batch-size", "2"), "sd3": ("--preset", "sd3-4step", "--batch-size", "2", "--ttur", "1")}
 
 
 def stand_in(size, folder, argv):

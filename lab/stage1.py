@@ -63,6 +63,10 @@ TABLES = {
             FULL | SD3 | {"--guidance": 2.0, "--ttur": 2, "--iterations": 600},
             SEEDS,
         ),
+        "the same with LoRAs of rank 16 (`--lora-rank 16 --lr 4e-4 --fake-lr 3e-3`)": (
+            FULL | SD3 | {"--guidance": 2.0, "--ttur": 2, "--iterations": 600, "--lora-rank": 16, "--lr": 4e-4, "--fake-lr": 3e-3},
+            SEEDS,
+        ),
     },
     "sd3-sweep": {
         "SDXL's settings (the defaults)": (FULL | SD3, (0,)),

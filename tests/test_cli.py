@@ -1,6 +1,8 @@
 """Mistakes of a user: one clear line, exit status 2, nothing overwritten."""
 
+import io
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
 import benchmark
+import checkpoint
 import config
 import data
 import evaluate
@@ -124,6 +127,26 @@ def test_pickled_weights_are_not_run(capsys, tmp_path):
     assert status == 2 and str(path) in line and not (tmp_path / "run by torch.load").exists() and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("rank", ["", "__0"])
+def test_pickled_checkpoints_are_not_run(rank, tmp_path):
+    """Neither a checkpoint's table of contents, of all ranks or of one, nor what else torch.distributed.checkpoint pickles."""
+    net = torch.nn.Linear(2, 2)
+    player, proof = {"G": (net, torch.optim.AdamW(net.parameters()))}, tmp_path / "run by pickle"
+    checkpoint.save(tmp_path, player, {"loops": 1}, write=lambda *_: None)
+    assert checkpoint.restore(tmp_path, player) == {"loops": 1}
+    whole = tmp_path / "checkpoint-000001" / "state" / ".metadata"
+    table = whole.rename(whole.with_name(f"{rank}.metadata"))
+    table.write_bytes(pickle.dumps(Malicious(proof)))
+    with pytest.raises(UserError, match="names pathlib.Path.touch"):
+        checkpoint.restore(tmp_path, player)
+    content = io.BytesIO()
+    torch.save(Malicious(proof), content)
+    content.seek(0)
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint._Planner().load_bytes(None, content)
+    assert not proof.exists()
+
+
 class Malicious:
     def __init__(self, path):
         self.path = path
@@ -198,10 +221,11 @@ def test_restart_by_torchrun_goes_on_with_its_own_run(capsys, monkeypatch, tmp_p
     assert not config.parse(out).resume
     config_ = config.parse([*out, "--lr", "1e-3"])
     (run_folder.open_run(config_, 0) / "config.json").write_text(json.dumps(vars(config_)))
+    assert not config.parse(out).resume  # a second command under the same --rdzv-id, as in a Slurm job of two
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     again = config.parse(out)
     assert again.resume and again.lr == 1e-3 and run_folder.refusal(again, tmp_path / "run") is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert "is not empty" in run_folder.refusal(config.parse(out), tmp_path / "run")
 
 

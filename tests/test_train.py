@@ -447,14 +447,38 @@ def test_torn_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_and_ends(ranks, tmp_path):
-    """SIGTERM: saved at the loop in hand, exit 0 (torchrun's own is 1). --resume on a folder that is not there yet starts afresh."""
-    settings = {"gan_weight": 0, "iterations": 500, "save_every": 1000, "resume": True}
+    """SIGTERM, to loader processes too: saved at the loop in hand, exit 0 (torchrun's own is 1). --resume without the folder starts afresh."""
+    settings = {"gan_weight": 0, "iterations": 500, "save_every": 1000, "resume": True, "workers": 1}
     ended = launch(*flags(**settings, out=tmp_path / "ended"), ranks=ranks, patience=150)
     wait_for(tmp_path / "ended" / "metrics.jsonl", content=True)
     ended.send_signal(signal.SIGTERM)
     out, _ = ended.communicate(timeout=200)
     saved = json.loads((run_folder.newest(tmp_path / "ended") / "progress.json").read_text())
     assert ended.returncode == ranks - 1 and 0 < saved["loops"] < 500, out[-3000:]
+
+
+def test_sigterm_while_ranks_ask(two_ranks):
+    """Heard by one rank while it waits for the other: both give the same answer, and yes the next time."""
+    two_ranks(ASK)
+
+
+ASK = """
+import os, signal, threading, time
+import torch.distributed as dist
+import distributed
+
+rank, ranks, device = distributed.start_process()
+ending = distributed.Ending(device)
+dist.barrier()
+if rank == 0:
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+else:
+    time.sleep(2)
+answers = [None, None]
+dist.all_gather_object(answers, [ending.asked(), ending.asked()])
+assert answers == [[False, True]] * 2, answers
+distributed.leave()
+"""
 
 
 @pytest.mark.xdist_group("ranks")
