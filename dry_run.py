@@ -10,7 +10,7 @@ followed from birth to death, which gives the peak of activations and temporarie
 
 Geometry: SDXL or SD3-Medium with its VAE and two CLIP text encoders, SAM ViT-B. Left out: the CUDA context, fragmentation, NCCL's
 buffers (an allowance of 8 %); the buffers in which FSDP2 reduces a block's gradients (bf16 and fp32, 7 GB for the largest of SDXL's), which
-come when VAE and SAM have let go of theirs; previews, which draw 4 pictures of 1024 together, and the host's copy of what a checkpoint holds.
+come when VAE and SAM have let go of theirs, and previews, which draw 4 pictures of 1024 together.
 """
 
 import time
@@ -267,17 +267,21 @@ def report(config, distil, prefer):
     sharded, whole = (a_gpu(rows, n) + open_blocks for n in (gpus, 1))
 
     def show(name, n, *gb):
-        print(f"{name:34}{n / 1e6:14.1f}" + "".join(f"{v / 1e9:{w}.2f}" for v, w in zip(gb, (10, 11, 9, 14, 16))))
+        print(f"{name:34}{n / 1e6:14.1f}" + "".join(f"{v / 1e9:{w}.2f}" for v, w in zip(gb, (10, 11, 9, 12, 14, 16))))
 
-    print(f"{'GB':34}{'parameters, M':>14}{'weights':>10}{'gradients':>11}{'moments':>9}{'a GPU, whole':>14}{'a GPU, sharded':>16}")
+    saved = lambda row: (row[2] + row[4]) * bool(row[4])  # noqa: E731  what is trained, and its moments
+    print(f"{'GB':34}{'parameters, M':>14}{'weights':>10}{'gradients':>11}{'moments':>9}{'checkpoint':>12}{'a GPU, whole':>14}{'a GPU, sharded':>16}")
     for row in rows:
-        show(*row[:5], a_gpu([row], 1), a_gpu([row], gpus))
-    show("FSDP2's gathered blocks", 0, 0, 0, 0, open_blocks, open_blocks)
-    show("sum", *(sum(r[n] for r in rows) for n in (1, 2, 3, 4)), whole, sharded)
+        show(*row[:5], saved(row), a_gpu([row], 1), a_gpu([row], gpus))
+    show("FSDP2's gathered blocks", 0, 0, 0, 0, 0, open_blocks, open_blocks)
+    show("sum", *(sum(r[n] for r in rows) for n in (1, 2, 3, 4)), sum(map(saved, rows)), whole, sharded)
     print("\nsharded over 1, 2, 8, 64 GPUs: " + ", ".join(f"{(a_gpu(rows, n) + open_blocks) / 1e9:.2f}" for n in (1, 2, 8, 64)) + " GB on each")
     student = 4 * next(r[1] for r in rows if r[0] == "generator G")
-    disk = student + sum(r[2] + r[4] for r in rows if r[4])  # what is trained, and its moments
-    print(f"a checkpoint: {disk / 1e9:.1f} GB on disk; to write the student, rank 0 gathers {student / 1e9:.1f} GB in host memory")
+    disk, copied = student + sum(map(saved, rows)), sum(saved(row) / (gpus if row[5] else 1) for row in rows)
+    print(
+        f"a checkpoint: {disk / 1e9:.1f} GB on disk, {student / 1e9:.1f} of them the student for diffusers, which rank 0 gathers in host memory; "
+        f"every rank copies {copied / 1e9:.1f} GB there before they are written"
+    )
 
     print(f"\n{'one sample, from one optimizer step to the next':50}{'GB at the peak':>15}{'TFLOP':>10}")
     for kind, turns in measured.items():

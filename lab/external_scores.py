@@ -2,9 +2,11 @@
 
     python -m venv hps && hps/bin/pip install hpsv2 && hps/bin/python lab/external_scores.py hpsv2 DIR
     python -m venv ir && ir/bin/pip install image-reward && ir/bin/python lab/external_scores.py imagereward DIR
+    git clone https://github.com/Kwai-Kolors/MPS && python -m venv mps && mps/bin/pip install -r MPS/requirements.txt -e MPS
+    mps/bin/python lab/external_scores.py mps DIR MPS/outputs/MPS_overall_checkpoint.pth      (its README links the checkpoint, a whole pickled model)
 
-DIR is evaluate.py's --images; the scores go to DIR/hpsv2.json, DIR/imagereward.json, for its --scores. MPS has no package: score DIR
-with its repository's code, and write {"MPS": [one score per picture]} yourself.
+DIR is evaluate.py's --images; the scores go to DIR/hpsv2.json, DIR/imagereward.json, DIR/mps.json, for its --scores. Not run where we build:
+the weights cannot be had there.
 """
 
 import functools
@@ -28,10 +30,36 @@ def imagereward_scorer():
     return "ImgRwd", lambda path, prompt: float(model.score(prompt, str(path)))
 
 
+def mps_scorer():
+    """MPS of one picture: its model compares two, so the picture is given twice. The condition is its overall preference's, from its README."""
+    import torch
+    from PIL import Image
+    from transformers import AutoTokenizer, CLIPImageProcessor
+
+    clip, device = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer, processor = AutoTokenizer.from_pretrained(clip), CLIPImageProcessor.from_pretrained(clip)
+    model = torch.load(sys.argv[3], map_location=device, weights_only=False).eval()
+    overall = """light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, texture,
+        quantity, attributes, position, number, location, word, things."""
+
+    def tokens(text):
+        length = tokenizer.model_max_length
+        return tokenizer(text, max_length=length, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+
+    @torch.no_grad()
+    def score(path, prompt):
+        pixels = processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"].to(device)
+        text, picture, _ = model(tokens(prompt), torch.cat([pixels, pixels]), tokens(" ".join(overall.split())))
+        return float(model.logit_scale.exp() * torch.cosine_similarity(text, picture).mean())
+
+    return "MPS", score
+
+
 def main():
-    scorers = {"hpsv2": hpsv2_scorer, "imagereward": imagereward_scorer}
-    if len(sys.argv) != 3 or sys.argv[1] not in scorers or not Path(sys.argv[2], "settings.json").is_file():
-        sys.exit(f"usage: external_scores.py {'|'.join(scorers)} DIR, with DIR the --images folder of evaluate.py")
+    scorers, (kind, folder, *more) = {"hpsv2": hpsv2_scorer, "imagereward": imagereward_scorer, "mps": mps_scorer}, [*sys.argv[1:], "", ""][:4]
+    files = [path for path in (Path(folder, "settings.json"), *more) if path]
+    if kind not in scorers or not all(Path(path).is_file() for path in files) or len(files) != (2 if kind == "mps" else 1):
+        sys.exit(f"usage: external_scores.py {'|'.join(scorers)} DIR [the checkpoint of mps], with DIR the --images folder of evaluate.py")
     folder = Path(sys.argv[2])
     prompts = json.loads((folder / "settings.json").read_text())["prompts"]
     column, score = scorers[sys.argv[1]]()
