@@ -110,12 +110,15 @@ def test_dry_run_as_a_command(monkeypatch, capsys):
     near = lambda value: pytest.approx(value, abs=0.02, rel=1e-3)  # noqa: E731
     P = PUBLISHED["sdxl"] / 1e9
     for name in ("generator G", "score estimator"):
-        assert row(name) == near([1e3 * P, 4 * P, 4 * P, 8 * P, 16 * P, 4 * P])
-    assert row("teacher") == near([1e3 * P, 2 * P, 0, 0, 2 * P, P / 2])
+        assert row(name) == near([1e3 * P, 4 * P, 4 * P, 8 * P, 12 * P, 16 * P, 4 * P])
+    assert row("teacher") == near([1e3 * P, 2 * P, 0, 0, 0, 2 * P, P / 2])
     heads = row("D's heads")
-    assert heads[4] == heads[5] == near(16e-3 * heads[0])
+    assert heads[4] == near(12e-3 * heads[0]) and heads[5] == heads[6] == near(16e-3 * heads[0])
     names = ["teacher", "generator G", "score estimator", "text encoders", "VAE", "SAM", "D's heads", "FSDP2's gathered blocks"]
     assert row("sum") == pytest.approx([sum(column) for column in zip(*map(row, names), strict=True)], abs=0.05 * len(names))  # of rounded figures
+
+    on_disk, copied = map(float, re.search(r"a checkpoint: ([\d.]+) GB .* copies ([\d.]+) GB", out).groups())
+    assert on_disk == pytest.approx(28 * P, abs=0.1) and copied == pytest.approx(6 * P, abs=0.1)  # the student twice
 
     turns = [row(f"distillation: {name}") for name in ("generator", "score estimator", "discriminator")]
     (iteration,), (hours,) = row("an iteration of 64 samples"), re.search(r"500 x 64 .* 400 .*: ([\d.]+) GPU-hours", out).groups()
