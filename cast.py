@@ -87,27 +87,31 @@ def assemble(config, ranks, device):
         raise UserError(f"--gan-crop {config.gan_crop} must be a multiple of {vae.factor}, at most --resolution {config.resolution}")
     latent = torch.empty(config.batch_size // ranks, vae.channels, side, side, device=device)
 
+    sharded = ranks > 1 or device.type == "cuda"
+    ready = lambda net: shard(net, dtype) if sharded else net  # noqa: E731  one after the other: no two are whole on a GPU
+
     torch.manual_seed(config.seed)
     teacher = load_denoiser(config.model, device, dtype)  # μ_real
     if config.lora_rank:  # one network, three ways to wear it
         net, schedule = teacher.net, teacher.schedule
         add_lora(net, config.lora_rank, "student", "fake", dtype=dtype)
         teacher, G, fake = (Denoiser(net, schedule, dtype, {"student": a, "fake": b}) for a, b in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)))
+        ready(net)
     else:
         freeze(teacher.net, dtype)
+        ready(teacher.net)
         G = load_denoiser(config.model, device, dtype)  # line 1
+        ready(G.net)
         fake = load_denoiser(config.model, device, dtype)  # line 2
         if config.fake_lora:
             add_lora(fake.net, config.fake_lora, "fake", dtype=dtype)
             fake.scales = {"fake": dmdr.FAKE_SCALE}
+        ready(fake.net)
     if config.checkpointing:
         for net in (G.net, fake.net, vae.net):
             net.enable_gradient_checkpointing()
     for net in dict.fromkeys((G.net, fake.net)):
         net.train()
-    sharded = ranks > 1 or device.type == "cuda"
-    for net in dict.fromkeys((G.net, fake.net, teacher.net)) if sharded else ():
-        shard(net, dtype)
     if config.size_condition == "original" and teacher.net.config.get("addition_embed_type") != "text_time":
         raise UserError(f"--size-condition original: {config.model} has no size conditions, as SDXL has")
     if config.compile and config.gan != "pixel":
@@ -138,16 +142,14 @@ def assemble(config, ranks, device):
         checkpoint.restore(config.init, players, optimizers=False)
         ref = load_denoiser(config.model, device, dtype, student=run_folder.newest(config.init))  # p_ref
         freeze(ref.net, dtype)
-        if sharded:
-            shard(ref.net, dtype)
+        ready(ref.net)
         players["G, RL"] = (G.net, adam(G.net, config.rl_lr, mine))
     if config.stage == 2 or config.reward_weight:
         if config.reward == "clip" and config.stage == 1:
             R = metrics.Clip(config.clip, device)
         else:
             R = load_reward(config, vae, device, dtype)
-            if sharded:
-                shard(R.unet, dtype)
+            ready(R.unet)
     S, null = teacher.schedule.steps(config.student_steps), encoder.null()  # τ_K > ... > τ_1
     at_scale = guided(teacher, null, config.guidance)
     return Cast(config, ranks, latent, encoder, vae, teacher, at_scale, null, G, fake, D, head, judge, ref, R, players, S)

@@ -30,6 +30,7 @@ import torch.distributed.checkpoint as dcp
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -153,9 +154,17 @@ class _Metadata(pickle.Unpickler):
     }
 
     def find_class(self, module, name):
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.2 and before pickle an enum's member
+            return _encoding
         if name not in self.names.get(module, ()):
             raise pickle.UnpicklingError(f"its .metadata names {module}.{name}, which no checkpoint of ours does")
         return super().find_class(module, name)
+
+
+def _encoding(kind, name):
+    if kind is not _MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"its .metadata asks for {kind}.{name}")
+    return kind[name]
 
 
 class _Reader(dcp.FileSystemReader):

@@ -9,6 +9,7 @@ the image's original height and width, its crop's top and left after resizing, a
 
 import io
 import json
+import pickle
 import re
 import signal
 import tarfile
@@ -175,7 +176,7 @@ class Shards(ImageFolder):
             for key, (name, *place) in images.items():
                 if captions.get(key):
                     rows.append((f"{shard.full_name}/{name}", captions[key]))
-                    self.places[rows[-1][0]] = (shard.full_name, *place)
+                    self.places[rows[-1][0]] = (shard, *place)
             if bare := [name for key, (name, *_) in images.items() if not captions.get(key)]:
                 print(f"{len(bare)} images of {shard.full_name} have no caption and are left out, the first: {bare[0]}")
         if not rows:
@@ -187,7 +188,8 @@ class Shards(ImageFolder):
 
     def _open(self, name):
         shard, first, length = self.places[name]
-        with fsspec.open(shard) as file:  # anew: connections do not survive the fork to a loader process
+        shard = pickle.loads(pickle.dumps(shard))  # opened anew in each process: connections do not survive the fork to a loader
+        with shard as file:
             file.seek(first)
             return io.BytesIO(file.read(length))
 
@@ -274,8 +276,8 @@ def batches(source, indices, workers=0):
 
 
 def _deaf(worker):
-    """torchrun and Slurm send SIGTERM to loader processes too; the run still needs them for the loop that it ends with."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """torchrun and Slurm send SIGTERM to loader processes too, which the run still needs for its last loop: the first one is not heard."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 # -------------------------------------------------------------------------------------------- pictures out

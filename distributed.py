@@ -31,18 +31,19 @@ def start_process():
     return int(os.environ.get("RANK", 0)), ranks, device
 
 
-def leave():
-    """The last line of a program: ends the process with status 0 where there are several ranks.
+def leave(status=0):
+    """The last line of a program: where there is a process group, ends the process with this status.
 
     Python's own ending is passed over: gloo's threads outlive destroy_process_group, for DTensor's caches hold the group, and one that
     lets go of a tensor while Python ends aborts the process.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 class Ending:

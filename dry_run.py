@@ -279,8 +279,8 @@ def report(config, distil, prefer):
     student = 4 * next(r[1] for r in rows if r[0] == "generator G")
     disk, copied = student + sum(map(saved, rows)), sum(saved(row) / (gpus if row[5] else 1) for row in rows)
     print(
-        f"a checkpoint: {disk / 1e9:.1f} GB on disk, {student / 1e9:.1f} of them the student for diffusers, which rank 0 gathers in host memory; "
-        f"every rank copies {copied / 1e9:.1f} GB there before they are written"
+        f"a checkpoint: {disk / 1e9:.1f} GB on disk, {student / 1e9:.1f} of them the student for diffusers, which rank 0 gathers in host memory"
+        + (f"; every rank copies {copied / 1e9:.1f} GB there before they are written" if config.optimizer == "adamw" else "")
     )
 
     print(f"\n{'one sample, from one optimizer step to the next':50}{'GB at the peak':>15}{'TFLOP':>10}")

@@ -133,7 +133,7 @@ def out_of_memory(error, config):
         "add --checkpointing": not config.checkpointing,
         f"add --gan-crop {config.resolution // 2}": sees,
         "--optimizer adamw8bit": config.optimizer == "adamw",
-        "--lora-rank 64": not (whole or config.lora_rank),
+        "--lora-rank 64": config.stage == 1 and not (config.lora_rank or config.fake_lora),
         "more ranks": True,
         "a lower --resolution": True,
     }

@@ -117,7 +117,7 @@ def refusal(config, run):
         return f"{run} is a file: give another --out"
     saved = run / "config.json"
     if config.resume:
-        if not run.exists() or not any(path.name != "launch" for path in run.iterdir()):
+        if not run.exists() or not any(path.name not in ("launch", "config.json.tmp") for path in run.iterdir()):
             return None  # so that a restarted job may always say --resume
         if not saved.exists():
             return f"nothing to resume in {run}: it has no config.json"

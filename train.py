@@ -72,7 +72,7 @@ def train(config):
     if config.cache_latents:
         latent_cache.fill(source, cast.vae, config, rank, ranks)
     firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
-    ending = Ending(device)
+    ending = Ending(device)  # before loader processes fork, which are born with its handler
     batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
     background = device.type == "cuda" and config.optimizer == "adamw"  # torchao's moments cannot be copied aside
     bad_loops, due, began = 0, set(), time.time() - progress["seconds"]
@@ -348,15 +348,12 @@ def main():
         run = train_reward(config) if config.stage == "reward" else train(config)
     except UserError as e:
         print(f"\nerror: {str(e).split('UserError: ')[-1].strip()}", file=sys.stderr)  # a loader process sends its traceback along
-        sys.exit(2)
+        return leave(2)
     except RuntimeError as e:
         if not (line := monitor.out_of_memory(e, config)):
             raise
         print(f"\nerror: {line}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        return leave(2)
     if int(os.environ.get("RANK", 0)) == 0:
         made = run_folder.newest(run)
         reward = f"reward model in {made}/lrm; use it with: python train.py --stage 2 --reward {made}/lrm"

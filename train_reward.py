@@ -99,7 +99,7 @@ def train_reward(config):
         run_folder.write_config(run, config)
     log = monitor.Log(run, rank, config, progress)
     firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
-    ending = Ending(device)
+    ending = Ending(device)  # before loader processes fork
     batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 

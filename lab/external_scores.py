@@ -50,7 +50,7 @@ def mps_scorer():
     def score(path, prompt):
         pixels = processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"].to(device)
         text, picture, _ = model(tokens(prompt), torch.cat([pixels, pixels]), tokens(" ".join(overall.split())))
-        return float(model.logit_scale.exp() * torch.cosine_similarity(text, picture).mean())
+        return float(model.logit_scale.exp() * torch.cosine_similarity(text.float(), picture.float()).mean())
 
     return "MPS", score
 

@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from transformers import CLIPModel, CLIPTokenizer
 
 import benchmark
@@ -145,6 +146,25 @@ def test_pickled_checkpoints_are_not_run(rank, tmp_path):
     with pytest.raises(pickle.UnpicklingError):
         checkpoint._Planner().load_bytes(None, content)
     assert not proof.exists()
+
+
+@pytest.mark.parametrize("kind, name, read", [(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT", True), (Path, "touch", False)])
+def test_enums_in_a_checkpoint_of_python_3_11_2(kind, name, read):
+    """Which pickles an enum's member as getattr of the enum: read, where it is that; any other attribute is refused."""
+    table = pickle.dumps(Attribute(kind, name))
+    if read:
+        assert checkpoint._Metadata(io.BytesIO(table)).load() is kind[name]
+    else:
+        with pytest.raises(pickle.UnpicklingError):
+            checkpoint._Metadata(io.BytesIO(table)).load()
+
+
+class Attribute:
+    def __init__(self, *of):
+        self.of = of
+
+    def __reduce__(self):
+        return getattr, self.of
 
 
 class Malicious:

@@ -14,7 +14,7 @@ from PIL import Image
 import data
 import latent_cache
 from config import Config
-from models import PromptEncoder, UserError, load_vae
+from models import Denoiser, PromptEncoder, UserError, load_denoiser, load_vae
 
 
 def picture(value, kind="png"):
@@ -63,8 +63,10 @@ def test_shards_of_any_url_and_kind_of_picture(shards):
     write(shards / "kinds.tar", members | {f"{name[0]}.txt": f"gray {50 + 10 * i}".encode() for i, name in enumerate(kinds)})
     memory = fsspec.filesystem("memory")
     memory.pipe({f"/test_data/{path.name}": path.read_bytes() for path in shards.glob("*.tar")})
-    for name, count in (("kinds.tar", 5), ("shard-{00..01}.tar", 24), ("*.tar", 29)):
-        source = data.source(f"memory://test_data/{name}", 16)
+    for name, count in (("kinds.tar", 5), ("shard-{00..01}.tar", 24), ("*.tar", 29), ("simplecache", 29)):
+        source = data.source(f"simplecache::file://{shards}/*.tar" if name == "simplecache" else f"memory://test_data/{name}", 16)
+        loaded = [text for _, texts, *_ in data.batches(source, [list(range(count))], workers=1) for text in texts]
+        assert loaded == [source[i][1] for i in range(count)]
         drawn = [source[i] for i in range(count)]
         assert len({text for _, text, _ in drawn}) == len(source.rows) == count and not source.bad
         for image, text, _ in drawn:
@@ -198,3 +200,13 @@ def test_an_unreadable_picture_is_not_cached(shards, capsys):
     latent_cache.fill(source, load_vae("toy/sdxl"), Config(data="shards", resolution=16, cache_latents=str(shards / "kept")))
     assert "c.png (1 so far)" in capsys.readouterr().out
     assert "broken" not in [source[i][1] for i in range(25)]
+
+
+def test_sizes_reach_the_network_unrounded():
+    """SDXL's size conditions stay fp32 where the network computes in bf16, which knows no 1365."""
+    denoiser, c = load_denoiser("toy/sdxl"), PromptEncoder("toy/sdxl", 64, dtype=torch.bfloat16).encode(["a red circle"])
+    seen, c["size"] = [], torch.tensor([[1365.0, 2731.0, 0, 683, 1024, 1024]])
+    net = denoiser.net.bfloat16()
+    net.register_forward_pre_hook(lambda net, args, given: seen.append(given["added_cond_kwargs"]["time_ids"]), with_kwargs=True)
+    x_0 = Denoiser(net, denoiser.schedule, torch.bfloat16)(torch.randn(1, 4, 16, 16), torch.tensor([500]), c)
+    assert torch.equal(seen[0], c["size"]) and x_0.isfinite().all()

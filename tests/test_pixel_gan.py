@@ -134,13 +134,15 @@ def test_sam_in_bf16():
         assert 0 < (a - b).norm() < most * a.norm()
 
 
-def test_vae_takes_a_few_pictures_at_a_time(parts):
+def test_vae_takes_a_few_pictures_at_a_time(parts, monkeypatch):
     """Without gradient 4 of 1024 pixels, 64 of the toy's, so that previews and held-out judging fit; the pictures are the same."""
-    vae, kept, decode = parts[1], [], parts[1].net.decode
-    vae.net.decode = lambda z, **how: kept.append(len(z)) or decode(z, **how)
-    z = torch.randn(70, 4, 16, 16)
+    vae, kept, z = parts[1], [], torch.randn(70, 4, 16, 16)
+    encode, decode = vae.net.encode, vae.net.decode
+    monkeypatch.setattr(vae.net, "encode", lambda images: kept.append(len(images)) or encode(images))
+    monkeypatch.setattr(vae.net, "decode", lambda z, **how: kept.append(len(z)) or decode(z, **how))
     with torch.no_grad():
         pictures = vae.decode(z)
-    vae.net.decode = decode
-    assert kept == [64, 6] and at_once(1024) == 4 and torch.allclose(pictures[66], vae.decode(z[66:67])[0], atol=1e-5)
-    assert vae.encode(pictures).shape == z.shape
+    latents = vae.encode(pictures)
+    vae.decode(z.requires_grad_())  # with gradient all at once
+    assert kept == [64, 6, 64, 6, 70] and at_once(1024) == 4
+    assert torch.allclose(pictures[66], vae.decode(z[66:67])[0], atol=1e-5) and torch.allclose(latents[66], vae.encode(pictures[66:67])[0], atol=1e-5)

@@ -189,13 +189,11 @@ prompts = ["a red circle", "a blue ring"]
 train.distil(toy, 1, torch.zeros(2, 3, 64, 64), prompts, toy.encoder.encode(prompts), draw, watched=False)
 frozen = {"teacher": toy.teacher.net, "VAE": toy.vae, "SAM": toy.D.encoder[0]}
 held = {row: size(net.parameters()) for row, net in frozen.items()}
-held["text encoders"] = sum(size(net.parameters()) for net in toy.encoder.encoders)
 for row, name in {"generator G": "G", "score estimator": "fake", "D's heads": "D"}.items():
     moments = [v for state in toy.players[name][1].state.values() for v in state.values() if torch.is_tensor(v) and v.dim()]
     held[row] = size(toy.weights(name)) + gradients[name] + size(moments)
-words = sum(p.numel() for net in toy.encoder.encoders for p in net.parameters())
 table = {row[0]: dry_run.a_gpu([row], ranks) for row in dry_run.states(toy, frozen=4)}
-table["text encoders"] = 4 * words  # the table has SDXL's
+del table["text encoders"]  # SDXL's, not the toy's
 assert table.keys() == held.keys()
 held["sum"], table["sum"] = sum(held.values()), sum(table.values())
 for name, n in held.items():
