@@ -151,6 +151,8 @@ class Shards(ImageFolder):
             shards = fsspec.open_files(list(braces(str(self.path))))
         except (OSError, ValueError, ImportError) as e:
             raise UserError(f"cannot find the shards {self.path}: {e}") from None
+        if not shards:
+            raise UserError(f"{self.path} matches no file")
         for shard in tqdm(shards, desc="shards", disable=len(shards) < 20):
             images, captions = {}, {}
             try:

@@ -95,7 +95,7 @@ def test_torn_shards_and_bare_images_are_named_and_left_out(shards, capsys):
     drawn = [source[i][1] for i in range(len(source.rows))]
     assert "broken" not in drawn and "c.png (1 so far)" in capsys.readouterr().out
     good.write_bytes(b"nothing of a tar")
-    for pattern, why in [("shard-00.tar", "cannot read the shard"), ("none-*.tar", "no image with a caption"), ("none.tar", "cannot read the shard")]:
+    for pattern, why in [("shard-00.tar", "cannot read the shard"), ("none-*.tar", "matches no file"), ("none.tar", "cannot read the shard")]:
         with pytest.raises(UserError, match=why):
             data.source(f"{shards}/{pattern}", 16)
 
