@@ -16,7 +16,6 @@ FlowMatchEulerDiscreteScheduler with stochastic_sampling for SD3. What diffusers
 
 import argparse
 import json
-import pickle
 import shutil
 import sys
 import warnings
@@ -30,7 +29,6 @@ import torch.distributed.checkpoint as dcp
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -42,6 +40,7 @@ from transformers import CLIPTokenizer
 
 from models import PARTS, UserError, folder, load_denoiser, load_part, part_name, part_of
 from run_folder import checkpoints, find_run, newest
+from safe_load import Planner, Reader
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what a LoRA stands on is the model's own, and is not saved again
 LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
@@ -129,57 +128,13 @@ def load(path, players, optimizers=True):
     state = _state(players, optimizers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(state, storage_reader=_Reader(Path(path) / "state"), planner=_Planner(), no_dist=not dist.is_initialized())
+        dcp.load(state, storage_reader=Reader(Path(path) / "state"), planner=Planner(), no_dist=not dist.is_initialized())
     for name, (module, optimizer) in players.items():
         if "model" in state[name]:
             set_model_state_dict(module, state[name]["model"], options=TRAINED)
         if optimizers:
             set_optimizer_state_dict(module, optimizer, state[name]["optimizer"])
     return json.loads((Path(path) / "progress.json").read_text())
-
-
-class _Metadata(pickle.Unpickler):
-    """torch.distributed.checkpoint pickles its table of contents: this reads what such a table is made of, and refuses to run anything else."""
-
-    names = {
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.distributed.checkpoint.metadata": {
-            *("Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "TensorProperties"),
-            *("BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-        },
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
-        "pathlib": {"PosixPath", "WindowsPath"},
-        "pathlib._local": {"PosixPath", "WindowsPath"},
-    }
-
-    def find_class(self, module, name):
-        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.2 and before pickle an enum's member
-            return _encoding
-        if name not in self.names.get(module, ()):
-            raise pickle.UnpicklingError(f"its .metadata names {module}.{name}, which no checkpoint of ours does")
-        return super().find_class(module, name)
-
-
-def _encoding(kind, name):
-    if kind is not _MEM_FORMAT_ENCODING:
-        raise pickle.UnpicklingError(f"its .metadata asks for {kind}.{name}")
-    return kind[name]
-
-
-class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *args, **kwargs):
-        for path in Path(self.path).glob("*.metadata"):  # of all ranks, or a rank's own
-            with path.open("rb") as file:
-                _Metadata(file).load()
-        return super().read_metadata(*args, **kwargs)
-
-
-class _Planner(dcp.DefaultLoadPlanner):
-    def load_bytes(self, read_item, value):
-        torch.load(value, weights_only=True)  # raises for what is more than numbers
-        value.seek(0)
-        super().load_bytes(read_item, value)
 
 
 def save_student(path, net, weights):

@@ -22,6 +22,7 @@ import config
 import data
 import evaluate
 import run_folder
+import safe_load
 import sample
 import train
 from models import PromptEncoder, UserError
@@ -144,7 +145,7 @@ def test_pickled_checkpoints_are_not_run(rank, tmp_path):
     torch.save(Malicious(proof), content)
     content.seek(0)
     with pytest.raises(pickle.UnpicklingError):
-        checkpoint._Planner().load_bytes(None, content)
+        safe_load.Planner().load_bytes(None, content)
     assert not proof.exists()
 
 
@@ -153,10 +154,10 @@ def test_enums_in_a_checkpoint_of_python_3_11_2(kind, name, read):
     """Which pickles an enum's member as getattr of the enum: read, where it is that; any other attribute is refused."""
     table = pickle.dumps(Attribute(kind, name))
     if read:
-        assert checkpoint._Metadata(io.BytesIO(table)).load() is kind[name]
+        assert safe_load.Metadata(io.BytesIO(table)).load() is kind[name]
     else:
         with pytest.raises(pickle.UnpicklingError):
-            checkpoint._Metadata(io.BytesIO(table)).load()
+            safe_load.Metadata(io.BytesIO(table)).load()
 
 
 class Attribute:
