@@ -23,8 +23,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from data import to_pil
 from diffusion import Schedule
-from dry_run import CLIP_G, CLIP_L, SD3, SD3_VAE, SDXL, SDXL_VAE
 from models import HERE
+from real_size import CLIP_G, CLIP_L, SD3, SD3_VAE, SDXL, SDXL_VAE
 
 
 def write(kind, out):

@@ -16,10 +16,10 @@ import train
 from config import Config
 from diffusion import Schedule, randn, sample_generators
 from distributed import Ending
-from dry_run import SDXL
 from latent_reward import LatentRewardModel
 from models import PromptEncoder, UserError
 from monitor import hacking
+from real_size import SDXL
 from toy import world
 from train_reward import Pairs, train_reward
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dry_run
+import real_size
 import train
 from config import parse
 from diffusion import sample_generators
@@ -37,11 +38,11 @@ def test_iteration_at_full_size(preset, monkeypatch):
         module.zero_grad(set_to_none=True)
         return loss.detach(), True
 
-    monkeypatch.setattr(dry_run.Unmoved, "update", update)
+    monkeypatch.setattr(real_size.Unmoved, "update", update)
     monkeypatch.setattr(torch.Tensor, "register_post_accumulate_grad_hook", lambda *a: None)  # keep the gradients, to look at them
     draw = lambda purpose: sample_generators(0, 1, range(B), purpose)  # noqa: E731
     with FakeTensorMode(allow_non_fake_inputs=True):
-        cast = dry_run.assemble(config, B)
+        cast = real_size.assemble(config, B)
         assert sum(p.numel() for name, p in cast.G.net.named_parameters() if ".lora_" not in name) == PUBLISHED[preset[: preset.index("-")]]
         c = cast.encoder.encode(["a", "b"])
         if config.stage == 1:
@@ -132,7 +133,7 @@ def test_dry_run_as_a_command(monkeypatch, capsys):
     assert "\nverdict: fits on 4 x 80 GB; one sample at once needs at least 4 x 48 GB or 2 x 80 GB or 1 x 141 GB (--optimizer adamw8bit: " in out
 
     with FakeTensorMode():
-        cast = dry_run.assemble(parse(flags), 1)
+        cast = real_size.assemble(parse(flags), 1)
     found = {"distillation": {name: (gb * 1e9, tflop * 1e12) for name, (gb, tflop) in zip(("G", "fake", "D"), turns, strict=True)}}
     monkeypatch.setattr(dry_run, "measure", lambda *a: (cast, found))
 
