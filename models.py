@@ -107,8 +107,9 @@ class Denoiser:
             handle.remove()
 
 
-LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2"]
-LAYERS += ["proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"]  # attention, feed-forward and residual layers, as diffusers names them
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2"]  # attention,
+LAYERS += ["proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"]  # feed-forward and residual layers, as diffusers names them,
+LAYERS += ["norm1.linear", "norm1_context.linear", "norm_out.linear"]  # and those that modulate SD3's tokens by t and the prompt
 
 
 def add_lora(net, rank, *names, dtype=torch.float32):
