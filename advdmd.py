@@ -58,9 +58,9 @@ def logits(fake, head, states, S, c):
 def judged(fake, head, states, x_real, S, eps, c):
     """D's logits of real latents at the levels of the states, and of the states, (B, number of states) each; the second are R.
 
-    x_real, eps (B, C, h, w): real latents and their noise.
+    x_real, eps (B, C, h, w): real latents and their noise, of which the last level, that of the clean end, has none.
     """
-    reals = [x_real, *(add_noise(fake.schedule, x_real, t, eps) for t in levels(S, x_real))]
+    reals = [x_real, *(add_noise(fake.schedule, x_real, t, eps) for t in levels(S, x_real)[:-1]), x_real]
     return logits(fake, head, reals, S, c), logits(fake, head, states, S, c)
 
 
@@ -97,9 +97,10 @@ def loss(z_s, x0_theta, x0_old, alpha_s, sigma_s, A):
 
 
 def reinforce(cast, part):
-    """AdvDMD: the gradients of its policy loss, where D is not blind on this batch, which it has not been trained on. -> what to log.
+    """AdvDMD: the gradients of its policy loss, where D is not blind on this batch. -> what to log.
 
-    D is the run's own, online; with --judge another run's, frozen (the comparison that the abstract draws).
+    D is the run's own, online, which has not been trained on the batch yet; with --judge another run's, frozen (the comparison that the
+    abstract draws), which has where that run had the same seed and data.
     """
     config, G, S, states, c = cast.config, cast.G, cast.S, part.states, part.c
     with torch.no_grad():

@@ -29,7 +29,7 @@ class Config:
     ema: float = 0.9  # lambda of Eq. 11; 1 = no pull
     gan: str = "pixel"  # pixel = Eq. 9, 10 on SAM's features; latent = DMD2's, Eq. 5, 7 (the baseline); online = AdvDMD's reward
     gan_weight: float = 0.03  # lambda of Algorithm 1, line 16 (--gan online: weight of the policy loss); 0 = no GAN
-    critic_weight: float = 0.01  # --gan latent: weight of Eq. 7 beside Eq. 6, as in DMD2
+    critic_weight: float = 0.01  # --gan latent, online: weight of Eq. 7 beside Eq. 6, as in DMD2
     gan_loss: str = "hinge"  # hinge or logistic
     adv_reading: str = "b"  # x_adv: a = re-noised finished rollout (Eq. 9), b = the rollout's last step (Algorithm 1)
     gan_crop: int = 0  # pixels: D sees a random square of this side, the same in both; less memory for the VAE. 0 = whole pictures
@@ -50,7 +50,7 @@ class Config:
     reward: str = ""  # stage 2, DMDR: folder of the latent reward model; default "lrm" beside the model (toy/lrm). DMDR: or "clip"
     rl_ratio: int = 5  # stage 2: preference updates per distillation update; --iterations counts both
     rl_steps: str = "high"  # stage 2: student steps whose candidates are judged: high = the two noisiest, or all
-    candidates: int = 4  # stage 2: k, candidates per step
+    candidates: int = 4  # stage 2: k, candidates per step; --gan online: rollouts per prompt
     carry: str = "random"  # stage 2: the candidate that the next step starts from: random, or best
     pair_threshold: float = 0.45  # stage 2: a pair is kept when the softmax over best and worst is this far apart
     beta: float = 0.05  # stage 2: beta of Eq. 12; H is a sum over dimensions

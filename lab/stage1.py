@@ -69,10 +69,6 @@ TABLES = {
         "`--ttur 2 --iterations 600`": (FULL | SD3 | {"--ttur": 2, "--iterations": 600}, (0,)),
         "`--dm-steps all`": (FULL | SD3 | {"--dm-steps": "all"}, (0,)),
         **{f"`--guidance {w}`": (FULL | SD3 | {"--guidance": w}, (0,)) for w in (1.5, 2.0)},
-        **{
-            f"SD3 student as LoRAs (`--lora-rank {r} --lr {g:g} --fake-lr 3e-3`)": (LONGER | {"--lora-rank": r, "--lr": g, "--fake-lr": 3e-3}, (0,))
-            for r, g in ((16, 4e-4), (64, 4e-4), (16, 2e-3))
-        },
     },
     "dmd2-sweep": {  # beside the default as many runs as Flash-DMD's sweep
         "DMD2's settings (`--preset dmd2 --iterations 800`)": (SHORT, (0,)),
