@@ -46,13 +46,15 @@ def run(flags, out, seed, num, threads):
     every = flags["--iterations"] // POINTS
     settings = {"--out": out, "--resume": True, "--save-every": every, "--keep": 2 * POINTS, "--preview-every": 0, "--seed": seed}
     rows.command("train.py", "--stage", 1, *rows.flat(flags | settings), threads=threads)
-    points = []
+    points, logged = [], [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for loops in range(every, flags["--iterations"] + 1, every):
         path = out / f"metrics-{loops}.json"
         if not path.exists():
             rows.command("evaluate.py", "--run", out, "--loops", loops, "--num", num, "--json", path, threads=threads)
         progress = json.loads((out / f"checkpoint-{loops:06d}" / "progress.json").read_text())
         points.append(json.loads(path.read_text()) | {k: progress[k] for k in ("loops", "samples", "passes", "seconds")})
+        if opened := [m["rl_open"] for m in logged if m["loops"] <= loops and "rl_open" in m]:  # AdvDMD
+            points[-1]["rl_open"] = mean(opened)
     return points
 
 
@@ -84,7 +86,7 @@ def headline(found):
             shares = [[share(runs[s], baseline[s], measures, cost) for s in seeds] for cost in costs]
             shown = [", ".join(f"{'' if reached else '> '}{100 * value:.0f}" for value, reached in row) + " %" for row in shares]
             lines.append(f"| {title}, seeds {', '.join(map(str, seeds))} | {criterion} | " + " | ".join(shown) + " |")
-    lines += ["", "\\>: not so good within its whole run, a lower bound."]
+    lines += ["", f"\\>: not so good within its whole run, a lower bound; the others are upper bounds, for a run is looked at {POINTS} times."]
     last = [f"{called[m]} (seed {s})" for s, run in baseline.items() for m, p in best_points(run, both).items() if p is run[-1]]
     return lines + [f"{BASELINE} is best at its very end, and might go on, in {'; '.join(last)}: that share is of this horizon alone."] * bool(last)
 
@@ -125,14 +127,14 @@ def train(titles, num, workers):
     """What is missing of these methods."""
     chosen = [(METHODS[title], seed) for seed in SEEDS for title in titles]
     jobs = {name(f, s, num): lambda threads, f=f, s=s: measure(f, s, num, threads) for f, s in chosen}
-    rows.fill(RESULTS, rows.load(RESULTS), jobs, workers)
+    rows.fill(RESULTS, rows.load_rewarded(RESULTS), jobs, workers)
 
 
 def main():
     args = rows.options(__doc__.split("\n")[0], tuple(METHODS))
     if not args.print:
         train(args.only, args.num, args.jobs)
-    found = found_of(METHODS, rows.load(RESULTS), args.num)
+    found = found_of(METHODS, rows.load_rewarded(RESULTS), args.num)
     table("Table 1, Fig. 5", found, COLUMNS)
     print("\n" + "\n".join(headline(found)))
     plot(found, rows.place("docs/cost.png", args.num))

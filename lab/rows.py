@@ -28,8 +28,9 @@ HEADINGS = {
     "reward": "reward",
     "saturation": "saturation",
     "contrast": "contrast",
+    "rl_open": "RL open, %",
 }
-PERCENT = ("prompt_accuracy", "precision", "recall")
+PERCENT = ("prompt_accuracy", "precision", "recall", "rl_open")
 
 
 def command(script, *argv, threads):

@@ -27,7 +27,7 @@ METHODS = {
     UNREWARDED: ADVDMD | {"--rl-after": 10**6},
     FROZEN: ADVDMD | {"--judge": UNREWARDED},  # the discriminator at the end of that row's run
 }
-COLUMNS = ("samples", "prompt_accuracy", "frechet", "recall", "reward", "saturation", "contrast")
+COLUMNS = ("samples", "prompt_accuracy", "frechet", "recall", "reward", "saturation", "contrast", "rl_open")
 
 
 def judge(seed, num, threads):

@@ -31,6 +31,7 @@ CONSTANT = {"--lr": 3e-5, "--fake-lr": 2e-4, "--lr-schedule": "constant"}
 SD3 = {"--model": "toy/sd3"}
 LONGER = FULL | SD3 | {"--guidance": 2.0, "--ttur": 2, "--iterations": 600}
 SEEDS = (0, 1, 2)
+UNSEEN = "no Pixel-GAN, so no loss at the last step (`--gan-weight 0`)"
 PURE, UNPULLED = "pure DM, at every step (`--gan-weight 0 --dm-steps all`)", "no EMA pull (`--ema 1`)"
 EVERY_STEP, EIGHT = "DM loss at every step (`--dm-steps all`)", "8 steps (`--student-steps 8`)"
 HIGH_NOISE, LOW_NOISE = "renoise high (`--renoise 0.5,0.98`)", "renoise low (`--renoise 0.02,0.5`)"
@@ -39,7 +40,7 @@ HIGH_NOISE, LOW_NOISE = "renoise high (`--renoise 0.5,0.98`)", "renoise low (`--
 TABLES = {
     "main": {
         "Flash-DMD": (FULL, SEEDS),
-        "no Pixel-GAN, so no loss at the last step (`--gan-weight 0`)": (FULL | {"--gan-weight": 0}, SEEDS),
+        UNSEEN: (FULL | {"--gan-weight": 0}, SEEDS),
         PURE: (FULL | {"--gan-weight": 0, "--dm-steps": "all"}, SEEDS),
         UNPULLED: (FULL | {"--ema": 1}, SEEDS),
     },

@@ -12,7 +12,7 @@ import latent_gan
 import run_folder
 import train
 from cast import assemble
-from diffusion import Schedule
+from diffusion import Schedule, add_noise
 
 
 def test_gradient_of_a_scalar_gaussian_policy():
@@ -51,6 +51,26 @@ def test_last_transition_has_no_likelihood():
     assert advdmd.credit(A).tolist() == [[1.0, 2.0, 13.0]]
     S = Schedule().steps(4)
     assert [int(t) for t in torch.stack(advdmd.levels(S, torch.zeros(1, 1, 1, 1))).flatten()] == [749, 499, 249, 0]
+
+
+def test_discriminator_on_states():
+    """By hand: -log D of reals, -log(1 - D) of states; who is right; reals come first, noised to each state's level, the clean end not at all."""
+    real, made = torch.tensor([[2.0, 0.5]]), torch.tensor([[-1.0, 3.0]])
+    by_hand = -(torch.sigmoid(real).log().mean() + (1 - torch.sigmoid(made)).log().mean())
+    torch.testing.assert_close(advdmd.discriminator_loss(real, made), by_hand)
+    assert advdmd.accuracy(real, made) == 0.75 and advdmd.accuracy(-real, -made) == 0.25
+
+    class Fake:
+        schedule = Schedule()
+
+        def with_features(self, z, t, c):
+            return None, z
+
+    S, (z, z_1, z_2, x_0, x_real, eps) = Schedule().steps(3), torch.randn(6, 2, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    reals, states = advdmd.judged(Fake(), lambda z: z.flatten(), [z, z_1, z_2, x_0], x_real, S, eps, None)
+    torch.testing.assert_close(states, torch.stack([z_1, z_2, x_0], 1).flatten(1))
+    noised = [add_noise(Fake.schedule, x_real, t.expand(2), eps) for t in S[1:]]
+    torch.testing.assert_close(reals, torch.stack([*noised, x_real], 1).flatten(1))
 
 
 def test_groups_share_a_prompt():
