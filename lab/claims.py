@@ -72,8 +72,6 @@ another judge. Tried: ratios 1, 2, 5 and 10, and rates 5e-6 and 2e-5 for the joi
 SUREST = """Guess: this reward model is surest at little noise, and a third pair per rollout is half as much again to learn from. Tried: nothing."""
 NARROW = """Guess: the toy's CLIP knows the world's scenes alone, and the pictures of RL alone leave them (Fréchet distance 5.88); in the paper the
 two are 0.0009 apart. Tried: nothing."""
-WORDS = """Likely: the toy's latent reward model was trained to tell true captions from false ones, so its reward and prompts right go the same way
-here; HPSv2 is another judge in the paper. Tried: ratios 1, 2, 5 and 10, rates 5e-6 and 2e-5."""
 FLASH, DMD2, COLD = "Flash-DMD", cost.BASELINE, (siblings.COLD, siblings.COLD)
 TTUR1, TTUR2, TTUR5, DMD2_TTUR2 = (t for t in cost.METHODS if t != DMD2)
 SD3, SD3_TEACHER = next(iter(stage1.TABLES["sd3"])), next(iter(stage1.SD3_BASELINES))
@@ -106,7 +104,7 @@ CLAIMS = (
     Claim("Stage 2 is preferred to stage 1", "Table 3", JOINTLY, "stage 1", "reward", "ImageReward 1.0035, 0.9509"),
     Claim("Stage 2 is preferred to the teacher", "Table 3", JOINTLY, TEACHER, "reward", "ImageReward 1.0035, 0.7143"),
     Claim("Stage 2 costs CLIP score", "Table 3", "stage 1", JOINTLY, "clip_score", "0.3292, 0.3285", late=True),
-    Claim("Stage 2 costs prompts right", "Table 3", "stage 1", JOINTLY, ACCURACY, "HPSv2 0.2968, 0.2930", late=True, reason=WORDS),
+    Claim("Stage 2 costs prompts right", "Table 3", "stage 1", JOINTLY, ACCURACY, "HPSv2 0.2968, 0.2930", late=True),
     Claim("5:1 has more reward than 1:1", "Table 4", JOINTLY, "joint, 1:1", "reward", "ImageReward 0.9808, 0.9135", late=True),
     Claim("5:1 has more reward than 2:1", "Table 4", JOINTLY, "joint, 2:1", "reward", "ImageReward 0.9808, 0.9315", late=True),
     Claim("5:1 has more reward than 10:1", "Table 4", JOINTLY, "joint, 10:1", "reward", "ImageReward 0.9808, 0.9640", late=True, reason=OPTIMISED),
