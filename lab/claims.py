@@ -207,9 +207,9 @@ def hours(*files):
     """A sentence: the training time of all rows that recorded it. Rows of stage 1 have seconds a loop, others their sum."""
     spans = {}
     for row, m in (entry for file in files for entry in file.items() if "--iterations" in entry[0]):
-        seconds = m[-1]["seconds"] if isinstance(m, list) else 60 * m.get("minutes", 0)
         loops = int(re.search(r"--iterations (\d+)", row)[1])
-        spans[row] = spans.get(row) or seconds or loops * m.get("seconds_per_loop", 0)
+        seconds = m[-1]["seconds"] if isinstance(m, list) else 60 * m.get("minutes", 0) or loops * m.get("seconds_per_loop", 0)
+        spans[row] = spans.get(row) or seconds
     timed = [s for s in spans.values() if s]
     return f"{sum(timed) / 3600:.1f} hours of training in the {len(timed)} of {len(spans)} rows that recorded it, with sweeps, beside other work"
 
