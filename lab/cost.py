@@ -88,7 +88,7 @@ def headline(found):
         for criterion, measures in criteria.items() if title.startswith("Flash") and seeds else ():
             shares = [[share(runs[s], baseline[s], measures, cost) for s in seeds if runs[s][-1][cost] is not None] for cost in costs]
             shown = [", ".join(f"{'' if reached else '> '}{100 * value:.0f}" for value, reached in row) + " %" * bool(row) for row in shares]
-            lines.append(f"| {title}, seed{"s" * (len(seeds) > 1)} {', '.join(map(str, seeds))} | {criterion} | " + " | ".join(shown) + " |")
+            lines.append(f"| {title}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} | {criterion} | " + " | ".join(shown) + " |")
     lines += ["", f"\\>: not so good within its whole run, a lower bound; the others are upper bounds, for a run is looked at {POINTS} times."]
     last = [f"{called[m]} (seed {s})" for s, run in baseline.items() for m, p in best_points(run, both).items() if p is run[-1]]
     return lines + [f"{BASELINE} is best at its very end, and might go on, in {'; '.join(last)}: that share is of this horizon alone."] * bool(last)
