@@ -71,7 +71,7 @@ class Cast:
         return self.vae.decode(x_real).clamp(-1, 1) if x_real.shape[1] > 3 else x_real
 
     def passes(self):
-        """Network passes of G, score estimator, teacher and a frozen judge on this rank so far, in samples; the reference's are left out."""
+        """Passes of G, score estimator, teacher and a frozen judge on this rank so far, in samples; not those of stage 2's other networks."""
         return sum(denoiser.passes for denoiser in {self.G, self.fake, self.teacher, self.judge[0]})
 
 

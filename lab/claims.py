@@ -1,15 +1,15 @@
 """The paper's claims, and those of its siblings DMDR and AdvDMD, measured on the toy world.
 
-    python -m lab.claims                    runs every row that is missing, then judges CLAIMS: results/claims.md, docs/claims.png; many hours
+    python -m lab.claims                    runs every row that is missing, then judges CLAIMS: results/claims.md, verdicts.json; many hours
     python -m lab.claims --only table4      one part: its rows in results/, its table as Markdown, its plot
     python -m lab.claims --only verdicts    CLAIMS from the rows that are there
     python -m lab.claims --quick            the core rows in minutes: one seed, 100 loops, 200 prompts
     python -m lab.claims --print            tables, plots and verdicts; trains nothing
 
 Rows are cached by their flags, so an interrupted call goes on. Parts are named after lab/'s modules, whose own commands print the other tables.
-Claims marked `late` (†) were written down when their rows were there (ratios; CLIP score and prompts right in Tables 3 and 4; CLIP score in
-Table 1; Pixel-GAN with DM at the noisy steps), or those of seed 0 (renoising, DM at every step): it was known what they would say. Of all others,
-but the contrast claim (README), one side at least was still to be run.
+Claims marked `late` (†) were written down when their rows were there (ratios; CLIP scores; prompts right of stage 2 against stage 1, and of all
+noise levels; Pixel-GAN with DM at the noisy steps), or those of seed 0 (renoising, DM at every step): it was known what they would say. Of all
+others, but the contrast claim (README), one side at least was still to be run.
 Left out: that the DM loss regularises RL better than others do (DMDR; needs a KL baseline), 2-step students and D on final states alone (AdvDMD).
 """
 
@@ -270,8 +270,8 @@ def show(part, num):
         print("\n".join(["", *lines]))
         forest(judged, rows.place("docs/claims.png", num))
         kept = ("better", "worse", "gain", "error", "verdict")
-        results["claims"] = [{"claim": c.text, "source": c.source, "measure": c.measure} | dict(zip(kept, rest)) for c, *rest in judged]
-        rows.place(stage2.RESULTS, num).write_text(json.dumps(results, indent=1) + "\n")
+        entries = [{"claim": c.text, "source": c.source, "measure": c.measure} | dict(zip(kept, rest)) for c, *rest in judged]
+        rows.place("results/verdicts.json", num).write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def main():

@@ -74,11 +74,16 @@ def best_points(points, measures):
     return {m: max(points, key=lambda p: sign * p[m]) for m, sign in measures.items()}
 
 
-def headline(found):
-    """Lines of Markdown: the share for each of Flash-DMD's TTURs, criterion and kind of cost, seed by seed. found: {method: {seed: points}}.
+def spelt(flash, baseline, measures, cost):
+    """`share` in percent as the table has it; "?" where a run was paused, so that its seconds were struck out (null in results/cost.json)."""
+    if None in (flash[-1][cost], baseline[-1][cost]):
+        return "?"
+    value, reached = share(flash, baseline, measures, cost)
+    return f"{'' if reached else '> '}{100 * value:.0f}"
 
-    A run whose seconds are None, because it was paused, has no share of them.
-    """
+
+def headline(found):
+    """Lines of Markdown: the share for each of Flash-DMD's TTURs, criterion and kind of cost, seed by seed. found: {method: {seed: points}}."""
     costs, both, baseline = ("samples", "passes", "seconds"), {"frechet": -1, "prompt_accuracy": 1}, found.get(BASELINE, {})
     called = {"frechet": "Fréchet", "prompt_accuracy": "prompts right"}
     criteria = {called[m]: {m: sign} for m, sign in both.items()} | {"both at once": both}
@@ -86,8 +91,7 @@ def headline(found):
     for title, runs in found.items():
         seeds = [s for s in runs if s in baseline]
         for criterion, measures in criteria.items() if title.startswith("Flash") and seeds else ():
-            shares = [[share(runs[s], baseline[s], measures, cost) for s in seeds if runs[s][-1][cost] is not None] for cost in costs]
-            shown = [", ".join(f"{'' if reached else '> '}{100 * value:.0f}" for value, reached in row) + " %" * bool(row) for row in shares]
+            shown = [", ".join(spelt(runs[s], baseline[s], measures, cost) for s in seeds) + " %" for cost in costs]
             lines.append(f"| {title}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} | {criterion} | " + " | ".join(shown) + " |")
     lines += ["", f"\\>: not so good within its whole run, a lower bound; the others are upper bounds, for a run is looked at {POINTS} times."]
     last = [f"{called[m]} (seed {s})" for s, run in baseline.items() for m, p in best_points(run, both).items() if p is run[-1]]

@@ -99,6 +99,9 @@ def test_headline():
     ]
     assert "in prompts right (seed 0); Fréchet (seed 1):" in lines[-1]
     assert len(headline({})) == 4
+    for points in runs[0]:
+        points["seconds"] = None  # a run that was paused
+    assert headline({"Flash-DMD, TTUR 1": runs, BASELINE: {0: baseline, 1: baseline[:2]}})[2].endswith("| 25, > 50 % | ?, > 50 % |")
 
 
 @pytest.mark.parametrize("preset, flags", [("dmd2", cost.DMD2), ("dmdr", siblings.DMDR), ("advdmd", siblings.ADVDMD)])

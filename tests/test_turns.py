@@ -57,10 +57,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_generator_turn(method):
+@pytest.mark.parametrize("method, i", [*((method, 1) for method in METHODS), ("pixel", LAST), ("pixel-a", LAST), ("reward", LAST)])
+def test_generator_turn(method, i):
     """Eq. 4 with Eq. 5, Eq. 9 or DMDR's reward, by whichever the method has; what it leaves of Eq. 5 in the score estimator and head is nothing."""
-    (flags, k), i = METHODS[method], 1
+    flags, k = METHODS[method]
     cast, part = scene(*flags, k=k)
     G, fake, S, c, schedule = cast.G, cast.fake, cast.S, part.c, cast.G.schedule
     train.generator_turn(cast, part, i, True)
@@ -69,7 +69,8 @@ def test_generator_turn(method):
     G.net.zero_grad()
 
     rollout, noise, cold = generators("rollout", 2), generators("renoise", 2), method == "cold start"
-    x = G(rolled(cast, c, i, rollout), times(S[i], cast.latent), c)
+    x_i = rolled(cast, c, i, rollout)
+    x = G(x_i, times(S[i], x_i), c)
     share = dmdr.renoise_share(noise, dmdr.c_at(k, 4)) if cold else rand(noise, x.device)
     t = schedule.t_at(0.02 + 0.96 * share)
     eps = randn(noise, x)
@@ -84,14 +85,16 @@ def test_generator_turn(method):
     if method == "dmd2":
         L = L + 0.5 * F.softplus(-cast.head(fake.with_features(add_noise(schedule, x, t, eps), t, c)[1])).mean()
     if method == "reward":
-        s = times(S[i + 1], x)
+        s = times(S[2 if i == 1 else LAST], x)
         L = L + 5 * (20 - cast.R(add_noise(schedule, x, s, eps), s, cast.R.encoder.encode(PROMPTS))).clamp(min=0).mean()
     if method == "clip reward":
         L = L + 5 * (1 - cast.R.score(cast.R.features(cast.vae.decode(x)), PROMPTS)).clamp(min=0).mean()
     if method.startswith("pixel"):
         with torch.no_grad():
-            x_2 = add_noise(schedule, x, times(S[2], x), randn(rollout, x))
-            x_3 = add_noise(schedule, G(x_2, times(S[2], x), c), times(S[LAST], x), randn(rollout, x))
+            x_3 = x_i
+            if i == 1:
+                x_2 = add_noise(schedule, x, times(S[2], x), randn(rollout, x))
+                x_3 = add_noise(schedule, G(x_2, times(S[2], x), c), times(S[LAST], x), randn(rollout, x))
             if method == "pixel-a":
                 x_3 = add_noise(schedule, G(x_3, times(S[LAST], x), c), times(S[LAST], x), randn(rollout, x))
         logits = cast.D(cast.D.features(cast.vae.decode(G(x_3, times(S[LAST], x), c))))
