@@ -135,8 +135,8 @@ CLAIMS = (
 def verdict(better, worse, sign):
     """Values over seeds of both sides -> (difference towards the claim, its standard error, the verdict): two standard errors decide.
 
-    The seeds of the two sides count as independent, though some share their data or their stage 1: that makes it cautious. With fewer than
-    all of SEEDS nothing is decided.
+    A weak bar: with no effect, three seeds pass it in more than a tenth of all cases. The two sides count as independent, though they share
+    data, some their stage 1; paired by seed, errors are smaller or larger. With fewer than all of SEEDS nothing is decided.
     """
     gain = sign * (mean(better) - mean(worse))
     if (seeds := min(len(better), len(worse))) < len(SEEDS):

@@ -74,7 +74,7 @@ def best_points(points, measures):
     return {m: max(points, key=lambda p: sign * p[m]) for m, sign in measures.items()}
 
 
-def spelt(flash, baseline, measures, cost):
+def percent(flash, baseline, measures, cost):
     """`share` in percent as the table has it; "?" where a run was paused, so that its seconds were struck out (null in results/cost.json)."""
     if None in (flash[-1][cost], baseline[-1][cost]):
         return "?"
@@ -91,7 +91,7 @@ def headline(found):
     for title, runs in found.items():
         seeds = [s for s in runs if s in baseline]
         for criterion, measures in criteria.items() if title.startswith("Flash") and seeds else ():
-            shown = [", ".join(spelt(runs[s], baseline[s], measures, cost) for s in seeds) + " %" for cost in costs]
+            shown = [", ".join(percent(runs[s], baseline[s], measures, cost) for s in seeds) + " %" for cost in costs]
             lines.append(f"| {title}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} | {criterion} | " + " | ".join(shown) + " |")
     lines += ["", f"\\>: not so good within its whole run, a lower bound; the others are upper bounds, for a run is looked at {POINTS} times."]
     last = [f"{called[m]} (seed {s})" for s, run in baseline.items() for m, p in best_points(run, both).items() if p is run[-1]]
