@@ -27,7 +27,7 @@ METHODS = {
     BASELINE: DMD2,
     "DMD2, TTUR 2": DMD2 | {"--ttur": 2},
 }  # title -> flags of its runs, one for each of SEEDS
-COLUMNS = ("samples", "prompt_accuracy", "frechet", "recall", "saturation", "contrast")
+COLUMNS = ("samples", "prompt_accuracy", "frechet", "recall", "reward", "saturation", "contrast")
 
 
 def name(flags, seed, num):
