@@ -150,6 +150,17 @@ def _stage(text):
     return int(text) if text.isdigit() else text
 
 
+def at_least(low):
+    """An argparse type: a whole number, `low` or more."""
+
+    def number(text):
+        if (value := int(text)) < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {value}")
+        return value
+
+    return number
+
+
 def parse(argv=None):
     """Command line -> Config: the defaults, then the preset, then the flags given. Exits with status 2 on a bad one."""
     parser = argparse.ArgumentParser(description="Train a few-step student: Flash-DMD, Algorithm 1.")

@@ -19,7 +19,7 @@ import benchmark
 import data
 import metrics
 import run_folder
-from config import Config
+from config import Config, at_least
 from diffusion import guided
 from latent_reward import LatentRewardModel
 from models import UserError, generate, load_denoiser, load_encoder, load_vae, part_of
@@ -74,13 +74,13 @@ def main():
     what.add_argument("--teacher", action="store_true", help="the guided multi-step teacher")
     what.add_argument("--undistilled", action="store_true", help="the guided teacher in the student's few-step sampler")
     parser.add_argument("--model", default=Config.model, help=f"pipeline folder of --teacher and --undistilled (default: {Config.model})")
-    parser.add_argument("--steps", type=int, help="sampling steps (default: the student's, 50 for --teacher, 4 for --undistilled)")
-    parser.add_argument("--loops", type=int, help="--run: the checkpoint of this loop (default: the newest)")
+    parser.add_argument("--steps", type=at_least(1), help="sampling steps (default: the student's, 50 for --teacher, 4 for --undistilled)")
+    parser.add_argument("--loops", type=at_least(1), help="--run: the checkpoint of this loop (default: the newest)")
     parser.add_argument("--guidance", type=float, default=Config.teacher_guidance, help=f"the teacher's (default: {Config.teacher_guidance})")
     parser.add_argument("--resolution", type=int, default=Config.resolution, help=f"of --teacher and --undistilled (default: {Config.resolution})")
     parser.add_argument("--clip", help=f"the CLIP that measures: a folder or a hub name (default: the run's; {Config.clip})")
-    parser.add_argument("--num", type=int, help="prompts (default: 1000 held-out ones, or all of --prompts)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num", type=at_least(1), help="prompts (default: 1000 held-out ones, or all of --prompts)")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--reference", choices=("real", "teacher"), default="real", help="what Fréchet distance, precision and recall compare with")
     parser.add_argument("--reward", help='folder of the latent reward model (default: the run\'s, or "lrm" beside the model, if there is one)')
     parser.add_argument("--prompts", help="a text file, one prompt per line: the paper's scores in place of the toy's")
@@ -92,16 +92,14 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         num = args.num if args.num is not None else 1000
-        if num < (1 if args.prompts else 8):
-            raise UserError("--num must be at least 1" if args.prompts else "--num must be at least 8: the metrics compare distributions")
+        if num < 8 and not args.prompts:
+            raise UserError("--num must be at least 8: the metrics compare distributions")
         config, student = {"model": args.model, "data": Config.data, "resolution": args.resolution, "clip": Config.clip}, None
         trained = not (args.teacher or args.undistilled)
         steps = args.steps if args.steps is not None else 50 if args.teacher else 4
         if trained:
             run, config = run_folder.find_run(args.run)
             steps, student = config["student_steps"] if args.steps is None else args.steps, run_folder.checkpoint_at(run, args.loops)
-        if steps < 1:
-            raise UserError("--steps must be at least 1")
         model = config["model"]
         encoder, vae = load_encoder(model, config["resolution"], device), load_vae(model, device)
         clip = metrics.Clip(args.clip or config["clip"], device)

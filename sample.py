@@ -14,6 +14,7 @@ import torch
 
 import data
 import run_folder
+from config import at_least
 from models import UserError, generate, load_denoiser, load_encoder, load_vae
 
 
@@ -35,21 +36,19 @@ def read_prompts(args, config):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, help="sampling steps (default: what the student was trained for)")
+    parser.add_argument("--steps", type=at_least(1), help="sampling steps (default: what the student was trained for)")
     parser.add_argument("--run", default="", help="run folder (default: the newest under runs/)")
     parser.add_argument("--model", help="pipeline folder of encoders, VAE and schedule (default: the run's)")
     parser.add_argument("--prompt", nargs="+", help="one or more prompts")
     parser.add_argument("--prompts", help="a text file, one prompt per line")
-    parser.add_argument("--num", type=int, default=1, help="pictures per prompt (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time; does not change them")
+    parser.add_argument("--num", type=at_least(1), default=1, help="pictures per prompt (default: 1)")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--batch-size", type=at_least(1), default=16, help="pictures at a time; does not change them")
     parser.add_argument("--out", help="folder for the pictures (default: RUN/samples-DATE-TIME)")
     args = parser.parse_args()
     try:
         run, config = run_folder.find_run(args.run)
         steps = config["student_steps"] if args.steps is None else args.steps
-        if min(steps, args.num, args.batch_size) < 1:
-            raise UserError("--steps, --num and --batch-size must be at least 1")
         if steps != config["student_steps"]:
             print(f"warning: {run} was trained for {config['student_steps']} steps, not {steps}", file=sys.stderr)
         out = Path(args.out) if args.out else run / f"samples-{datetime.now():%Y%m%d-%H%M%S}"

@@ -27,7 +27,7 @@ import pixel_gan
 import score_estimator
 import train
 from cast import assemble
-from config import parse
+from config import at_least, parse
 from diffusion import sample_generators
 from distributed import start_process
 from lab import random_models, rows
@@ -179,8 +179,8 @@ def bench(argv, loops, repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, help="toy, or a real size with random weights; by default what the flags say")
-    parser.add_argument("--loops", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--loops", type=at_least(1), default=20)
+    parser.add_argument("--repeats", type=at_least(1), default=15)
     args, argv = parser.parse_known_args()
     try:
         with tempfile.TemporaryDirectory() as folder:

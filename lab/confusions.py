@@ -8,7 +8,7 @@ import argparse
 from collections import Counter
 
 import run_folder
-from config import Config
+from config import Config, at_least
 from diffusion import guided
 from models import generate, load_denoiser, load_encoder, load_vae
 from toy import world
@@ -16,8 +16,8 @@ from toy import world
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--num", type=int, default=320, help="held-out prompts")
-    parser.add_argument("--steps", type=int, default=16, help="the teacher's guided sampling steps")
+    parser.add_argument("--num", type=at_least(1), default=320, help="held-out prompts")
+    parser.add_argument("--steps", type=at_least(1), default=16, help="the teacher's guided sampling steps")
     parser.add_argument("--run", help="look at this run's student instead, at its own steps")
     args = parser.parse_args()
     encoder, vae, denoiser, steps = load_encoder(Config.model, world.SIZE), load_vae(Config.model), load_denoiser(Config.model), args.steps

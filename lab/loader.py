@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 import data
+from config import at_least
 
 
 def make(folder, count=96):
@@ -51,9 +52,9 @@ def speed(name, resolution, workers, images, batch=8):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="what train.py's --data takes; default: made-up photographs")
-    parser.add_argument("--resolution", type=int, default=1024)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--images", type=int, default=192)
+    parser.add_argument("--resolution", type=at_least(1), default=1024)
+    parser.add_argument("--workers", type=at_least(0), default=2)
+    parser.add_argument("--images", type=at_least(1), default=192)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for name, where in ({args.data: args.data} if args.data else make(Path(folder))).items():

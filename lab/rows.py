@@ -13,7 +13,7 @@ from threading import Lock
 
 from tqdm import tqdm
 
-from config import Config
+from config import Config, at_least
 
 RUNS = Path("runs/lab")
 NUM = 1000  # held-out prompts per row of the results that are kept
@@ -112,8 +112,8 @@ def options(description, tables, quick=False):
     """The command line of a module of tables; with `quick`, of one that has a short way too."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--only", nargs="+", choices=tables, default=list(tables))
-    parser.add_argument("--num", type=int, default=NUM, help="held-out prompts per row")
-    parser.add_argument("--jobs", type=int, default=2, help="rows at a time, each with its share of the cores")
+    parser.add_argument("--num", type=at_least(8), default=NUM, help="held-out prompts per row")
+    parser.add_argument("--jobs", type=at_least(1), default=2, help="rows at a time, each with its share of the cores")
     parser.add_argument("--print", action="store_true", help="print the tables and train nothing")
     if quick:
         parser.add_argument("--quick", action="store_true", help="the core rows alone, short")

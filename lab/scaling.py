@@ -89,7 +89,7 @@ def worker(loops):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--loops", type=int, default=30)
+    parser.add_argument("--loops", type=config.at_least(1), default=30)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -91,6 +91,13 @@ def test_bad_flags(argv, words, capsys, tmp_path):
     assert status == 2 and words in line and not out.exists()
 
 
+@pytest.mark.parametrize("main", [sample.main, evaluate.main])
+@pytest.mark.parametrize("argv", [["--seed", "-1"], ["--steps", "0"], ["--num", "0"], ["--num", "many"]])
+def test_bad_numbers(main, argv, capsys):
+    status, line = call(main, capsys, *argv)
+    assert status == 2 and f"{argv[0]}: " in line and argv[1] in line
+
+
 @pytest.mark.parametrize("lost", ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae", "model_index.json", "tokenizer_2"])
 def test_half_written_model_folder(lost, capsys, tmp_path):
     model = shutil.copytree("toy/sdxl", tmp_path / "model")

@@ -130,6 +130,14 @@ def test_a_look_at_fewer_prompts_overwrites_nothing(tmp_path, monkeypatch):
     assert rows.place("results/claims.md", 200) == tmp_path / "lab/claims.md"
 
 
+@pytest.mark.parametrize("argv", [["--num", "-3"], ["--num", "7"], ["--jobs", "0"]])
+def test_bad_numbers_train_nothing(argv, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lab.cost", *argv])
+    with pytest.raises(SystemExit) as ended:
+        rows.options("", ("a",))
+    assert ended.value.code == 2 and f"argument {argv[0]}: must be at least" in capsys.readouterr().err
+
+
 def test_hours_of_rows_that_recorded_them():
     """One hour in each of three ways, a row that lies in two files once, and one that recorded nothing."""
     first = {"--iterations 400 a": {"seconds_per_loop": 9.0}, "teacher": {}, "teacher_crc32": 1, "--iterations 400 b": {}}
