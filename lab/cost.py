@@ -1,4 +1,4 @@
-"""Quality against training cost (Table 1, Fig. 5): Flash-DMD at TTUR 1, 2, 5 beside DMD2 at TTUR 5 and 2, and the paper's headline.
+"""Quality against training cost (Table 1, Fig. 5): Flash-DMD at TTUR 1, 2, 5 beside DMD2 at TTUR 5 and 2 and tuned, and the paper's headline.
 
     python -m lab.cost              what is missing in results/cost.json; then the table, the headline and docs/cost.png
     python -m lab.cost --print      from what is there
@@ -19,7 +19,7 @@ from lab.stage1 import DMD2, FULL, SEEDS
 
 RESULTS = Path("results/cost.json")
 POINTS = 5
-BASELINE, TUNED = "DMD2, TTUR 5", "DMD2 tuned, TTUR 5"  # tuned: as its own sweep chose, lab.stage1's "dmd2-sweep"
+BASELINE, TUNED = "DMD2, TTUR 5", "DMD2 tuned, TTUR 5"  # tuned: with the rates that lab.stage1's "dmd2-sweep" chose
 METHODS = {
     "Flash-DMD, TTUR 1": FULL,
     "Flash-DMD, TTUR 2": FULL | {"--ttur": 2, "--iterations": 800},
