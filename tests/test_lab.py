@@ -8,7 +8,7 @@ import pytest
 import config
 from lab import claims, cost, rows, siblings, stage1, stage2
 from lab.claims import at_best, values, verdict
-from lab.cost import BASELINE, headline, share
+from lab.cost import BASELINE, TUNED, headline, share
 
 
 def run(*points):
@@ -99,6 +99,8 @@ def test_headline():
     ]
     assert "in prompts right (seed 0); Fréchet (seed 1):" in lines[-1]
     assert len(headline({})) == 4
+    tuned = headline({"Flash-DMD, TTUR 1": runs, BASELINE: {0: baseline}, TUNED: {1: run((50, 3.1, 0.8), (100, 3.3, 0.9))}}, TUNED)
+    assert tuned[0].startswith(f"| share of {TUNED}'s cost") and tuned[2].endswith("| Fréchet | 200 % | 200 % | 200 % |")
     for points in runs[0]:
         points["seconds"] = None  # a run that was paused
     assert headline({"Flash-DMD, TTUR 1": runs, BASELINE: {0: baseline, 1: baseline[:2]}})[2].endswith("| 25, > 50 % | ?, > 50 % |")
