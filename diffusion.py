@@ -12,7 +12,7 @@
 NOTE: the paper's Eq. 1 prints one step x_{t-1} -> x_t with α a variance factor, its Eq. 3 uses α_t as an amplitude;
 here α is always the amplitude, and abar_t is the product of Eq. 1's α.
 A Denoiser is any callable (x_t, t, c) -> x_0 with a `schedule`; c is a dict of condition tensors, batch first.
-Left out: higher-order samplers, and anything about networks (models.py).
+Left out: higher-order samplers, and anything about networks (engine/models.py).
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Schedule:
         return [a.view(-1, 1, 1, 1) for a in pair]
 
     def t_at(self, u):
-        """The timestep at a share u in [0, 1] of the way to pure noise: floor(1000 u) (at most 999), or the shifted 1000 s."""
+        """The timestep at a fraction u in [0, 1] of the noise range: floor(1000 u) (at most 999), or the shifted 1000 s."""
         if self.prediction == "flow":
             return T * self.shift * u / (1 + (self.shift - 1) * u)
         return (T * u).floor().clamp(0, T - 1).long()
@@ -73,7 +73,7 @@ class Schedule:
         return (x_t.float() - self.sigma(t) * output.float()) / self.alpha(t)
 
     def weight(self, t):
-        """What turns a squared x_0 error into the network's own squared error: (α_t/σ_t)² for eps, 1/s² for v. (B, 1, 1, 1)."""
+        """The factor from a squared x_0 error to the network's own squared error: (α_t/σ_t)² for eps, 1/s² for v. (B, 1, 1, 1)."""
         alpha, sigma = self._amplitudes(t)
         return sigma**-2 if self.prediction == "flow" else (alpha / sigma) ** 2
 
@@ -138,12 +138,15 @@ def backward_simulation(G, x_t, c, steps, generators, start=0, stop=None):
     with torch.no_grad():
         for i in range(start, len(steps) if stop is None else stop):
             x_0 = G(x_t, times(steps[i], x_t), c)
-            x_t = renoise(G.schedule, x_0, steps, i + 1, generators)
+            x_t = noise_to_step(G.schedule, x_0, steps, i + 1, generators)
     return x_t
 
 
-def renoise(schedule, x_0, steps, i, generators):
-    """x_0 at the i-th student step, with fresh noise; after the last step x_0 itself."""
+def noise_to_step(schedule, x_0, steps, i, generators):
+    """x_0 noised to the i-th student step (Eq. 1), with fresh noise; after the last step x_0 itself.
+
+    x_0 (B, C, h, w); steps: S, noisiest first; generators: one per sample.
+    """
     if i == len(steps):
         return x_0
     return add_noise(schedule, x_0, times(steps[i], x_0), randn(generators, x_0))
@@ -157,8 +160,11 @@ def sample_generators(seed, iteration, indices, purpose):
 
     So 1 rank x 16 and 2 ranks x 8 draw the same numbers, and a resumed run needs no saved RNG state.
     """
-    keys = [[seed, iteration, int(i), *purpose.encode()] for i in indices]
-    return [torch.Generator().manual_seed(int(np.random.SeedSequence(k).generate_state(1, np.uint64)[0] >> 1)) for k in keys]
+    generators = []
+    for i in indices:
+        key = np.random.SeedSequence([seed, iteration, int(i), *purpose.encode()])
+        generators.append(torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1)))
+    return generators
 
 
 def randn(generators, like):

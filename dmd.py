@@ -5,16 +5,34 @@
 
     x                 the generator's clean estimate, (B, C, h, w)
     x0_real, x0_fake  μ_real, μ_fake: what the teacher (guided) and the generator's score estimator make of x_t
-    t                 renoise time, drawn per sample;  τ, the generator's own input step, from S without its last:
-                      that is the timestep-aware part, and train.py draws it
+    τ                 the generator's own input step, from S without its last: the timestep-aware part (3.3)
+    t                 renoise time, drawn per sample
     c                 the prompts' condition
 
 Left out: DMD's regression loss, and DMD2's adversarial term (Eq. 5).
 """
 
+import numpy as np
 import torch
 
-from diffusion import add_noise
+from diffusion import add_noise, rand
+
+
+def student_step(S, which, seed, loop):
+    """3.3: τ = S[i] for the DM loss of a loop -> i, uniform over S without its last ("high", timestep-aware) or over S ("all").
+
+    Every rank draws the same i.
+    """
+    return int(np.random.default_rng([seed, loop]).integers(len(S) - (which == "high")))
+
+
+def renoise_time(schedule, between, generators, device="cpu"):
+    """Algorithm 1, line 13: t ~ T_noisy, one per sample, (B,). between: (low, high), the part of the noise range to draw from.
+
+    ASSUMPTION: T_noisy is 0.02 to 0.98 of the range by default, as in DMD; 3.1 says U(0, T).
+    """
+    low, high = between
+    return schedule.t_at(low + (high - low) * rand(generators, device))
 
 
 def score(x_t, x_0, alpha_t, sigma_t):

@@ -9,21 +9,17 @@
     θ, ref    the generator, and the frozen stage-1 student it started from
     R(z_s, s, prompt)   the latent reward model: a score of a NOISY latent, no decoding
 
-First half: R, in the architecture and the folder layout of "Diffusion Model as a Noise-Aware Latent Reward Model for
+First half: R, in the architecture of "Diffusion Model as a Noise-Aware Latent Reward Model for
 Step-Level Preference Optimization" (LPO, arXiv 2502.01051; its SDXL model is the paper's). Second half: Eq. 12, 13.
 """
 
-import copy
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from torch import nn
 
-from diffusion import add_noise, renoise, times
-from models import PromptEncoder, UserError, folder, load_part
+from diffusion import add_noise, noise_to_step, times
 
 # ------------------------------------------------------------------------------------ the reward model
 
@@ -40,50 +36,16 @@ class LatentRewardModel(nn.Module):
     guidance = 7.5  # w, as LPO publishes it
 
     def __init__(self, unet, encoder, text_width):
-        """unet: a UNet2DConditionModel, whose up blocks are dropped; encoder: a PromptEncoder, R's own; text_width: of its pooled embedding."""
+        """unet: diffusers' UNet2DConditionModel, whose up blocks are dropped here.
+
+        encoder: R's own, encode(prompts) -> tokens, pooled, size; text_width: of its pooled embedding.
+        """
         super().__init__()
         unet.up_blocks = unet.conv_norm_out = unet.conv_act = unet.conv_out = None
         self.unet, self.encoder, self.empty = unet, encoder, None
         widths = unet.config.block_out_channels
         self.visual_projection = nn.Linear(sum(widths) + widths[-1], text_width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1/0.07), CLIP's first guess
-
-    @classmethod
-    def from_pipeline(cls, model, image_size, device="cpu"):
-        """An untrained one, fp32: the UNet and the text encoders of pipeline folder `model`, the projection at random."""
-        encoder = PromptEncoder(model, image_size, device)
-        unet = load_part(UNet2DConditionModel, folder(model, "unet"), "unet", low_cpu_mem_usage=False).float()
-        return cls(unet, encoder, encoder.encoders[1].config.projection_dim).to(device)
-
-    @classmethod
-    def from_pretrained(cls, path, image_size, tokenizers=None, device="cpu", dtype=torch.float32):
-        """A folder with unet/, text_encoder/, text_encoder_2/ and state_dict.pt ({"visual_projection": {"weight"}, "logit_scale"}).
-
-        tokenizers: the pipeline folder whose tokenizers to use where this one has none. Raises UserError for what is missing or unreadable.
-        """
-        where = Path(folder(path, "unet", "text_encoder", "text_encoder_2", "state_dict.pt", hub=False))
-        words = where if (where / "tokenizer").exists() else tokenizers
-        unet = load_part(UNet2DConditionModel, str(where), "unet", low_cpu_mem_usage=False)
-        encoder = PromptEncoder(str(where), image_size, device, dtype, tokenizers=words)
-        R = cls(unet, encoder, encoder.encoders[1].config.projection_dim)
-        try:
-            state = torch.load(where / "state_dict.pt", map_location="cpu", weights_only=True)
-            R.visual_projection.load_state_dict(state["visual_projection"])
-            R.logit_scale.data = torch.as_tensor(state["logit_scale"]).float()
-        except Exception as e:  # of another width, of other keys, cut short, pickled objects: torch has an error of its own for each
-            raise UserError(f"cannot read state_dict.pt of {path}: {str(e).strip().splitlines()[-1].strip()}") from None
-        return R.to(device, dtype).eval().requires_grad_(False)
-
-    def save_pretrained(self, path, model, half=False):
-        """Write the folder that from_pretrained reads; the up blocks, which the layout has and R does not, are those of pipeline `model`."""
-        path, dtype = Path(path), torch.float16 if half else torch.float32
-        whole = load_part(UNet2DConditionModel, folder(model, "unet"), "unet", low_cpu_mem_usage=False)
-        whole.load_state_dict(whole.state_dict() | {k: v.cpu() for k, v in self.unet.state_dict().items()})
-        (whole.half() if half else whole.float()).save_pretrained(path / "unet")
-        for name, net in zip(("text_encoder", "text_encoder_2"), self.encoder.encoders):
-            copy.deepcopy(net).to("cpu", dtype).save_pretrained(path / name)
-        weight = {"weight": self.visual_projection.weight.detach().to("cpu", dtype)}
-        torch.save({"visual_projection": weight, "logit_scale": self.logit_scale.item()}, path / "state_dict.pt")
 
     def features(self, z_t, t, c):
         """The three down blocks' features and the mid block's, averaged over space: four (B, channels)."""
@@ -92,9 +54,11 @@ class LatentRewardModel(nn.Module):
         tokens = c["tokens"].to(dtype)
         emb = unet.get_time_embed(z_t.to(dtype), t)
         emb = unet.time_embedding(emb) + unet.get_aug_embed(emb, tokens, added)
-        x, found = unet.conv_in(z_t.to(dtype)), []
+        x = unet.conv_in(z_t.to(dtype))
+        found = []
         for block in unet.down_blocks:
-            x, outputs = block(x, emb, encoder_hidden_states=tokens) if getattr(block, "has_cross_attention", False) else block(x, emb)
+            attends = {"encoder_hidden_states": tokens} if getattr(block, "has_cross_attention", False) else {}
+            x, outputs = block(x, emb, **attends)
             found.append(outputs[-1 if block.downsamplers is None else -2].mean((2, 3)))
         mid = unet.mid_block(x, emb, encoder_hidden_states=tokens)
         return [*found, mid.mean((2, 3))]
@@ -107,24 +71,33 @@ class LatentRewardModel(nn.Module):
         *down, mid = self.features(z_t, t, c)
         mid_null = self.features(z_t, t, null)[-1]
         joined = torch.cat([*down, mid_null + self.guidance * (mid - mid_null)], 1)
-        return self.logit_scale.float().exp() * F.cosine_similarity(self.visual_projection(joined).float(), c["pooled"].float())
+        cosine = F.cosine_similarity(self.visual_projection(joined).float(), c["pooled"].float())
+        return self.logit_scale.float().exp() * cosine
 
     def score(self, z_t, t, prompts):
         """R(z_t, t, prompt), (B,), of B prompts as strings."""
         return self(z_t, t, self.encoder.encode(prompts))
 
     @torch.no_grad()
-    def judge(self, x_0, prompts, batch=128):
+    def score_finished(self, x_0, prompts, batch=128):
         """R of finished, clean latents x_0 (N, C, h, w), at t = 1: (N,) on the CPU."""
-        parts = [(x_0[i : i + batch], prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
-        return torch.cat([self.score(x, torch.ones(len(x), dtype=torch.long, device=x.device), p).cpu() for x, p in parts])
+        scores = []
+        for i in range(0, len(prompts), batch):
+            x = x_0[i : i + batch]
+            t = torch.ones(len(x), dtype=torch.long, device=x.device)
+            scores.append(self.score(x, t, prompts[i : i + batch]).cpu())
+        return torch.cat(scores)
 
 
 def pair_scores(R, schedule, win, lose, t, eps_win, eps_lose, c):
-    """R of both latents of every pair, noised to the pair's one t (B,) with noise of their own; latents, noise (B, C, h, w). (B,), (B,)."""
+    """R of both latents of every pair, noised to the pair's one t with noise of their own -> scores (B,), (B,).
+
+    win, lose, eps_win, eps_lose (B, C, h, w); t (B,); c: the prompts' condition.
+    """
     t = t.repeat(2)
     z_t = add_noise(schedule, torch.cat([win, lose]), t, torch.cat([eps_win, eps_lose]))
-    return R(z_t, t, {k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in c.items()}).chunk(2)
+    both = {k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in c.items()}
+    return R(z_t, t, both).chunk(2)
 
 
 def bradley_terry(score_win, score_lose):
@@ -135,23 +108,20 @@ def bradley_terry(score_win, score_lose):
 # ------------------------------------------------------------------------------ preference optimisation
 
 
-def log_density(z_s, x_0, alpha_s, sigma_s):
-    """log p(z_s|z_t) = -||z_s - α_s x_0||²/2σ_s² + const, the LCM scheduler's transition; x_0 = G(z_t, t). (B,)."""
-    return -(z_s - alpha_s * x_0).square().flatten(1).sum(1) / (2 * sigma_s.flatten() ** 2)
+def log_ratio_margin(z_win, z_lose, x0_theta, x0_ref, alpha_s, sigma_s, clip=0.0):
+    """Eq. 13: H = <z^w - z^l, α_s (x0_θ - x0_ref)>/σ_s², (B,): how much more than the reference θ prefers z^w to z^l.
 
-
-def advantage(z_win, z_lose, x0_theta, x0_ref, alpha_s, sigma_s, clip=0.0):
-    """Eq. 13: H = <z^w - z^l, α_s (x0_θ - x0_ref)>/σ_s², (B,): what the four log densities come to when z_t is shared.
-
-    clip > 0: LPO's way, the ratio of each MEAN density, (p_θ/p_ref)^(1/numbers), held within 1 ± clip; past it a candidate moves nothing.
-
-    z_win, z_lose, x0_theta, x0_ref (B, C, h, w); alpha_s, sigma_s (B, 1, 1, 1). A SUM over dimensions, as densities have it:
-    LPO takes the mean, so its β = 500 at SDXL's 65,536 dimensions is β = 0.0076 here.
+    That is what the four log densities come to when the pair shares z_t. z_win, z_lose, x0_theta, x0_ref (B, C, h, w);
+    alpha_s, sigma_s (B, 1, 1, 1). A SUM over dimensions, as densities have it: LPO takes the mean, so its β = 500 at SDXL's
+    65,536 dimensions is β = 0.0076 here.
+    clip > 0: as in LPO, each ratio of MEAN densities, (p_θ/p_ref)^(1/dimensions), is held within 1 ± clip.
     """
     if clip:
-        n, middle, apart = z_win[0].numel(), alpha_s * (x0_theta + x0_ref) / 2, alpha_s * (x0_theta - x0_ref) / sigma_s**2
-        ratios = [((z - middle) * apart).flatten(1).sum(1) for z in (z_win, z_lose)]  # log p_θ/p_ref
-        win, lose = (r.clamp(n * math.log(1 - clip), n * math.log(1 + clip)) for r in ratios)
+        n = z_win[0].numel()
+        apart = alpha_s * (x0_theta - x0_ref) / sigma_s**2
+        middle = alpha_s * (x0_theta + x0_ref) / 2
+        low, high = n * math.log(1 - clip), n * math.log(1 + clip)
+        win, lose = (((z - middle) * apart).flatten(1).sum(1).clamp(low, high) for z in (z_win, z_lose))  # log p_θ/p_ref
         return win - lose
     return ((z_win - z_lose) * alpha_s * (x0_theta - x0_ref) / sigma_s**2).flatten(1).sum(1)
 
@@ -159,6 +129,26 @@ def advantage(z_win, z_lose, x0_theta, x0_ref, alpha_s, sigma_s, clip=0.0):
 def loss(H, beta):
     """Eq. 12: -log σ(β H) per pair, (B,). The mean, over kept pairs, is taken in train.py: it runs over all ranks."""
     return -F.logsigmoid(beta * H)
+
+
+def pair_terms(G, ref, z_t, z_win, z_lose, t, s, c, clip=0.0):
+    """Eq. 13 of pairs whose candidates were drawn from z_t at t, at level s -> H (B,), and the KL divergence of G from ref.
+
+    z_t, z_win, z_lose (B, C, h, w); t, s: scalars of S. The divergence is that of the transition, a mean over numbers. Scalar.
+    """
+    t, s = times(t, z_t), times(s, z_t)
+    alpha_s, sigma_s = G.schedule.alpha(s), G.schedule.sigma(s)
+    x0_theta = G(z_t, t, c)
+    with torch.no_grad():
+        x0_ref = ref(z_t, t, c)
+    H = log_ratio_margin(z_win, z_lose, x0_theta, x0_ref, alpha_s, sigma_s, clip)
+    kl = (alpha_s * (x0_theta - x0_ref) / sigma_s).detach().square().mean() / 2
+    return H, kl
+
+
+def agrees(H):
+    """Whether θ prefers z^w by more than rounding (10^-3 nats): at the reference H is 0 but for the order of sums. (B,) bool."""
+    return H > 1e-3
 
 
 def choose(scores, threshold):
@@ -172,20 +162,23 @@ def choose(scores, threshold):
 
 
 @torch.no_grad()
-def rollout(G, R, z, c, c_R, S, rl_steps, k, carry, generators):
-    """Algorithm 1, lines 28-29: at each step k candidates from one z_t, judged by R at THEIR level s.
+def rollout(G, R, z, c, c_R, S, transitions, k, carry, generators):
+    """Algorithm 1, lines 28-29: at each step k candidates from one z_t, scored by R at THEIR level s.
 
-    z (B, C, h, w): noise at S[0]; c, c_R: conditions of G and of R; rl_steps: how many steps, from the noisiest, are judged.
+    z (B, C, h, w): noise at S[0]; c, c_R: conditions of G and of R; transitions: how many steps, from the noisiest, are scored.
     carry: "random" or "best", the candidate that the next step starts from (ASSUMPTION: random, as in LPO).
     Returns one (i, z_t, candidates (B, k, C, h, w), scores (B, k)) per step. NOTE: LPO gives R the level t of z_t.
     """
-    pool, z_t, rows = [], z, torch.arange(len(z), device=z.device)
-    many = {key: v.repeat_interleave(k, 0) for key, v in c_R.items()}
-    for i in range(rl_steps):
+    steps = []
+    z_t = z
+    rows = torch.arange(len(z), device=z.device)
+    c_many = {key: v.repeat_interleave(k, 0) for key, v in c_R.items()}
+    for i in range(transitions):
         x_0 = G(z_t, times(S[i], z_t), c)
-        z_s = torch.stack([renoise(G.schedule, x_0, S, i + 1, generators) for _ in range(k)], 1)  # (B, k, C, h, w)
-        scores = R(z_s.flatten(0, 1), times(S[i + 1], z_s.flatten(0, 1)), many).view(-1, k)
-        pool.append((i, z_t, z_s, scores))
-        chosen = scores.argmax(1) if carry == "best" else torch.zeros_like(rows)  # all k are alike before R looks
+        z_s = torch.stack([noise_to_step(G.schedule, x_0, S, i + 1, generators) for _ in range(k)], 1)  # (B, k, C, h, w)
+        flat = z_s.flatten(0, 1)
+        scores = R(flat, times(S[i + 1], flat), c_many).view(-1, k)
+        steps.append((i, z_t, z_s, scores))
+        chosen = scores.argmax(1) if carry == "best" else torch.zeros_like(rows)  # the first: all are alike before R looks
         z_t = z_s[rows, chosen]
-    return pool
+    return steps

@@ -13,11 +13,14 @@ ASSUMPTION: D sees no prompt (the paper names none). Heads: spectral-norm convol
 MAP per level, after the 2-D heads that the paper takes from ADM; sizes are ours.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
+
+from diffusion import backward_simulation, noise_to_step
 
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0 .. 255, as SAM was trained
 
@@ -39,7 +42,7 @@ class PixelDiscriminator(nn.Module):
         self.heads = nn.ModuleList(head(channels, width) for channels in [dim] * len(self.levels) + [out])
 
     def features(self, images):
-        """(B, 3, H, W) in [-1, 1] -> SAM's feature maps, one (B, C_l, h, w) per level, in the images' type; SAM computes in its own."""
+        """(B, 3, H, W) in [-1, 1] -> SAM's feature maps, (B, C_l, h, w) per level, in the images' type; SAM computes in its own."""
         (encoder,) = self.encoder
         x = encoder.patch_embed(sam_input(images, encoder.img_size).to(encoder.patch_embed.proj.weight.dtype))
         if encoder.pos_embed is not None:
@@ -52,7 +55,7 @@ class PixelDiscriminator(nn.Module):
         return [m.to(images.dtype) for m in (*maps, encoder.neck(x.permute(0, 3, 1, 2)))]
 
     def forward(self, features):
-        """Feature maps -> logits (B, n). They are made apart, so that a picture judged twice passes SAM once."""
+        """Feature maps -> logits (B, n). Features come from a call of their own, so that a picture used twice passes SAM once."""
         return torch.cat([h(f).flatten(1) for h, f in zip(self.heads, features)], 1)
 
 
@@ -77,6 +80,44 @@ def sam_input(images, size):
     return ((images + 1) * 127.5 - mean) / std
 
 
+# ------------------------------------------------------------------------------ what D sees of a loop
+
+
+def window(crop, side, factor, seed, loop):
+    """Where D looks in a loop: a square of `crop` pixels at random, or everything (0) -> indices into latents, and into pixels.
+
+    side: of the latents; factor: pixels per latent. The square is the same in real and generated pictures.
+    """
+    size = crop // factor or side
+    top, left = (int(v) for v in np.random.default_rng([seed, loop, 1]).integers(side - size + 1, size=2))
+    latents = (..., slice(top, top + size), slice(left, left + size))
+    pixels = (..., slice(top * factor, (top + size) * factor), slice(left * factor, (left + size) * factor))
+    return latents, pixels
+
+
+def last_input(G, x_tau, x, c, S, i, generators, reading):
+    """The input at the last student step, from which G makes x_adv (Algorithm 1, lines 9 and 11). No gradient (Eq. 8's Detach).
+
+    x_tau (B, C, h, w): G's input at student step i; x = G(x_tau, S[i]), detached; generators: those of the rollout so far.
+    reading "b": the rollout's own input at the last step, exactly as at sampling (Algorithm 1, lines 9-15).
+    reading "a": x_0 of the finished rollout, noised to the last step (Eq. 8, 9).
+    NOTE: the paper says both; results/stage1.md compares them.
+    """
+    last = len(S) - 1
+    if i == last:
+        x_last = x_tau
+    else:
+        x_next = noise_to_step(G.schedule, x, S, i + 1, generators)
+        x_last = backward_simulation(G, x_next, c, S, generators, i + 1, last)
+    if reading == "b":
+        return x_last
+    x_0 = backward_simulation(G, x_last, c, S, generators, last)
+    return noise_to_step(G.schedule, x_0, S, last, generators)
+
+
+# ---------------------------------------------------------------------------------------------- the losses
+
+
 def generator_loss(fake_logits, kind="hinge"):
     """Eq. 9: -E log D(V(x_adv)) for "logistic" (D the sigmoid of the logit); -E logit for "hinge". Scalar."""
     return -fake_logits.mean() if kind == "hinge" else F.softplus(-fake_logits).mean()
@@ -90,6 +131,6 @@ def discriminator_loss(real_logits, fake_logits, kind="hinge"):
 
 
 def accuracy(real_logits, fake_logits):
-    """The share of pictures that D judges right by their mean logit: 0.5 = blind, 1 = it sees through G. Scalar."""
+    """The fraction of pictures that D classifies right by their mean logit: 0.5 = chance, 1 = it sees through G. Scalar."""
     right = torch.cat([real_logits.mean(1) > 0, fake_logits.mean(1) <= 0])
     return right.float().mean()

@@ -1,7 +1,7 @@
 """The generator's score estimator μ_fake (Flash-DMD 3.1, 3.3 "Stabilize Score Estimator"; Eq. 6 and 11).
 
-    Eq. 6    L_diffusion = E ||μ_ψ(x_t, t) - ε||²              nothing else trains it: it is no discriminator (DMD2's is: latent_gan.py)
-    Eq. 11   ψ <- λ_ema ψ + (1 - λ_ema) θ                      after every generator update, by distillation or by preference
+    Eq. 6    L_diffusion = E ||μ_ψ(x_t, t) - ε||²          nothing else trains it: it is no discriminator (DMD2's is: siblings/dmd2.py)
+    Eq. 11   ψ <- λ_ema ψ + (1 - λ_ema) θ                  after every generator update, by distillation or by preference
 
     x    the generator's clean estimate, detached, (B, C, h, w)
     t    uniform over the whole range;  x_t = α_t x + σ_t ε
@@ -12,7 +12,13 @@ TTUR (how often Eq. 6 runs per generator update) is a line of train.py. Left out
 
 import torch
 
-from diffusion import add_noise
+from diffusion import add_noise, rand, randn
+
+
+def draw(schedule, generators, like):
+    """What Eq. 6's expectation runs over: t (B,), uniform over the whole range, and ε (B, C, h, w), shaped as `like`."""
+    t = schedule.t_at(rand(generators, like.device))
+    return t, randn(generators, like)
 
 
 def loss(fake, x, t, eps, c):
@@ -29,11 +35,10 @@ def loss(fake, x, t, eps, c):
 def pull(psi, theta, lam):
     """Eq. 11: ψ <- λ ψ + (1 - λ) θ, in place. psi, theta: parameters in the same order (sharded alike, if sharded); λ in [0, 1].
 
-    On LoRAs it averages the factors A and B. NOTE: that is not the average of the products B A, which has no such factors of
-    the same rank; both start from one A, and at λ near 1 the two differ by (1 - λ) λ (B_ψ - B_θ)(A_ψ - A_θ) alone.
-
     λ = 1 is "off". fp32 weights: bf16 would lose (1 - λ)(θ - ψ).
-    ASSUMPTION: the value of λ is not in the paper; the README has the sweep that chose ours.
+    ASSUMPTION: the value of λ is not in the paper; results/stage1.md has the sweep that chose ours.
+    NOTE: on LoRAs this averages the factors A and B, not the products B A, whose average has no factors of the same rank.
+    Both LoRAs start from one A, and the two averages differ by (1 - λ) λ (B_ψ - B_θ)(A_ψ - A_θ) alone.
     """
     if lam < 1:
         for p, q in zip(psi, theta, strict=True):

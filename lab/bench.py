@@ -21,17 +21,17 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import dmd
 import pixel_gan
 import score_estimator
 import train
-from cast import assemble
-from config import at_least, parse
 from diffusion import sample_generators
-from distributed import start_process
+from engine import data
+from engine.config import at_least, parse
+from engine.distributed import start_process
+from engine.errors import UserError
+from engine.networks import assemble
 from lab import random_models, rows
-from models import UserError
 
 SIZES = {"toy": (), "sdxl": ("--preset", "sdxl-4step", "--batch-size", "2"), "sd3": ("--preset", "sd3-4step", "--batch-size", "2", "--ttur", "1")}
 

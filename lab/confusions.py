@@ -7,10 +7,12 @@ python -m lab.confusions --num 320 --run runs/NAME       a student
 import argparse
 from collections import Counter
 
-import run_folder
-from config import Config, at_least
 from diffusion import guided
-from models import generate, load_denoiser, load_encoder, load_vae
+from engine import run_folder
+from engine.config import Config, at_least
+from engine.models import load_denoiser, load_vae
+from engine.pictures import generate
+from engine.prompts import load_encoder
 from toy import world
 
 

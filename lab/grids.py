@@ -9,13 +9,15 @@ import matplotlib.pyplot as plt
 import torch
 from torchvision.utils import make_grid
 
-import run_folder
-from config import Config
 from diffusion import guided
+from engine import run_folder
+from engine.config import Config
+from engine.models import load_denoiser, load_vae
+from engine.pictures import generate
+from engine.prompts import load_encoder
 from lab import cost, rows
 from lab.stage1 import FULL
 from lab.stage2 import JOINT
-from models import generate, load_denoiser, load_encoder, load_vae
 from toy import world
 
 LOOPS, PROMPTS = 400, 24

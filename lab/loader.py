@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import data
-from config import at_least
+from engine import data
+from engine.config import at_least
 
 
 def make(folder, count=96):

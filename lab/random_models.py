@@ -21,10 +21,10 @@ from diffusers import (
 from segment_anything import sam_model_registry
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from data import to_pil
 from diffusion import Schedule
-from models import HERE
-from real_size import CLIP_G, CLIP_L, SD3, SD3_VAE, SDXL, SDXL_VAE
+from engine.folders import HERE
+from engine.pictures import to_pil
+from engine.real_size import CLIP_G, CLIP_L, SD3, SD3_VAE, SDXL, SDXL_VAE
 
 
 def write(kind, out):

@@ -13,7 +13,7 @@ from threading import Lock
 
 from tqdm import tqdm
 
-from config import Config, at_least
+from engine.config import Config, at_least
 
 RUNS = Path("runs/lab")
 NUM = 1000  # held-out prompts per row of the results that are kept

@@ -21,12 +21,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import config
-import data
 import train
-from cast import assemble
 from diffusion import sample_generators
-from distributed import start_process
+from engine import config, data
+from engine.distributed import start_process
+from engine.networks import assemble
 
 
 class Traffic(TorchDispatchMode):

@@ -9,7 +9,7 @@ Rows are cached by their flags, so an interrupted call goes on; other teacher we
 import json
 from pathlib import Path
 
-from config import PRESETS, Config
+from engine.config import PRESETS, Config
 from lab import rows
 
 RESULTS = Path("results/stage1.json")

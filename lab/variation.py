@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from config import Config
 from diffusion import Schedule, add_noise, times
+from engine.config import Config
+from engine.metrics import diversity
+from engine.models import load_denoiser, load_vae
+from engine.prompts import load_encoder
+from engine.run_folder import newest
 from lab import rows, stage1
 from lab.stage1 import SEEDS
-from metrics import diversity
-from models import load_denoiser, load_encoder, load_vae
-from run_folder import newest
 from toy import world
 
 RESULTS = Path("results/variation.json")

@@ -5,14 +5,11 @@ import json
 import pytest
 import torch
 
-import advdmd
-import checkpoint
-import config
-import latent_gan
-import run_folder
 import train
-from cast import assemble
 from diffusion import Schedule, add_noise
+from engine import checkpoint, config, run_folder
+from engine.networks import assemble
+from siblings import advdmd, dmd2
 
 
 def test_gradient_of_a_scalar_gaussian_policy():
@@ -104,8 +101,8 @@ def test_gate_stops_reinforcement_while_d_is_blind(tmp_path):
 
 def test_gate_is_shut_while_d_is_at_chance(tmp_path, monkeypatch):
     """A head whose logits are all 0 judges half of the latents right: below the default gate, so nothing is reinforced."""
-    real = latent_gan.Head.forward
-    monkeypatch.setattr(latent_gan.Head, "forward", lambda self, features: 0 * real(self, features))
+    real = dmd2.Head.forward
+    monkeypatch.setattr(dmd2.Head, "forward", lambda self, features: 0 * real(self, features))
     blind, _ = run(tmp_path, "blind")
     assert all(m["d_accuracy_unseen"] == 0.5 and m["rl_open"] == 0 and m["rl_loss"] == 0 for m in blind)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import train
-from cast import assemble
-from config import parse
 from diffusion import sample_generators
+from engine.config import parse
+from engine.networks import assemble
 from lab import bench
 
 

@@ -16,16 +16,12 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from transformers import CLIPModel, CLIPTokenizer
 
-import benchmark
-import checkpoint
-import config
-import data
 import evaluate
-import run_folder
-import safe_load
 import sample
 import train
-from models import PromptEncoder, UserError
+from engine import benchmark, checkpoint, config, data, pictures, run_folder, safe_load
+from engine.errors import UserError
+from engine.prompts import PromptEncoder
 from toy import world
 
 SMALL = ["--iterations", "2", "--batch-size", "2", "--preview-every", "0", "--log-every", "1"]
@@ -55,7 +51,7 @@ def photos(tmp_path):
     rows = []
     for i in range(10):
         scene, caption = world.scene(i, "train")
-        data.to_pil(world.render(scene)).resize((96, 80)).save(folder / f"{i}.png")
+        pictures.to_pil(world.render(scene)).resize((96, 80)).save(folder / f"{i}.png")
         rows.append({"file_name": f"{i}.png", "text": caption})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
@@ -460,7 +456,7 @@ def test_help_names_every_setting(capsys):
 )
 def test_pairs_that_cannot_be_trained_on(row, words, tmp_path, capsys):
     good = {"caption": "a ring", "jpg_0_file_name": "a.png", "jpg_1_file_name": "a.png", "label_0": 1}
-    data.to_pil(torch.zeros(3, 64, 64)).save(tmp_path / "a.png")
+    pictures.to_pil(torch.zeros(3, 64, 64)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | row) + "\n")
     status, line = call(train.main, capsys, "--stage", "reward", "--pairs", tmp_path, "--out", tmp_path / "run", *SMALL)
     assert status == 2 and words in line and not (tmp_path / "run").exists()

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import latent_cache
-from config import Config
-from models import Denoiser, PromptEncoder, UserError, load_denoiser, load_vae
+from engine import data, latent_cache
+from engine.config import Config
+from engine.errors import UserError
+from engine.models import Denoiser, load_denoiser, load_vae
+from engine.prompts import PromptEncoder
 
 
 def picture(value, kind="png"):
@@ -177,9 +178,11 @@ def test_two_ranks_share_the_encoding(shards, two_ranks):
 
 FILL = """
 import sys, torch, torch.distributed as dist
-import data, distributed, latent_cache
-from config import Config
-from models import load_vae
+from engine import data
+from engine import distributed
+from engine import latent_cache
+from engine.config import Config
+from engine.models import load_vae
 
 dist.init_process_group("gloo")
 name, vae, encoded = f"{sys.argv[1]}/shard-*.tar", load_vae("toy/sdxl"), []

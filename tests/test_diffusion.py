@@ -6,7 +6,17 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
-from diffusion import Schedule, add_noise, backward_simulation, guided, randn, reverse_step, sample_generators, sample_ode, times
+from diffusion import (
+    Schedule,
+    add_noise,
+    backward_simulation,
+    guided,
+    randn,
+    reverse_step,
+    sample_generators,
+    sample_ode,
+    times,
+)
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHAPE = (3, 4, 8, 8)

@@ -5,14 +5,13 @@ import json
 import pytest
 import torch
 
-import config
-import dmdr
-import run_folder
 import train
 from diffusion import add_noise, sample_generators
-from latent_reward import LatentRewardModel
-from metrics import Clip
-from models import PromptEncoder, add_lora, load_denoiser, load_vae
+from engine import config, run_folder
+from engine.metrics import Clip
+from engine.models import add_lora, load_denoiser, load_vae
+from engine.prompts import PromptEncoder
+from siblings import dmdr
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def test_reward_gradient_through_one_step(kind, scene):
     encoder, z, eps, _, prompts = scene
     G, vae, c, tau = load_denoiser("toy/sdxl"), load_vae("toy/sdxl"), encoder.encode(prompts), torch.tensor([499, 499])
     if kind == "lrm":
-        R, s = LatentRewardModel.from_pretrained("toy/lrm", 64, "toy/sdxl"), torch.tensor([249, 249])
+        R, s = load_reward_model("toy/lrm", 64, "toy/sdxl"), torch.tensor([249, 249])
         reward, margin = lambda x: R(add_noise(G.schedule, x, s, eps), s, R.encoder.encode(prompts)), 20.0  # noqa: E731
     else:
         clip = Clip("toy/clip")

@@ -8,11 +8,10 @@ import gc
 import pytest
 import torch
 
-import dry_run
 import train
-from config import parse
+from engine import dry_run
+from engine.config import parse
 from lab import random_models
-from latent_reward import LatentRewardModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 LORA = ["--lora-rank", "64"]
@@ -38,7 +37,7 @@ def test_dry_run_knows_the_memory(preset, flags, tmp_path):
     flags += [*(str(v) for pair in paths.items() for v in pair), "--preview-every", "0", "--save-every", "100", "--log-every", "100"]
     if preset == "sdxl-stage2":
         before = train.train(parse(["--preset", "sdxl-4step", *flags, "--iterations", "1", "--out", str(tmp_path / "before")]))
-        LatentRewardModel.from_pipeline(str(model), 1024).save_pretrained(tmp_path / "lrm", str(model), half=True)
+        untrained_reward_model(str(model), 1024).save_pretrained(tmp_path / "lrm", str(model), half=True)
         flags += ["--init", str(before)]
     gc.collect()
     torch.cuda.empty_cache()

@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import pytest
 
-import config
+from engine import config
 from lab import claims, cost, rows, siblings, stage1, stage2
 from lab.claims import at_best, values, verdict
 from lab.cost import BASELINE, TUNED, headline, share

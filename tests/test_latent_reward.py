@@ -9,19 +9,19 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-import data
 import latent_reward
-import run_folder
 import train
-from config import Config
 from diffusion import Schedule, randn, sample_generators
-from distributed import Ending
+from engine import pictures, run_folder
+from engine.config import Config
+from engine.distributed import Ending
+from engine.errors import UserError
+from engine.monitor import hacking
+from engine.prompts import PromptEncoder
+from engine.real_size import SDXL
+from engine.reward_training import Pairs, train_reward
 from latent_reward import LatentRewardModel
-from models import PromptEncoder, UserError
-from monitor import hacking
-from real_size import SDXL
 from toy import world
-from train_reward import Pairs, train_reward
 
 S = Schedule().steps(4)
 SHAPE = (5, 4, 8, 8)
@@ -195,7 +195,7 @@ def small(tmp_path_factory):
 def test_published_layout(small):
     """A folder without tokenizers of its own is read with the pipeline's; hooks on the UNet's own forward see the same features."""
     path, weight = small
-    R = LatentRewardModel.from_pretrained(path, 64, tokenizers="toy/sdxl")
+    R = load_reward_model(path, 64, tokenizers="toy/sdxl")
     assert torch.equal(R.visual_projection.weight, weight) and R.logit_scale == 2.0
     z_t, t, prompts = torch.randn(3, 4, 16, 16), torch.tensor([749, 499, 20]), ["a red circle", "a ring", "a large blue cross"]
     c = R.encoder.encode(prompts)
@@ -218,11 +218,11 @@ def test_published_layout(small):
 
 
 def test_saved_layout_has_the_up_blocks_and_reads_back(small, tmp_path):
-    R = LatentRewardModel.from_pretrained(small[0], 64, tokenizers="toy/sdxl")
+    R = load_reward_model(small[0], 64, tokenizers="toy/sdxl")
     with torch.no_grad():
         R.unet.conv_in.weight += 0.1  # of its own, unlike the pipeline's
     R.save_pretrained(tmp_path, "toy/sdxl")
-    again = LatentRewardModel.from_pretrained(tmp_path, 64, tokenizers="toy/sdxl")
+    again = load_reward_model(tmp_path, 64, tokenizers="toy/sdxl")
     assert all(torch.equal(p, q) for p, q in zip(R.state_dict().values(), again.state_dict().values(), strict=True))
     whole = UNet2DConditionModel.from_pretrained("toy/sdxl/unet").state_dict()
     saved = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
@@ -245,7 +245,7 @@ def test_stage_2_alternates_and_resumes(small, tmp_path, monkeypatch):
     whole = train.train(Config(iterations=6, out=str(tmp_path / "whole"), **settings))
     assert pulls == [Config.ema] * 6  # Eq. 11 follows updates of either kind
     assert all(torch.equal(p, student[k]) for k, p in kept[0].ref.net.state_dict().items())
-    R = LatentRewardModel.from_pretrained(small[0], 64, tokenizers="toy/sdxl")
+    R = load_reward_model(small[0], 64, tokenizers="toy/sdxl")
     assert all(torch.equal(p, q) for p, q in zip(R.state_dict().values(), kept[0].R.state_dict().values(), strict=True))
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert ["rl_loss" in line for line in lines] == [True, True, False] * 2
@@ -295,7 +295,7 @@ def test_half_written_folder(small, tmp_path):
         (tmp_path / "unet").mkdir()
         (tmp_path / "text_encoder").mkdir()
         (tmp_path / "text_encoder_2").mkdir()
-        LatentRewardModel.from_pretrained(tmp_path, 64)
+        load_reward_model(tmp_path, 64)
 
 
 def test_reward_model_of_another_width(small, tmp_path):
@@ -311,7 +311,7 @@ def test_reward_model_of_another_width(small, tmp_path):
     assert not (tmp_path / "second").exists()
     torch.save({"visual_projection": {"weight": torch.zeros(64, 7)}, "logit_scale": 2.0}, other / "state_dict.pt")
     with pytest.raises(UserError, match="state_dict.pt.*7"):
-        LatentRewardModel.from_pretrained(other, 64, "toy/sdxl")
+        load_reward_model(other, 64, "toy/sdxl")
 
 
 def test_reward_hacking_is_named():
@@ -333,7 +333,7 @@ def preferences(tmp_path_factory):
         scene, _ = world.scene(i)
         names = [f"{i}-good.png", f"{i}-gray.png"]
         for name, image in zip(names, (world.render(scene), torch.zeros(3, 64, 64))):
-            data.to_pil(image).save(folder / name)
+            pictures.to_pil(image).save(folder / name)
         first, second = names if i % 3 else names[::-1]
         rows.append({"caption": "a picture", "jpg_0_file_name": first, "jpg_1_file_name": second, "label_0": 1 if i % 3 else 0})
     rows.append(rows[0] | {"label_0": 0.5})
@@ -349,9 +349,9 @@ def test_stage_reward_learns_a_preference_and_resumes(preferences, tmp_path):
     halves = train_reward(Config(**settings, iterations=20, out=str(tmp_path / "halves"), resume=True))
     last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["held_out_right_at_50"] >= 0.9 and last["loops"] == 20
-    R, again = (LatentRewardModel.from_pretrained(run_folder.newest(run) / "lrm", 64, "toy/sdxl") for run in (whole, halves))
+    R, again = (load_reward_model(run_folder.newest(run) / "lrm", 64, "toy/sdxl") for run in (whole, halves))
     assert all(torch.equal(a, b) for a, b in zip(R.parameters(), again.parameters()))
-    fresh = LatentRewardModel.from_pipeline("toy/sdxl", 64)
+    fresh = untrained_reward_model("toy/sdxl", 64)
     assert not torch.equal(R.unet.conv_in.weight, fresh.unet.conv_in.weight)
 
 

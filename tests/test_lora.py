@@ -9,13 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import config
-import models
-import run_folder
 import train
-from data import to_pil
-from models import Denoiser, UserError, add_lora, generate, load_denoiser, load_encoder, load_schedule, load_vae
+from engine import checkpoint, config, models, run_folder
+from engine.errors import UserError
+from engine.models import Denoiser, add_lora, load_denoiser, load_schedule, load_vae
+from engine.pictures import generate, to_pil
+from engine.prompts import load_encoder
 
 SMALL = "--lora-rank 2 --batch-size 4 --preview-every 0 --log-every 1 --lr 1e-3 --fake-lr 1e-3 --lr-schedule constant".split()
 
@@ -142,8 +141,10 @@ def test_the_frozen_network_in_bf16(two_ranks):
 
 KEPT_IN_BF16 = """
 import torch
-import config, distributed
-from models import Denoiser, add_lora, load_denoiser, load_encoder
+from engine import config
+from engine import distributed
+from engine.models import Denoiser, add_lora, load_denoiser
+from engine.prompts import load_encoder
 
 rank, ranks, device = distributed.start_process()
 for model in ("toy/sdxl", "toy/sd3"):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import pixel_gan
-from config import Config
-from models import at_once, load_sam, load_vae
+from engine.config import Config
+from engine.models import at_once, load_sam, load_vae
 from toy import world
 
 

@@ -12,12 +12,12 @@ from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import dry_run
-import real_size
 import train
-from config import parse
 from diffusion import sample_generators
-from models import UserError, load_denoiser
+from engine import dry_run, real_size
+from engine.config import parse
+from engine.errors import UserError
+from engine.models import load_denoiser
 
 B = 2
 PUBLISHED = {"sdxl": 2_567_463_684, "sd3": 2_084_951_104 - 192**2 * 1536}  # the released weights' files; SD3's has its fixed table of positions too
@@ -171,9 +171,13 @@ def test_table_of_states_is_what_two_ranks_hold(two_ranks):
 
 WEIGH = """
 import torch, torch.distributed as dist
-import cast, config, distributed, dry_run, train
+from engine import networks
+from engine import config
+from engine import distributed
+from engine import dry_run
+import train
 from diffusion import sample_generators
-from distributed import start_process
+from engine.distributed import start_process
 
 rank, ranks, device = start_process()
 toy = cast.assemble(config.parse(["--batch-size", "4"]), ranks, device)

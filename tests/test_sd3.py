@@ -8,13 +8,14 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-import checkpoint
-import config
-import run_folder
 import train
-from cast import assemble
 from diffusion import guided, sample_generators
-from models import UserError, generate, load_denoiser, load_encoder, load_vae
+from engine import checkpoint, config, run_folder
+from engine.errors import UserError
+from engine.models import load_denoiser, load_vae
+from engine.networks import assemble
+from engine.pictures import generate
+from engine.prompts import load_encoder
 from toy import build, world
 
 PROMPTS = ["a red circle", "a large blue ring"]

@@ -7,9 +7,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-import metrics
 from diffusion import guided, sample_generators
-from models import PromptEncoder, generate, load_denoiser, load_vae
+from engine import metrics
+from engine.models import load_denoiser, load_vae
+from engine.pictures import generate
+from engine.prompts import PromptEncoder
 from toy import reward, world
 
 

@@ -16,13 +16,15 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-import cast
-import checkpoint
-import run_folder
 import train
-from config import Config
 from diffusion import sample_generators
-from models import PARTS, PromptEncoder, UserError, generate, load_denoiser, load_sam, load_vae, part_of
+from engine import checkpoint, run_folder
+from engine.config import Config
+from engine.errors import UserError
+from engine.folders import part_of
+from engine.models import PARTS, load_denoiser, load_sam, load_vae
+from engine.pictures import generate
+from engine.prompts import PromptEncoder
 
 SMALL = {"iterations": 3, "batch_size": 4, "preview_every": 0, "log_every": 1, "save_every": 1000, "lr_schedule": "constant"}
 
@@ -305,9 +307,10 @@ def test_eq_11_on_shards(two_ranks):
 
 PULL_ON_SHARDS = """
 import torch, torch.distributed as dist
-import distributed, score_estimator
-from distributed import shard
-from models import load_denoiser
+from engine import distributed
+import score_estimator
+from engine.distributed import shard
+from engine.models import load_denoiser
 
 dist.init_process_group("gloo")
 nets = []
@@ -340,9 +343,11 @@ def test_8_bit_moments_on_shards(two_ranks):
 
 MOMENTS_ON_SHARDS = """
 import sys, torch, torch.distributed as dist
-import checkpoint, config, distributed
-from distributed import adamw, shard, update, weights
-from models import load_denoiser
+from engine import checkpoint
+from engine import config
+from engine import distributed
+from engine.distributed import adamw, shard, update, weights
+from engine.models import load_denoiser
 
 dist.init_process_group("gloo")
 
@@ -380,9 +385,11 @@ def test_checkpoint_in_the_background(two_ranks):
 
 IN_THE_BACKGROUND = """
 import sys, torch, torch.distributed as dist
-import checkpoint, distributed, run_folder
-from distributed import shard, update
-from models import load_denoiser
+from engine import checkpoint
+from engine import distributed
+from engine import run_folder
+from engine.distributed import shard, update
+from engine.models import load_denoiser
 
 dist.init_process_group("gloo")
 net = shard(load_denoiser("toy/sdxl").net, torch.float32)
@@ -463,9 +470,12 @@ def test_sigterm_while_ranks_ask(two_ranks):
 
 
 ASK = """
-import os, signal, threading, time
+import os
+import signal
+import threading
+import time
 import torch.distributed as dist
-import distributed
+from engine import distributed
 
 rank, ranks, device = distributed.start_process()
 ending = distributed.Ending(device)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from diffusion import Schedule
-from latent_reward import LatentRewardModel, bradley_terry, pair_scores
-from models import load_vae
+from engine.models import load_vae
+from latent_reward import bradley_terry, pair_scores
 from toy import world
 from toy.fit import HERE, fit, forget_path, report
 
@@ -68,7 +68,7 @@ def pairs(count, split):
 
 def build_lrm():
     model, schedule, batch = HERE / "sdxl", Schedule(), 32
-    R = LatentRewardModel.from_pipeline(model, world.SIZE)
+    R = untrained_reward_model(model, world.SIZE)
     better, worse, captions, _ = pairs(32768, "train")
     encoded = [R.encoder.encode(captions[i : i + 256]) for i in range(0, len(captions), 256)]
     conditions = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
@@ -90,7 +90,7 @@ def build_lrm():
         if t == 500:
             of = {kind: (win > lose)[torch.from_numpy(kinds == kind)] for kind in KINDS}
             right |= {f"right_at_t_500_{kind}": judged.float().mean().item() for kind, judged in of.items()}
-    R.save_pretrained(HERE / "lrm", model, half=True)
+    save_reward_model(R, HERE / "lrm", model, half=True)
     forget_path(HERE / "lrm")
     at_least = {"right_at_t_50": 0.9, "right_at_t_250": 0.9, "right_at_t_500": 0.9, "right_at_t_749": 0.75}
     report("lrm", time.time() - began, at_least, parameters=sum(p.numel() for p in R.parameters()), **right)

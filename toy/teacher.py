@@ -16,7 +16,9 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion import Schedule, add_noise, backward_simulation, guided, sample_ode
-from models import Denoiser, load_encoder, load_vae, part_of
+from engine.folders import part_of
+from engine.models import Denoiser, load_vae
+from engine.prompts import load_encoder
 from toy import world
 from toy.fit import HERE, accuracies, fit, forget_path, report, scenes
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from models import folder, load_part
+from engine.folders import folder
+from engine.models import load_part
 
 
 class Clip:
@@ -56,7 +57,7 @@ def frechet(a, b):
 def precision_recall(fake, real, k=3):
     """k-NN precision and recall (Kynkäänniemi et al. 2019) of features fake (N, d) against real (M, d).
 
-    Precision: the share of fakes inside the union of balls around reals, each reaching to its k-th neighbour; recall: the reverse.
+    Precision: the fraction of fakes inside the union of balls around reals, each of which reaches its k-th neighbour; recall: the reverse.
     """
 
     def covered(points, centres):
@@ -78,7 +79,10 @@ def contrast(images):
 
 
 def diversity(images, per_prompt):
-    """Root mean squared difference between pictures of one prompt, channels in [0, 1]; images: groups of `per_prompt` in a row."""
+    """Root mean squared difference between pictures of one prompt, channels in [0, 1].
+
+    images: groups of `per_prompt` in a row, (groups x per_prompt, 3, H, W) in [-1, 1].
+    """
     groups = ((images + 1) / 2).flatten(1).unflatten(0, (-1, per_prompt))
     pairs = torch.triu_indices(per_prompt, per_prompt, 1)
     return (groups[:, pairs[0]] - groups[:, pairs[1]]).square().mean().sqrt().item()

@@ -5,12 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal
 
-import advdmd
-import config
-import dmdr
 import train
-from cast import assemble
 from diffusion import add_noise, rand, randn, sample_generators, times
+from engine import config
+from engine.networks import assemble
+from siblings import advdmd, dmdr
 from toy import world
 
 PROMPTS = ["a large red circle", "a small blue ring"]

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-import config
-import latent_gan
 import train
 from diffusion import add_noise
-from models import PromptEncoder, load_denoiser
+from engine import config
+from engine.models import load_denoiser
+from engine.prompts import PromptEncoder
+from siblings import dmd2
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def scene():
     fake = load_denoiser("toy/sdxl", dtype=torch.float64)
     fake.net.double()
     torch.manual_seed(0)
-    head = latent_gan.Head(fake.net.config.block_out_channels[-1]).double()
+    head = dmd2.Head(fake.net.config.block_out_channels[-1]).double()
     c = {k: v.double() for k, v in PromptEncoder("toy/sdxl", 64).encode(["a red circle", "a blue ring"]).items()}
     x, x_real, eps = torch.randn(3, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).unbind()
     return fake, head, x, x_real, torch.tensor([200, 700]), eps, c
@@ -42,10 +43,10 @@ def test_features_are_what_the_mid_block_gives(scene):
 def test_eq_5_against_finite_differences(scene):
     fake, head, x, _, t, eps, c = scene
     x = x.clone().requires_grad_(True)
-    (slope,) = torch.autograd.grad(latent_gan.generator_loss(fake, head, x, t, eps, c), x)
+    (slope,) = torch.autograd.grad(dmd2.generator_loss(fake, head, x, t, eps, c), x)
     direction, h = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64), 1e-5
     with torch.no_grad():
-        up, down = (latent_gan.generator_loss(fake, head, x + s * h * direction, t, eps, c) for s in (1, -1))
+        up, down = (dmd2.generator_loss(fake, head, x + s * h * direction, t, eps, c) for s in (1, -1))
     assert ((up - down) / (2 * h)).item() == pytest.approx((slope * direction).sum().item(), rel=1e-4)
     with torch.no_grad():  # a step along it makes D call x more real
         logits = lambda x: head(fake.with_features(add_noise(fake.schedule, x, t, eps), t, c)[1])  # noqa: E731
@@ -55,13 +56,13 @@ def test_eq_5_against_finite_differences(scene):
 def test_eq_7_reaches_psi_and_the_head(scene):
     """The down and mid blocks of the score estimator and the head learn from it; its up blocks, which D does not use, do not."""
     fake, head, x, x_real, t, eps, c = scene
-    loss, right = latent_gan.discriminator_loss(fake, head, x, x_real, t, eps, c)
+    loss, right = dmd2.discriminator_loss(fake, head, x, x_real, t, eps, c)
     loss.backward()
     assert all(p.grad is not None for p in head.parameters())
     assert fake.net.conv_in.weight.grad.abs().max() > 0 and all(p.grad is None for p in fake.net.up_blocks.parameters())
     fake.net.zero_grad(), head.zero_grad()
     always_real = lambda features: torch.ones(len(features))  # noqa: E731
-    assert latent_gan.discriminator_loss(fake, always_real, x, x_real, t, eps, c)[1] == 0.5
+    assert dmd2.discriminator_loss(fake, always_real, x, x_real, t, eps, c)[1] == 0.5
 
 
 def test_optimal_logit_is_log_p_over_q():
@@ -80,7 +81,7 @@ def test_optimal_logit_is_log_p_over_q():
     pairs = [(a, b) for a in range(2) for b in range(2)]
     for _ in range(3000):
         head = lambda y: y @ logits  # noqa: B023, E731
-        terms = [latent_gan.discriminator_loss(Fake(), head, one[b], one[a], 0, zero, None)[0] * p[a] * q[b] for a, b in pairs]
+        terms = [dmd2.discriminator_loss(Fake(), head, one[b], one[a], 0, zero, None)[0] * p[a] * q[b] for a, b in pairs]
         optimizer.zero_grad()
         sum(terms).backward()
         optimizer.step()

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import data
-from models import UserError, at_once, generate
+from engine.errors import UserError
+from engine.models import at_once
+from engine.pictures import generate, to_pil
 
 COLUMNS = ("ImgRwd", "CLIP", "Pick", "HPSv2", "MPS")
 PAPER = {  # Tables 1, 2, 3, 6, 7: COCO-10k; name: (NFE, *COLUMNS, cost = batch x iterations or GPU hours)
@@ -39,7 +40,8 @@ def read_prompts(path, num):
     """The first `num` lines of a prompt file. Raises UserError for one that is missing or empty."""
     if not Path(path).is_file():
         raise UserError(f"--prompts {path}: no such file (one prompt per line)")
-    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"--prompts {path} holds no prompt (one per line)")
     return prompts[:num]
@@ -50,7 +52,9 @@ def draw(denoiser, encoder, vae, prompts, folder, made_by, batch=None):
 
     Raises UserError where folder holds something else.
     """
-    folder, now, batch = Path(folder), made_by | {"prompts": prompts}, batch or at_once(encoder.size)
+    folder = Path(folder)
+    now = made_by | {"prompts": prompts}
+    batch = batch or at_once(encoder.size)
     settings = folder / "settings.json"
     if settings.is_file():
         try:
@@ -68,10 +72,11 @@ def draw(denoiser, encoder, vae, prompts, folder, made_by, batch=None):
         missing = [i for i in part if not picture(folder, i).is_file()]
         if missing:  # the whole batch, for a picture's noise goes by its place
             words = [prompts[i] for i in part]
-            images = generate(denoiser, encoder, vae, words, made_by["steps"], made_by["seed"], first=first, batch=batch, ode=made_by["ode"])
+            how = {"first": first, "batch": batch, "ode": made_by["ode"]}
+            images = generate(denoiser, encoder, vae, words, made_by["steps"], made_by["seed"], **how)
             for i in missing:
                 aside = picture(folder, i).with_suffix(".part")
-                data.to_pil(images[i - first]).save(aside, format="PNG")
+                to_pil(images[i - first]).save(aside, format="PNG")
                 aside.rename(picture(folder, i))
 
 
@@ -84,10 +89,15 @@ def cosine_scores(clip, prompts, folder, batch=64):
     scores = []
     for first in tqdm(range(0, len(prompts), batch), desc="scores"):
         part = prompts[first : first + batch]
-        arrays = [np.array(Image.open(picture(folder, first + j)).convert("RGB"), dtype=np.float32) for j in range(len(part))]
-        images = torch.stack([torch.from_numpy(a).permute(2, 0, 1) / 127.5 - 1 for a in arrays]).to(clip.device)
+        images = torch.stack([read(picture(folder, first + j)) for j in range(len(part))]).to(clip.device)
         scores += clip.score(clip.features(images), part).tolist()
     return scores
+
+
+def read(path):
+    """A picture file -> (3, H, W) in [-1, 1]."""
+    array = np.array(Image.open(path).convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
 
 
 def imported(paths, num):
@@ -111,7 +121,17 @@ def imported(paths, num):
 def table(name, nfe, means, cost=""):
     """The paper's rows in Markdown, and ours, {column: mean}, below them."""
     rows = {**PAPER, f"**{name}**": (nfe, *(means.get(c) for c in COLUMNS), cost)}
-    lines = ["| COCO-10k, as the paper prints it | NFE | " + " | ".join(COLUMNS) + " | cost |", "| --- " * (len(COLUMNS) + 3) + "|"]
+    lines = [
+        "| COCO-10k, as the paper prints it | NFE | " + " | ".join(COLUMNS) + " | cost |",
+        "| --- " * (len(COLUMNS) + 3) + "|",
+    ]
     for title, row in rows.items():
-        lines.append(f"| {title} | " + " | ".join("" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in row) + " |")
+        lines.append(f"| {title} | " + " | ".join(map(cell, row)) + " |")
     return "\n".join(lines)
+
+
+def cell(value):
+    """A value of the table as text."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

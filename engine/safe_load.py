@@ -1,4 +1,7 @@
-"""torch.distributed.checkpoint's files without the code that a pickle can carry: what --resume, --init and --judge read may come from elsewhere."""
+"""torch.distributed.checkpoint's files without the code that a pickle can carry.
+
+What --resume, --init and --judge read may come from elsewhere.
+"""
 
 import pickle
 from pathlib import Path

@@ -12,21 +12,21 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import checkpoint
-import data
-import monitor
-import run_folder
 from diffusion import rand, randn, sample_generators, times
-from distributed import Ending, adamw, average_gradients, start_process, update
-from latent_reward import LatentRewardModel, bradley_terry, pair_scores
-from models import UserError, load_schedule, load_vae
+from engine import checkpoint, data, monitor, run_folder
+from engine.distributed import Ending, adamw, average_gradients, from_rank_0, start_process, update
+from engine.errors import UserError
+from engine.models import load_schedule, load_vae
+from engine.reward_model import save_reward_model, untrained_reward_model
+from latent_reward import bradley_terry, pair_scores
 
 LEVELS = (50, 250, 500, 749)  # noise levels at which held-out pairs are judged
 
 
 class Pairs:
-    """Preference pairs for a latent reward model: a folder of images and a metadata.jsonl with Pick-a-Pic's columns per line:
-    "caption", "jpg_0_file_name", "jpg_1_file_name", and "label_0": 1 where picture 0 is preferred, 0 where 1 is, 0.5 for a tie.
+    """Preference pairs for a latent reward model: a folder of images and a metadata.jsonl with Pick-a-Pic's columns.
+
+    Per line: "caption", "jpg_0_file_name", "jpg_1_file_name", and "label_0": 1 where picture 0 is preferred, 0 where 1 is, 0.5 for a tie.
 
     Gives (pictures (2, 3, H, W), the better first; caption), shuffled anew every epoch; ties are left out. One in twenty pairs,
     at most 512, is `kept_out` of training. Raises UserError for a missing or unreadable image, or an unknown label.
@@ -43,9 +43,12 @@ class Pairs:
                 continue
             try:
                 row = json.loads(line)
-                names, caption, label = (row["jpg_0_file_name"], row["jpg_1_file_name"]), row["caption"].strip(), row["label_0"]
+                names = (row["jpg_0_file_name"], row["jpg_1_file_name"])
+                caption = row["caption"].strip()
+                label = row["label_0"]
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{table}, line {number}: needs caption, jpg_0_file_name, jpg_1_file_name and label_0") from None
+                columns = "caption, jpg_0_file_name, jpg_1_file_name and label_0"
+                raise UserError(f"{table}, line {number}: needs {columns}") from None
             if label not in (0, 0.5, 1):
                 raise UserError(f"{table}, line {number}: label_0 is {label!r}, must be 1, 0 or 0.5 (a tie)")
             for name in names:
@@ -78,29 +81,27 @@ class Pairs:
 def train_reward(config):
     """Train R as `config` says. Returns the run folder, whose checkpoints hold lrm/. Raises UserError for what a user can mend."""
     rank, ranks, device = start_process()
-    if not config.pairs:
-        raise UserError("--stage reward needs --pairs, a folder of picture pairs")
-    share, rest = divmod(config.batch_size, ranks)
-    if rest:
-        raise UserError(f"--batch-size {config.batch_size} is not divisible by {ranks} ranks")
+    per_rank = config.per_rank(ranks)
     source = Pairs(config.pairs, config.resolution, config.seed)
-    vae, schedule = load_vae(config.model, device), load_schedule(config.model)
+    vae = load_vae(config.model, device)
+    schedule = load_schedule(config.model)
     torch.manual_seed(config.seed)
-    R = LatentRewardModel.from_pipeline(config.model, config.resolution, device).train()
+    R = untrained_reward_model(config.model, config.resolution, device).train()
     if config.checkpointing:
         R.unet.enable_gradient_checkpointing()
     players = {"R": (R, adamw(list(R.parameters()), config.reward_lr, config))}
 
-    run = run_folder.open_run(config, rank)
+    run = from_rank_0(lambda: run_folder.open_run(config))
     progress = {"loops": 0, "samples": 0, "skipped_updates": 0}
     if config.resume and run_folder.newest(run):
         progress = checkpoint.restore(run, players)
     if rank == 0:
         run_folder.write_config(run, config)
     log = monitor.Log(run, rank, config, progress)
-    firsts = range(progress["loops"] * config.batch_size + rank * share, config.iterations * config.batch_size, config.batch_size)
+    first = progress["loops"] * config.batch_size + rank * per_rank
+    starts = range(first, config.iterations * config.batch_size, config.batch_size)
     ending = Ending(device)  # before loader processes fork
-    batches = data.batches(source, [range(first, first + share) for first in firsts], config.workers)
+    batches = data.batches(source, [range(start, start + per_rank) for start in starts], config.workers)
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     for loop in range(progress["loops"] + 1, config.iterations + 1):
@@ -108,21 +109,26 @@ def train_reward(config):
         win, lose = vae.encode(pictures.flatten(0, 1).to(device)).unflatten(0, (-1, 2)).unbind(1)
         noise = sample_generators(config.seed, loop, index.tolist(), "reward")
         t = (1 + 951 * rand(noise, device)).long()
+        eps_win, eps_lose = randn(noise, win), randn(noise, win)
         with half:
-            better, worse = pair_scores(R, schedule, win, lose, t, randn(noise, win), randn(noise, win), R.encoder.encode(prompts))
+            better, worse = pair_scores(R, schedule, win, lose, t, eps_win, eps_lose, R.encoder.encode(prompts))
             L = bradley_terry(better, worse)
         L.backward()
         average_gradients(R, ranks)
         norm, ok = update(players["R"][1], L, config.clip_grad)
-        progress |= {"loops": loop, "samples": loop * config.batch_size, "skipped_updates": progress["skipped_updates"] + (not ok)}
+        progress["loops"] = loop
+        progress["samples"] = loop * config.batch_size
+        progress["skipped_updates"] += not ok
         last = ending.asked() or loop == config.iterations
         if loop % config.log_every == 0 or last:
             logged = {"reward_loss": L.detach(), "right": (better > worse).float().mean(), "norm": norm}
             log.write(progress, monitor.average(logged, ranks))
             log.bar(loop, logged)
         if loop % config.save_every == 0 or last:
-            checkpoint.save(run, players, progress, config.keep, lambda folder, R, _: R.save_pretrained(folder / "lrm", config.model))
-        if loop == config.iterations or (config.preview_every and loop % config.preview_every == 0 and not last):
+            write = lambda folder, R, _: save_reward_model(R, folder / "lrm", config.model)  # noqa: E731
+            checkpoint.save(run, players, progress, config.keep, write)
+        preview = config.preview_every and loop % config.preview_every == 0 and not last
+        if loop == config.iterations or preview:
             with half:
                 log.write(progress, held_out(R, schedule, vae, source))
         if last:
@@ -133,14 +139,18 @@ def train_reward(config):
 
 @torch.no_grad()
 def held_out(R, schedule, vae, source, batch=16):
-    """The share of held-out pairs that R ranks right, per noise level."""
-    right, device = {t: [] for t in LEVELS}, next(R.parameters()).device
+    """The fraction of held-out pairs that R ranks right, per noise level."""
+    right = {t: [] for t in LEVELS}
+    device = next(R.parameters()).device
     for i in range(0, len(source.kept_out), batch):
         rows = source.kept_out[i : i + batch]
         pictures = torch.stack([source.pictures(row) for row in rows])
         win, lose = vae.encode(pictures.flatten(0, 1).to(device)).unflatten(0, (-1, 2)).unbind(1)
-        c, noise = R.encoder.encode([row["caption"] for row in rows]), sample_generators(0, 0, range(i, i + len(rows)), "held out")
+        c = R.encoder.encode([row["caption"] for row in rows])
+        noise = sample_generators(0, 0, range(i, i + len(rows)), "held out")
         for t in LEVELS:
-            better, worse = pair_scores(R, schedule, win, lose, times(torch.tensor(t), win), randn(noise, win), randn(noise, win), c)
+            level = times(torch.tensor(t), win)
+            eps_win, eps_lose = randn(noise, win), randn(noise, win)
+            better, worse = pair_scores(R, schedule, win, lose, level, eps_win, eps_lose, c)
             right[t] += (better > worse).tolist()
     return {f"held_out_right_at_{t}": sum(v) / len(v) for t, v in right.items()}

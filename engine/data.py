@@ -1,10 +1,10 @@
 """Captioned images: the toy world's scenes, a folder of photographs with a metadata.jsonl, or WebDataset shards.
 
-A source is indexed by the global sample number, without end, and gives (image (3, H, W) in [-1, 1], prompt, sizes (6,)); so the same
-sample meets the same noise on any number of ranks, and a resumed run needs no stored position. The sizes are SDXL's conditions:
-the image's original height and width, its crop's top and left after resizing, and the crop's height and width.
-`prompts(n)` are fixed ones for previews; `held_out(start, n)` gives images and prompts that training never sees, and
-`judge(images, prompts)` checks pictures exactly: the toy's alone have these, others have None.
+A source is indexed by the global sample number, without end, and gives (image (3, H, W) in [-1, 1], prompt, sizes (6,)). So the
+same sample meets the same noise on any number of ranks, and a resumed run needs no stored position. The sizes are SDXL's
+conditions: the image's original height and width, its crop's top and left after resizing, and the crop's height and width.
+`prompts(n)` are fixed ones for previews. `held_out(start, n)` gives images and prompts that training never sees, and
+`judge(images, prompts)` checks pictures exactly: the toy has both, other sources have None.
 """
 
 import io
@@ -13,21 +13,22 @@ import pickle
 import re
 import signal
 import tarfile
-import textwrap
 from functools import lru_cache
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from models import UserError
+from engine.errors import UserError
+from engine.run_folder import metadata
 from toy import world
 
-UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, EOFError, ValueError, SyntaxError)  # what pillow raises
+# what pillow raises
+UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, EOFError, ValueError, SyntaxError)
 
 
 def source(name, resolution, seed=0, prompts=""):
@@ -46,7 +47,7 @@ def source(name, resolution, seed=0, prompts=""):
 
 @lru_cache(maxsize=4)
 def order_of(n, seed, epoch):
-    """A permutation of n, for an epoch of its own."""
+    """The permutation of n samples in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -60,7 +61,7 @@ class Toy:
 
     def __getitem__(self, i):
         scene, caption = world.scene(self.first + i)
-        return world.render(scene), caption, whole(world.SIZE)
+        return world.render(scene), caption, square_sizes(world.SIZE)
 
     def prompts(self, n):
         return [world.scene(i, "test")[1] for i in range(n)]
@@ -74,21 +75,22 @@ class ImageFolder:
     """A folder in the Hugging Face ImageFolder convention: images, and metadata.jsonl with "file_name" and "text" per line.
 
     Every epoch is shuffled anew by (seed, epoch). Images are resized by their short side and cropped at the centre. An
-    unreadable one is replaced by the next, and its name added to `bad`; more than 5 % of them, as one process sees it, raise UserError.
+    unreadable one is replaced by the next, and its name added to `bad`; more than 5 % of them, in one process, raise UserError.
     """
 
     judge = held_out = None
+    latents = None  # a latent cache (engine/latent_cache.py): name -> latent and sizes, in place of pictures
 
     def __init__(self, path, resolution, seed):
-        self.path, self.resolution, self.seed, self.bad = path, resolution, seed, {}
+        self.path, self.resolution, self.seed = path, resolution, seed
+        self.bad = {}  # name -> why it cannot be read
         self.rows = self._index()  # (file name, caption)
         for name in self._missing():
             self.skip(name, "no such file")
 
     def _index(self):
-        path, table, rows = self.path, Path(self.path, "metadata.jsonl"), []
-        if not table.is_file():
-            raise UserError(f'{path} has no metadata.jsonl (one line per image: {{"file_name": ..., "text": ...}})')
+        table = metadata(self.path)
+        rows = []
         for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
             if line.strip():
                 try:
@@ -122,7 +124,9 @@ class ImageFolder:
                 self.skip(name, e)
 
     def load(self, name):
-        """-> a picture (3, H, W) and its sizes (6,). Raises one of UNREADABLE."""
+        """-> a picture (3, H, W), or its latent where they are cached, and its sizes (6,). Raises one of UNREADABLE."""
+        if self.latents:
+            return self.latents(name)
         with self._open(name) as file, Image.open(file) as image:
             return pixels(image, self.resolution), sizes_of(image, self.resolution)
 
@@ -131,7 +135,8 @@ class ImageFolder:
         print(f"skipped unreadable image {name} ({len(self.bad)} so far): {why}")
         if len(self.bad) > 0.05 * len(self.rows):
             names = ", ".join(list(self.bad)[:3])
-            raise UserError(f"{len(self.bad)} of {len(self.rows)} images in {self.path} cannot be read (more than 5 %): {names} ...")
+            how_many = f"{len(self.bad)} of {len(self.rows)} images in {self.path}"
+            raise UserError(f"{how_many} cannot be read (more than 5 %): {names} ...")
 
     def prompts(self, n):
         return [self.rows[i % len(self.rows)][1] for i in range(n)]
@@ -141,12 +146,14 @@ class Shards(ImageFolder):
     """WebDataset shards: a pattern of .tar files such as "shards/{000..127}.tar", "shards/*.tar" or any URL that fsspec opens.
 
     A sample is the members that share a name up to the first dot: an image (jpg, jpeg, png, webp) and its caption, .txt or .json
-    ("text" or "caption"). The shards are read through once, for names, captions and places; then every image is one seek away, so
-    shuffling is global and resuming exact on any number of ranks. Samples without a caption and torn shards' ends are named and left out.
+    ("text" or "caption"). The shards are read through once, for names, captions and places. Then every image is one seek away, so
+    shuffling is global and resuming exact on any number of ranks. Samples without a caption and torn shards' ends are named and
+    left out.
     """
 
     def _index(self):
-        self.places, rows = {}, []  # name -> (shard, first byte, length)
+        self.places = {}  # name -> (shard, first byte, length)
+        rows = []
         try:
             shards = fsspec.open_files(list(braces(str(self.path))))
         except (OSError, ValueError, ImportError) as e:
@@ -154,32 +161,13 @@ class Shards(ImageFolder):
         if not shards:
             raise UserError(f"{self.path} matches no file")
         for shard in tqdm(shards, desc="shards", disable=len(shards) < 20):
-            images, captions = {}, {}
-            try:
-                with shard as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                    for member in filter(tarfile.TarInfo.isfile, tar):
-                        folder, slash, base = member.name.rpartition("/")
-                        stem, _, kind = base.partition(".")
-                        if kind.lower() in ("jpg", "jpeg", "png", "webp"):
-                            images[folder + slash + stem] = (member.name, member.offset_data, member.size)
-                        elif kind.lower() in ("txt", "json"):
-                            key = folder + slash + stem
-                            captions[key] = captions.get(key) or _caption(tar.extractfile(member).read(), kind.lower())
-                    # tarfile takes a broken header for the end; but there two zero blocks stand, and nothing but zeros follows
-                    if file.seek(0, io.SEEK_END) < tar.offset + 1024:
-                        raise tarfile.ReadError("it has no end")
-                    file.seek(tar.offset)
-                    if any(any(part) for part in iter(lambda: file.read(1 << 20), b"")):
-                        raise tarfile.ReadError(f"no header at byte {tar.offset}")
-            except (tarfile.TarError, OSError) as e:
-                if not images:
-                    raise UserError(f"cannot read the shard {shard.full_name}: {e}") from None
-                print(f"shard {shard.full_name} is torn ({e}): what follows {list(images.values())[-1][0]} is left out")
+            images, captions = members(shard)
             for key, (name, *place) in images.items():
                 if captions.get(key):
                     rows.append((f"{shard.full_name}/{name}", captions[key]))
                     self.places[rows[-1][0]] = (shard, *place)
-            if bare := [name for key, (name, *_) in images.items() if not captions.get(key)]:
+            bare = [name for key, (name, *_) in images.items() if not captions.get(key)]
+            if bare:
                 print(f"{len(bare)} images of {shard.full_name} have no caption and are left out, the first: {bare[0]}")
         if not rows:
             raise UserError(f"{self.path} holds no image with a caption (.txt or .json of the same name)")
@@ -194,6 +182,39 @@ class Shards(ImageFolder):
         with shard as file:
             file.seek(first)
             return io.BytesIO(file.read(length))
+
+
+def members(shard):
+    """What a shard holds -> images {key: (name, first byte, length)}, captions {key: text}. A torn one is named and read up to there.
+
+    Raises UserError for a shard of which no image can be read.
+    """
+    images, captions = {}, {}
+    try:
+        with shard as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                folder, slash, base = member.name.rpartition("/")
+                stem, _, kind = base.partition(".")
+                key = folder + slash + stem
+                if kind.lower() in ("jpg", "jpeg", "png", "webp"):
+                    images[key] = (member.name, member.offset_data, member.size)
+                elif kind.lower() in ("txt", "json"):
+                    captions[key] = captions.get(key) or _caption(tar.extractfile(member).read(), kind.lower())
+            check_end(file, tar.offset)
+    except (tarfile.TarError, OSError) as e:
+        if not images:
+            raise UserError(f"cannot read the shard {shard.full_name}: {e}") from None
+        print(f"shard {shard.full_name} is torn ({e}): what follows {list(images.values())[-1][0]} is left out")
+    return images, captions
+
+
+def check_end(file, offset):
+    """Raises tarfile.ReadError where tarfile took a broken header for the end: the true end is two zero blocks and zeros alone."""
+    if file.seek(0, io.SEEK_END) < offset + 1024:
+        raise tarfile.ReadError("it has no end")
+    file.seek(offset)
+    if any(any(part) for part in iter(lambda: file.read(1 << 20), b"")):
+        raise tarfile.ReadError(f"no header at byte {offset}")
 
 
 def braces(pattern):
@@ -218,13 +239,17 @@ def _caption(content, kind):
 
 
 class Prompted:
-    """Another source's images with prompts from a text file, one per line, shuffled anew every epoch: D sees no prompt, so G may be given any."""
+    """Another source's images with prompts from a text file, one per line, shuffled anew every epoch.
+
+    D sees no prompt, so G may have any.
+    """
 
     def __init__(self, source, path, seed):
         if not Path(path).is_file():
             raise UserError(f"--prompts {path}: no such file")
         self.source, self.seed = source, seed
-        self.lines = [line.strip() for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        self.lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not self.lines:
             raise UserError(f"--prompts {path} holds no prompt (one per line)")
         self.held_out, self.judge = source.held_out, source.judge
@@ -232,7 +257,8 @@ class Prompted:
     def __getitem__(self, i):
         epoch, place = divmod(i, len(self.lines))
         picture, _, sizes = self.source[i]
-        return picture, self.lines[order_of(len(self.lines), self.seed, epoch)[place]], whole(int(sizes[-1]))
+        prompt = self.lines[order_of(len(self.lines), self.seed, epoch)[place]]
+        return picture, prompt, square_sizes(int(sizes[-1]))
 
     def prompts(self, n):
         return [self.lines[i % len(self.lines)] for i in range(n)]
@@ -259,8 +285,8 @@ def sizes_of(image, side):
     return torch.tensor([image.height, image.width, top, left, side, side], dtype=torch.float32)
 
 
-def whole(side):
-    """The same of a square that was never cropped."""
+def square_sizes(side):
+    """SDXL's size conditions of a square picture that was never cropped: (side, side, 0, 0, side, side)."""
     return torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32)
 
 
@@ -273,37 +299,14 @@ class _Indexed(torch.utils.data.Dataset):
 
 
 def batches(source, indices, workers=0):
-    """Batches in the order of `indices` (a list of lists of global sample numbers): images (B, 3, H, W), prompts, sizes (B, 6), indices (B,)."""
-    return iter(DataLoader(_Indexed(source), batch_sampler=indices, num_workers=workers, worker_init_fn=_deaf))
+    """Batches in the order of `indices`, a list of lists of global sample numbers.
+
+    Yields images (B, 3, H, W), prompts, sizes (B, 6), indices (B,).
+    """
+    loader = DataLoader(_Indexed(source), batch_sampler=indices, num_workers=workers, worker_init_fn=ignore_first_sigterm)
+    return iter(loader)
 
 
-def _deaf(worker):
-    """torchrun and Slurm send SIGTERM to loader processes too, which the run still needs for its last loop: the first one is not heard."""
+def ignore_first_sigterm(worker):
+    """torchrun and Slurm send SIGTERM to loader processes too, and the run needs them for its last loop."""
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-# -------------------------------------------------------------------------------------------- pictures out
-
-
-def to_pil(image):
-    """(3, H, W) in [-1, 1] -> a PIL image; out-of-range values are clipped."""
-    array = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(array.permute(1, 2, 0).numpy())
-
-
-def save_grid(path, rows, row_labels, column_labels=()):
-    """A labelled grid of pictures as one PNG. rows: list of (n, 3, H, W) in [-1, 1]; a label per row, and per column if given."""
-    cell = max(128, min(rows[0].shape[-1], 256))
-    left = 12 + max(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(label) for label in row_labels)
-    wrapped = [textwrap.wrap(label, cell // 7) for label in column_labels]
-    top = 12 * max(map(len, wrapped), default=0) + 4
-    sheet = Image.new("RGB", (int(left) + rows[0].shape[0] * (cell + 4), top + len(rows) * (cell + 4)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for j, lines in enumerate(wrapped):
-        draw.text((left + j * (cell + 4), 2), "\n".join(lines), fill="black", spacing=1)
-    for i, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
-        draw.text((6, top + i * (cell + 4) + cell // 2 - 6), label, fill="black")
-        for j, image in enumerate(images):
-            picture = to_pil(image).resize((cell, cell), Image.Resampling.NEAREST if image.shape[-1] < cell else Image.Resampling.LANCZOS)
-            sheet.paste(picture, (int(left) + j * (cell + 4), top + i * (cell + 4)))
-    sheet.save(path)

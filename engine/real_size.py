@@ -1,6 +1,6 @@
-"""SDXL or SD3-Medium at real size without weights: the geometry of its networks, VAE and text encoders, and train.py's cast on fake tensors.
+"""SDXL or SD3-Medium at real size without weights: the geometry of its networks, VAE and text encoders, and a run's networks of fake tensors.
 
-Fake tensors have shapes and types and no numbers: dry_run.py follows train.py's own iteration through them.
+Fake tensors have shapes and types and no numbers: engine/dry_run.py follows train.py's own iteration through them.
 """
 
 import torch
@@ -10,12 +10,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import CLIPTextConfig
 
-from cast import Cast
 from diffusion import Schedule, guided
-from latent_gan import Head
+from engine.models import VAE, Denoiser, add_lora
+from engine.networks import LORAS, Networks
 from latent_reward import LatentRewardModel
-from models import VAE, Denoiser, add_lora
-from pixel_gan import PixelDiscriminator
 
 SDXL = {
     "sample_size": 128,
@@ -53,10 +51,31 @@ SD3 = {
     "pooled_projection_dim": 2048,
     "pos_embed_max_size": 192,
 }
-SD3_VAE = SDXL_VAE | {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False}
-TEXT = {"hidden_act": "gelu", "max_position_embeddings": 77, "vocab_size": 49408}
-CLIP_L = CLIPTextConfig(**TEXT, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
-CLIP_G = CLIPTextConfig(**TEXT, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280)
+SD3_VAE = SDXL_VAE | {
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+
+def clip_text(width, layers, heads):
+    """The geometry of a CLIP text encoder as SDXL and SD3 have it."""
+    return CLIPTextConfig(
+        hidden_act="gelu",
+        max_position_embeddings=77,
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=width,
+    )
+
+
+CLIP_L = clip_text(768, 12, 12)
+CLIP_G = clip_text(1280, 32, 20)
 
 
 class Words:
@@ -72,19 +91,30 @@ class Words:
         return {"tokens": torch.zeros(n, 77, 2048), "pooled": torch.zeros(n, 1280), "size": torch.zeros(n, 6)}
 
 
-class Unmoved(Cast):
-    """A cast whose optimizers do not step, for they would look at numbers: where they would, a turn ends."""
+class Unmoved(Networks):
+    """Networks whose optimizers do not step, for they would look at numbers: where they would, a turn of the meter ends."""
 
-    def update(self, name, loss, max_norm=None):
+    meter = None  # engine/dry_run.py's
+
+    def step(self, name, loss, max_norm=None):
         self.meter.turn(name)
         return loss, True
 
     def weights(self, name):
         return list(self.players[name][0].parameters())
 
+    def sam(self):
+        torch.set_default_dtype(torch.bfloat16)
+        encoder = sam_model_registry["vit_b"]().image_encoder.requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+        return encoder
+
 
 def with_loras(build, rank):
-    """A network with train.py's two LoRAs, on fake tensors. peft casts its weights in place, which fake ones refuse: first without storage."""
+    """A network with train.py's two LoRAs, of fake tensors.
+
+    peft casts weights in place, which fake ones refuse; so they are made without storage first.
+    """
     with unset_fake_temporarily(), torch.device("meta"):
         net = build()
         add_lora(net, rank, "student", "fake", dtype=torch.bfloat16)
@@ -96,40 +126,50 @@ def with_loras(build, rank):
     return net
 
 
-def assemble(config, batch):
-    """cast.assemble's cast at real size and the config's resolution; inside a FakeTensorMode. Denoisers compute in bf16, as on a GPU."""
+def assemble(config, batch, prepare):
+    """What engine.networks.assemble gives, at real size and the config's resolution; inside a FakeTensorMode.
+
+    Denoisers compute in bf16, as on a GPU. prepare(nets): what the method adds.
+    """
     sd3 = config.preset.startswith("sd3")
-    schedule, words, side = Schedule("flow", shift=3.0) if sd3 else Schedule(), Words(sd3), config.resolution // 8
+    schedule = Schedule("flow", shift=3.0) if sd3 else Schedule()
+    words = Words(sd3)
+    side = config.resolution // 8
     build = lambda: SD3Transformer2DModel(**SD3) if sd3 else UNet2DConditionModel(**SDXL)  # noqa: E731
     torch.set_default_dtype(torch.bfloat16)  # weights are born in it: fake ones cannot be cast in place
     if config.lora_rank:
         net = with_loras(build, config.lora_rank)
-        scales = ({"student": a, "fake": b} for a, b in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)))
-        teacher, G, fake = (Denoiser(net, schedule, torch.bfloat16, s) for s in scales)
+        teacher, G, fake = (Denoiser(net, schedule, torch.bfloat16, scales) for scales in LORAS.values())
     else:
         teacher, G, fake = (Denoiser(build(), schedule, torch.bfloat16) for _ in range(3))
         teacher.net.requires_grad_(False)
-    ref = R = D = head = None
+    ref = R = None
     if config.stage == 2:
         ref = Denoiser(UNet2DConditionModel(**SDXL), schedule, torch.bfloat16)
         ref.net.requires_grad_(False)
         R = LatentRewardModel(UNet2DConditionModel(**SDXL), words, 1280).eval().requires_grad_(False)
-    sam = sam_model_registry["vit_b"]().image_encoder.requires_grad_(False) if config.gan == "pixel" and config.gan_weight else None
     torch.set_default_dtype(torch.float32)
     vae = VAE(AutoencoderKL(**(SD3_VAE if sd3 else SDXL_VAE)))
-    if config.gan_weight and config.gan == "latent":
-        head = Head(SDXL["block_out_channels"][-1])
-    elif sam:
-        D = PixelDiscriminator(sam, checkpointing=config.checkpointing)
     if config.checkpointing:
         for net in (G.net, fake.net, vae.net):
             net.enable_gradient_checkpointing()
-    nets = {"G": G.net, "fake": fake.net, "D": D, "head": head, "G, RL": G.net if ref else None}
-    players = {name: (net, None) for name, net in nets.items() if net is not None}
-    for net in {id(net): net for net, _ in players.values()}.values():
-        for p in filter(lambda p: p.requires_grad, net.parameters()):
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # gradients are counted with the states
-    latent, S = torch.empty(batch, vae.channels, side, side), schedule.steps(config.student_steps)
+    latent = torch.empty(batch, vae.channels, side, side)
     null = words.encode([""])
-    at_scale, judge = guided(teacher, null, config.guidance), (fake, head)
-    return Unmoved(config, 1, latent, words, vae, teacher, at_scale, null, G, fake, D, head, judge, ref, R, players, S)
+    at_scale = guided(teacher, null, config.guidance)
+    S = schedule.steps(config.student_steps)
+    nets = Unmoved(config, 1, latent, words, vae, teacher, at_scale, null, G, fake, S, ref=ref, R=R)
+    nets.trained["G"] = (G.net, config.lr, "student")
+    nets.trained["fake"] = (fake.net, config.fake_lr, "fake")
+    prepare(nets)
+    nets.players = {name: (module, None) for name, (module, *_) in nets.trained.items()}
+    if config.stage == 2:
+        nets.players["G, RL"] = (G.net, None)
+    drop_gradients(nets)
+    return nets
+
+
+def drop_gradients(nets):
+    """Gradients are dropped as soon as they are made: the table of states counts them."""
+    for net in {id(net): net for net, _ in nets.players.values()}.values():
+        for p in filter(lambda p: p.requires_grad, net.parameters()):
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))

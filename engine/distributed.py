@@ -12,30 +12,33 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from models import UserError, blocks
+from engine.errors import UserError
+from engine.models import blocks
 
 
 def start_process():
     """-> rank, ranks, device. A process group exists whenever there is more than one rank or a GPU."""
-    ranks, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if (ranks > 1 or cuda) and not dist.is_initialized():
-        store, rank = dist.HashStore(), 0  # without torchrun there is no meeting place
+        store = dist.HashStore()  # without torchrun there is no meeting place
+        rank = 0
         if ranks > 1:
             meeting, rank, _ = next(rendezvous("env://"))
-            # torchrun keeps its store over --max-restarts: without a prefix a new rank could find a dead one's address there
+            # torchrun keeps its store over --max-restarts: without a prefix a new rank could find a dead rank's address in it
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", meeting)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
     return int(os.environ.get("RANK", 0)), ranks, device
 
 
 def leave(status=0):
-    """The last line of a program: where there is a process group, ends the process with this status.
+    """The last line of a program: where there is a process group, end the process with this status.
 
-    Python's own ending is passed over: gloo's threads outlive destroy_process_group, for DTensor's caches hold the group, and one that
-    lets go of a tensor while Python ends aborts the process.
+    Python's own ending is skipped. Gloo's threads outlive destroy_process_group, because DTensor's caches hold the group, and a
+    thread that frees a tensor while Python ends aborts the process.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -46,8 +49,38 @@ def leave(status=0):
         sys.exit(status)
 
 
+def from_rank_0(function):
+    """function() on rank 0 alone -> its result, on every rank. A UserError that it raises is raised on every rank."""
+    answer = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except UserError as e:
+            answer[1] = str(e)
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    if answer[1]:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def total(value):
+    """The sum of a tensor over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def barrier():
+    """Wait for all ranks; on one GPU for what it computes."""
+    if dist.is_initialized():
+        dist.barrier()
+    elif torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Ending:
-    """SIGTERM asks a run to end: `asked` after an iteration, all ranks save and leave together, whichever of them heard it first."""
+    """SIGTERM ends a run after the loop in hand: all ranks save and leave together, whichever of them heard it first."""
 
     def __init__(self, device):
         self.heard, self.device = False, device
@@ -58,7 +91,8 @@ class Ending:
         self.heard = True
 
     def asked(self):
-        flag = torch.tensor(float(self.heard), device=self.device)  # a copy: what is heard while ranks reduce it counts at the next call
+        """Whether a rank has heard it, the same answer on all. What is heard meanwhile counts at the next call."""
+        flag = torch.tensor(float(self.heard), device=self.device)
         if dist.is_initialized():
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
@@ -96,7 +130,7 @@ def update(optimizer, loss, max_norm=float("inf")):
 
 
 def average_gradients(module, ranks):
-    """Mean gradient over ranks, for D's heads: they are small, so every rank holds them whole."""
+    """In place: the ranks' mean gradient, for a small network that every rank holds whole."""
     if ranks > 1:
         for p in module.parameters():
             dist.all_reduce(p.grad)
@@ -104,8 +138,9 @@ def average_gradients(module, ranks):
 
 
 def shard(net, dtype):
-    """FSDP2 in place: weights, and of trained ones fp32 gradients and optimizer state, sharded over all ranks, computing in `dtype`."""
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # a cast would round t to bf16
+    """FSDP2, in place: weights, fp32 gradients and optimizer states are sharded over all ranks; the network computes in `dtype`."""
+    # Inputs are not cast: bf16 would round t.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     settings = {"mp_policy": policy, "reshard_after_forward": True}  # Eq. 11 reads the shards after a forward pass
     for block in blocks(net):
         fully_shard(block, **settings)

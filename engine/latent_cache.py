@@ -3,7 +3,7 @@
     DIR/settings.json            data, model, resolution: what the latents are of
     DIR/1a2b3c4d....safetensors  of one picture, named by its name's SHA-1: latent (C, h, w) in fp16, sizes (6,)
 
-For methods that look at latents alone; Pixel-GAN does with --gan-reals vae. A picture that changes under its name is not noticed.
+For methods that see latents alone, and for Pixel-GAN with --gan-reals vae. A picture that changes under its name goes unnoticed.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from tqdm import trange
 
-from checkpoint import barrier
-from data import UNREADABLE
-from models import UserError
+from engine.data import UNREADABLE
+from engine.distributed import barrier
+from engine.errors import UserError
 
 SETTINGS = ("data", "model", "resolution")
 
@@ -51,17 +51,19 @@ def check(config):
             found = json.loads((folder / "settings.json").read_text())
         except (OSError, ValueError):
             raise UserError(f"{folder} is not a latent cache (it has no settings.json): give another --cache-latents") from None
-        if found != (asked := {k: str(getattr(config, k)) for k in SETTINGS}):
-            raise UserError(f"{folder} holds latents of {found}, not {asked}: give another --cache-latents")
+        wanted = {k: str(getattr(config, k)) for k in SETTINGS}
+        if found != wanted:
+            raise UserError(f"{folder} holds latents of {found}, not {wanted}: give another --cache-latents")
 
 
 def fill(source, vae, config, rank=0, ranks=1, together=256):
-    """In place: `source` gives latents instead of pictures. What is missing of them is encoded first, a share on each rank.
+    """In place: `source` gives latents instead of pictures. Missing ones are encoded first, by all ranks.
 
-    The ranks wait for one another after every `together` pictures, so that none is ever far ahead.
+    The ranks wait for one another after every `together` pictures, so that none runs far ahead.
     """
     source = getattr(source, "source", source)  # of a Prompted one
-    kept, device = Kept(Path(config.cache_latents)), next(vae.parameters()).device
+    kept = Kept(Path(config.cache_latents))
+    device = next(vae.parameters()).device
     if rank == 0:
         kept.folder.mkdir(parents=True, exist_ok=True)
         aside = kept.folder / f"settings.{os.getpid()}"
@@ -78,7 +80,8 @@ def fill(source, vae, config, rank=0, ranks=1, together=256):
                 source.skip(name, e)
                 continue
             aside = kept.place(name).with_suffix(f".{os.getpid()}-{rank}")
-            save_file({"latent": vae.encode(picture[None].to(device))[0].half().cpu(), "sizes": sizes}, aside)
+            latent = vae.encode(picture[None].to(device))[0].half().cpu()
+            save_file({"latent": latent, "sizes": sizes}, aside)
             aside.replace(kept.place(name))
         barrier()
-    source.load = kept
+    source.latents = kept

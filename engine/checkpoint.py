@@ -1,0 +1,158 @@
+"""Save and resume: torch.distributed.checkpoint, written aside and renamed, so that a killed run leaves a whole checkpoint.
+
+    runs/NAME/checkpoint-000400/state/        weights and optimizers, sharded as they were
+    runs/NAME/checkpoint-000400/unet/         the student, as diffusers loads it
+    runs/NAME/checkpoint-000400/progress.json counters
+
+Randomness and data follow from (seed, iteration), so nothing else needs saving.
+"""
+
+import json
+import shutil
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from engine.distributed import barrier
+from engine.errors import UserError
+from engine.folders import first_line
+from engine.models import PARTS, part_name
+from engine.run_folder import checkpoints
+from engine.safe_load import Planner, Reader
+
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # the frozen network under a LoRA is not saved
+LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+_WRITER = ThreadPoolExecutor(1)  # for checkpoints that are written in the background
+_PENDING = []
+
+
+def save(run, players, progress, keep=1, write=None, background=False):
+    """Write a checkpoint of players {name: (module, optimizer)} and progress (a dict with "loops"), and keep the `keep` newest.
+
+    All ranks call it. write(folder, module, weights) writes, on rank 0, the first player as others load it; by default a
+    diffusers model. background: return once all is copied to host memory, and write it meanwhile (needs a process group).
+    """
+    settle()
+    final = Path(run) / f"checkpoint-{progress['loops']:06d}"
+    aside = final.with_name(final.name + ".tmp")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    barrier()
+    module = next(iter(players.values()))[0]
+    lora = "student" in getattr(module, "peft_config", {})  # the frozen network under it need not be gathered
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=lora)
+    whole = get_model_state_dict(module, options=options)
+
+    def finish():  # the states are whole on all ranks
+        if first:
+            (write or save_student)(aside, module, whole)
+            (aside / "progress.json").write_text(json.dumps(progress))
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            for old in checkpoints(run)[:-keep]:
+                shutil.rmtree(old)
+            for torn in Path(run).glob("checkpoint-*.tmp"):
+                shutil.rmtree(torn)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process without a process group is what no_dist means
+        if background:
+            states = dcp.async_save(_state(players), checkpoint_id=aside / "state", process_group=_group())
+            _PENDING.append(_WRITER.submit(lambda: (states.result(), finish())))
+        else:
+            dcp.save(_state(players), checkpoint_id=aside / "state", no_dist=not dist.is_initialized())
+            finish()
+            barrier()
+
+
+@cache
+def _group():
+    """The writer's own group: on the common one its collectives and those of training could come in another order on each rank."""
+    return dist.new_group(backend="gloo")
+
+
+def settle():
+    """Wait for the checkpoint that is written in the background. Raises what its writing raised."""
+    while _PENDING:
+        _PENDING.pop().result()
+
+
+def restore(run, players, optimizers=True):
+    """Fill players from the newest checkpoint of a run that can be read -> its progress.
+
+    Newer ones that cannot are then set aside as checkpoint-N.unreadable, with a warning. Raises UserError where none can be read.
+    """
+    torn = []
+    for path in reversed(checkpoints(run)):
+        try:
+            progress = load(path, players, optimizers)
+        except (Exception, dcp.CheckpointException) as e:  # torch, json and the file system have errors of their own
+            causes = [cause for cause, _ in getattr(e, "failures", {}).values()] or [e]
+            torn.append((path, first_line(causes[0])))
+            continue
+        barrier()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            for old, why in torn:
+                print(f"warning: cannot read {old} ({why}): going on from {path.name}", file=sys.stderr)
+                shutil.rmtree(old.with_suffix(".unreadable"), ignore_errors=True)
+                old.rename(old.with_suffix(".unreadable"))
+        barrier()
+        return progress
+    raise UserError(f"cannot read {torn[0][0]} ({torn[0][1]}), and no other checkpoint of {run} either")
+
+
+def load(path, players, optimizers=True):
+    """Fill players {name: (module, optimizer)} from a checkpoint folder -> its progress. Without `optimizers`, modules alone."""
+    state = _state(players, optimizers)
+    reader = Reader(Path(path) / "state")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, storage_reader=reader, planner=Planner(), no_dist=not dist.is_initialized())
+    for name, (module, optimizer) in players.items():
+        if "model" in state[name]:
+            set_model_state_dict(module, state[name]["model"], options=TRAINED)
+        if optimizers:
+            set_optimizer_state_dict(module, optimizer, state[name]["optimizer"])
+    return json.loads((Path(path) / "progress.json").read_text())
+
+
+def save_student(path, net, weights):
+    """Write what diffusers loads: path/unet or path/transformer; of a LoRA student path/lora, for load_lora_weights."""
+    name = part_name(net)
+    if "student" in getattr(net, "peft_config", {}):
+        lora = get_peft_model_state_dict(net, weights, "student")
+        (path / "lora").mkdir()
+        lora = {f"{name}.{k}": v.contiguous() for k, v in lora.items()}
+        return save_file(lora, path / "lora" / LORA, metadata={"format": "pt"})
+    (path / name).mkdir()
+    config = dict(net.config) | {"_class_name": PARTS[name].__name__}
+    (path / name / "config.json").write_text(json.dumps(config, indent=2, default=list))
+    whole = {k: v.contiguous() for k, v in weights.items()}
+    save_file(whole, path / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def _state(players, optimizers=True):
+    out = {}
+    seen = []
+    for name, (module, optimizer) in players.items():
+        out[name] = {"optimizer": get_optimizer_state_dict(module, optimizer)} if optimizers else {}
+        if module not in seen:  # in stage 2 the generator has two optimizers
+            out[name]["model"] = get_model_state_dict(module, options=TRAINED)
+            seen.append(module)
+    return out

@@ -1,0 +1,303 @@
+"""Every setting of a run: one flat table. A field's comment is its --help. Nothing here loads torch."""
+
+import argparse
+import inspect
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from engine.errors import UserError
+
+METHODS = ("flash", "dmd2", "dmdr", "advdmd")
+
+
+@dataclass
+class Config:
+    """The settings of Flash-DMD. A sibling's Settings (siblings/) inherit them and add its own."""
+
+    preset: str = "toy"  # a row of PRESETS; flags given beside it override it
+    method: str = "flash"  # flash = Flash-DMD; dmd2 = the baseline; dmdr, advdmd = the sibling papers. Its own flags: --method NAME --help
+    stage: int | str = 1  # 1 = distillation; 2 = distillation and preference optimisation; reward = train a reward model for stage 2
+    model: str = "toy/sdxl"  # the teacher: a diffusers pipeline folder, or a hub name
+    data: str = "toy"  # toy, a folder of images with metadata.jsonl (file_name, text), or WebDataset shards ("shards/{000..127}.tar")
+    prompts: str = ""  # a text file of prompts for G, one per line; default: the captions of the data
+    cache_latents: str = ""  # a folder that keeps the VAE's latents of --data; for methods that see latents, or --gan-reals vae
+    size_condition: str = "square"  # SDXL's size conditions: square = an uncropped square; original = the size and crop of the picture
+    resolution: int = 64  # side of the square training images, pixels
+    out: str = ""  # run folder; default runs/DATE-TIME
+    iterations: int = 400  # loops of Algorithm 1; the generator moves in every TTUR-th
+    batch_size: int = 16  # samples per loop, over all ranks
+    micro_batch: int = 0  # samples of a rank that pass the networks at once; gradients add up; 0 = all
+    student_steps: int = 4  # K, the student's sampling steps: 4 or 8
+    dm_steps: str = "high"  # student steps that the DM loss trains: high = all but the last (timestep-aware), or all
+    ttur: int = 1  # loops per generator update (Algorithm 1, line 12)
+    ema: float = 0.9  # lambda of Eq. 11; 1 = no pull
+    gan_weight: float = 0.03  # lambda of Algorithm 1, line 16 (advdmd: weight of the policy loss); 0 = no GAN
+    gan_loss: str = "hinge"  # Pixel-GAN's loss: hinge or logistic
+    adv_reading: str = "b"  # what Pixel-GAN judges: a = the re-noised finished rollout (Eq. 9), b = the rollout's last step (Algorithm 1)
+    gan_crop: int = 0  # pixels: Pixel-GAN sees a random square of this side; it saves the VAE's memory. 0 = whole pictures
+    gan_reals: str = "raw"  # what Pixel-GAN sees as real: raw images, or their vae round trip
+    sam: str = "toy/sam"  # Pixel-GAN's image encoder: a folder, or a segment_anything checkpoint sam_vit_*.pth
+    clip: str = "toy/clip"  # the CLIP that evaluation uses
+    guidance: float = 3.0  # w, the guidance scale of the real score in Eq. 3
+    teacher_guidance: float = 5.0  # guidance scale of the multi-step teacher in previews and in evaluate.py
+    renoise: tuple = (0.02, 0.98)  # LOW,HIGH: the part of the noise range that the DM loss draws its t from
+    lr: float = 4e-5  # generator's AdamW learning rate
+    fake_lr: float = 3e-4  # score estimator's learning rate
+    d_lr: float = 1e-3  # learning rate of the discriminator's heads
+    lr_schedule: str = "linear"  # of the generator's and the score estimator's rates: constant, or linear = falling to 0 over --iterations
+    optimizer: str = "adamw"  # of all networks: adamw, or adamw8bit = torchao's, moments in 8 bits; needs a C++ compiler
+    weight_decay: float = 0.01  # of all networks
+    clip_grad: float = 1.0  # largest gradient norm of the generator and of the score estimator
+    init: str = ""  # stage 2: the stage-1 run to start from; default the newest
+    reward: str = ""  # stage 2, dmdr: folder of the latent reward model; default "lrm" beside the model (toy/lrm). dmdr: or "clip"
+    rl_ratio: int = 5  # stage 2: preference updates per distillation update; --iterations counts both
+    rl_steps: str = "high"  # stage 2: student steps whose candidates are scored: high = the two noisiest, or all
+    candidates: int = 4  # stage 2: k, candidates per step; advdmd: rollouts per prompt
+    carry: str = "random"  # stage 2: the candidate that the next step starts from: random, or best
+    pair_threshold: float = 0.45  # stage 2: a pair is kept when the softmax over best and worst is this far apart
+    beta: float = 0.05  # stage 2: beta of Eq. 12; H is a sum over dimensions
+    ratio_clip: float = 0.0  # stage 2: hold the ratio of each mean density to the reference's within 1 +- this (LPO: 0.1); 0 = off
+    rl_lr: float = 1e-5  # stage 2: learning rate of the preference updates
+    rl_only: bool = False  # stage 2: no distillation beside it (the paper's post-training)
+    lora_rank: int = 0  # train G and the score estimator as two LoRAs of this rank on one frozen network; 0 = a copy each
+    pairs: str = ""  # stage reward: a folder of picture pairs, metadata.jsonl with caption, jpg_0_file_name, jpg_1_file_name, label_0
+    reward_lr: float = 1e-5  # stage reward: learning rate
+    compile: bool = False  # torch.compile the three denoisers; needs a C++ compiler
+    checkpointing: bool = False  # recompute activations in backward passes: less memory, about a third more time
+    seed: int = 0  # of the whole run
+    save_every: int = 200  # loops between checkpoints
+    keep: int = 2  # checkpoints kept: the newest, and those to go back to
+    preview_every: int = 100  # loops between preview pictures; 0 = none
+    log_every: int = 10  # loops between lines of metrics.jsonl
+    workers: int = 0  # data-loading processes per rank
+    dry_run: bool = False  # print what the run needs (memory, FLOPs, GPU-hours at SDXL's size) and end; needs no weights and no GPU
+    gpus: int = 8  # --dry-run: how many GPUs; must divide the batch
+    gpu_memory: float = 80.0  # --dry-run: GB of each GPU
+    gpu_tflops: float = 400.0  # --dry-run: sustained bf16 TFLOP/s of each GPU
+    resume: bool = False  # go on from the newest checkpoint in --out
+    overwrite: bool = False  # replace the run in --out
+
+    def check(self):
+        """Raises UserError for values out of range, and for settings that exclude each other."""
+        for name in NOT_NEGATIVE:
+            self.require(name, getattr(self, name) >= 0, "must not be negative")
+        for name in POSITIVE:
+            self.require(name, getattr(self, name) > 0, "must be positive")
+        for name in AT_LEAST_1:
+            self.require(name, getattr(self, name) >= 1, "must be at least 1")
+        self.require("candidates", self.candidates >= 2, "must be at least 2: a pair needs a best and a worst")
+        self.require("ema", 0 <= self.ema <= 1, "must lie in [0, 1]")
+        self.require("pair_threshold", 0 <= self.pair_threshold < 1, "must lie in [0, 1)")
+        self.require("ratio_clip", 0 <= self.ratio_clip < 1, "must lie in [0, 1)")
+        self.require("gan_crop", self.gan_crop <= self.resolution, "must not be larger than --resolution")
+        self.require("pairs", self.stage != "reward" or self.pairs, "is missing: --stage reward needs a folder of picture pairs")
+        if self.size_condition == "original" and (self.prompts or self.data == "toy"):
+            raise UserError("--size-condition original needs pictures with their own captions: give --data, and no --prompts")
+        if self.cache_latents and self.data == "toy":
+            raise UserError("--cache-latents needs --data, a folder or shards: the toy world draws new scenes without end")
+        if self.cache_latents and self.method == "flash" and self.gan_weight and self.gan_reals == "raw":
+            raise UserError("--cache-latents: Pixel-GAN looks at the pictures themselves: leave it out, or pass --gan-reals vae")
+        if not self.dry_run:
+            self.per_rank(int(os.environ.get("WORLD_SIZE", 1)))
+
+    def require(self, name, holds, what):
+        """Raises UserError for field `name` where it does not hold what it should."""
+        if not holds:
+            raise UserError(f"{flag(name)} {what}")
+
+    def per_rank(self, ranks):
+        """Samples of a batch on each of `ranks` -> int. Raises UserError where they do not divide, or micro-batches do not."""
+        if self.batch_size % ranks:
+            raise UserError(f"--batch-size {self.batch_size} is not divisible by {ranks} ranks")
+        samples = self.batch_size // ranks
+        if self.micro_batch and samples % self.micro_batch:
+            raise UserError(f"--micro-batch {self.micro_batch} does not divide the {samples} samples of a rank")
+        return samples
+
+
+NOT_NEGATIVE = "seed workers micro_batch gan_crop lora_rank preview_every gan_weight weight_decay".split()
+POSITIVE = "lr fake_lr d_lr rl_lr reward_lr beta clip_grad gpu_memory gpu_tflops".split()
+AT_LEAST_1 = "iterations batch_size ttur save_every keep log_every resolution rl_ratio gpus".split()
+
+# ASSUMPTION: the paper prints neither learning rates nor loss weights. SDXL's lr and guidance are DMD2's, its fake_lr is 5 times lr,
+# beta is LPO's, SD3's rates are ours, the rest are the toy's.
+_SDXL = {
+    "model": "stabilityai/stable-diffusion-xl-base-1.0",
+    "resolution": 1024,
+    "sam": "sam_vit_b_01ec64.pth",
+    "clip": "openai/clip-vit-base-patch32",
+    "guidance": 8.0,
+    "lr": 5e-7,
+    "fake_lr": 2.5e-6,
+    "lr_schedule": "constant",
+    "checkpointing": True,
+}
+_SD3 = _SDXL | {
+    "model": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "guidance": 7.0,
+    "teacher_guidance": 7.0,  # Table 2
+    "lora_rank": 64,
+    "lr": 1e-5,
+    "fake_lr": 2e-5,
+}
+_STAGE2 = _SDXL | {"stage": 2, "rl_lr": 2e-7, "beta": 0.0076}
+PRESETS = {  # a method's own values of the common settings stand in its Settings (siblings/)
+    "toy": {},
+    "dmd2": {"method": "dmd2", "iterations": 2000},  # the toy, as the next two
+    "dmdr": {"method": "dmdr", "iterations": 2000},
+    "advdmd": {"method": "advdmd", "iterations": 2000},
+    "sdxl-dmd2": _SDXL | {"method": "dmd2", "batch_size": 128, "iterations": 24000},  # Table 1
+    "sdxl-4step": _SDXL | {"batch_size": 64, "iterations": 1000},  # Table 1
+    "sdxl-4step-ttur2": _SDXL | {"batch_size": 64, "iterations": 4000, "ttur": 2},  # Table 1; 8,000 too
+    "sdxl-4step-ttur5": _SDXL | {"batch_size": 64, "iterations": 18000, "ttur": 5},  # Table 1
+    "sdxl-8step": _SDXL | {"batch_size": 48, "iterations": 3000, "ttur": 2, "student_steps": 8},  # Table 6; 6,000 too
+    "sd3-4step": _SD3 | {"batch_size": 32, "iterations": 4000, "ttur": 2},  # Table 2; 7,000 too. Rank and rates are ours
+    "sdxl-stage2": _STAGE2 | {"batch_size": 64, "iterations": 5000},  # Tables 3, 4. ASSUMPTION: the batch is stage 1's
+    "sdxl-8step-stage2": _STAGE2 | {"batch_size": 48, "iterations": 3000, "student_steps": 8},  # Table 7; 6,000 too
+}
+
+CHOICES = {
+    "preset": tuple(PRESETS),
+    "method": METHODS,
+    "stage": (1, 2, "reward"),
+    "size_condition": ("square", "original"),
+    "rl_steps": ("high", "all"),
+    "carry": ("random", "best"),
+    "student_steps": (4, 8),
+    "dm_steps": ("high", "all"),
+    "lr_schedule": ("constant", "linear"),
+    "gan_loss": ("hinge", "logistic"),
+    "adv_reading": ("a", "b"),
+    "gan_reals": ("raw", "vae"),
+    "optimizer": ("adamw", "adamw8bit"),
+}
+
+
+# --------------------------------------------------------------------------------------- the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line: the flags are too many to print them all beside it."""
+
+    def error(self, message):
+        fail(f"{message} (--help lists the flags)")
+
+
+def fail(error):
+    """Print one line and exit with status 2."""
+    print(f"error: {str(error).strip()}", file=sys.stderr)
+    sys.exit(2)
+
+
+def flag(name):
+    """A field's name as its flag: gan_weight -> --gan-weight."""
+    return "--" + name.replace("_", "-")
+
+
+def at_least(low):
+    """An argparse type: a whole number, `low` or more."""
+
+    def number(text):
+        if (value := int(text)) < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {value}")
+        return value
+
+    return number
+
+
+def _range(text):
+    low, high = map(float, text.split(","))
+    if not 0 <= low < high <= 1:
+        raise ValueError
+    return low, high
+
+
+def _stage(text):
+    return int(text) if text.isdigit() else text
+
+
+def method_of(argv=None):
+    """The method that a command line names: by --method, by the folder of a run that goes on, or by --preset; "flash" otherwise."""
+    first = Parser(add_help=False)
+    for name in ("--method", "--preset", "--out"):
+        first.add_argument(name, default="")
+    first.add_argument("--resume", action="store_true")
+    given, _ = first.parse_known_args(argv)
+    before = saved_settings(given.out) if goes_on(given.out, given.resume) else {}
+    named = given.method or before.get("method") or PRESETS.get(given.preset, {}).get("method")
+    return named if named in METHODS else "flash"
+
+
+def parse(argv=None, settings=Config):
+    """Command line -> an object of `settings`: Config, or a sibling's Settings.
+
+    The last one wins: the method's defaults, the preset, the settings of a run that goes on, the flags given.
+    Exits with status 2 and one line where a flag cannot be read; raises UserError where values do not fit.
+    """
+    parser = Parser(description="Train a few-step student: Flash-DMD, Algorithm 1.")
+    notes = help_texts(settings)
+    for f in fields(settings):
+        kind = {"type": {tuple: _range, int | str: _stage}.get(f.type, f.type), "choices": CHOICES.get(f.name)}
+        kind = {"action": "store_true"} if f.type is bool else kind
+        note = f"{notes[f.name]} (default: {f.default})".replace("%", "%%")
+        parser.add_argument(flag(f.name), default=None, help=note, **kind)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not given.get("out"):
+        parser.error("torchrun --max-restarts needs --out: the folder in which a restart goes on")
+    before = {}
+    if goes_on(given.get("out"), given.get("resume")):
+        given["resume"] = True
+        before = {k: v for k, v in saved_settings(given.get("out")).items() if k in notes and k not in ("preset", "overwrite")}
+    preset = PRESETS[given.get("preset", "toy")]
+    config = settings(**{**preset, **before, **given})
+    config.renoise = tuple(config.renoise)
+    config.check()
+    return config
+
+
+def help_texts(settings):
+    """{field: its comment} of a settings class and those it inherits from; the class's own comment comes first."""
+    notes = {}
+    for cls in reversed(settings.__mro__[:-1]):
+        notes |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+    return notes
+
+
+def goes_on(out, resume):
+    """Whether a command goes on with the run in folder `out`: it says --resume, or the torchrun that began the run restarts it."""
+    launch = Path(out or "", "launch")  # the torchrun that began the run
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and bool(out)
+    return resume or restarted and launch.is_file() and launch.read_text() == os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+# ----------------------------------------------------------------------------------- a run's saved settings
+
+
+def saved_settings(run):
+    """The settings in a run folder's config.json as a dict, with today's names; {} where there is no such file.
+
+    A run of before --method existed had `gan` in its place. Raises UserError where the file is torn.
+    """
+    path = Path(run or "", "config.json")
+    if not run or not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is torn: give another --out, or --overwrite and its settings as flags") from None
+    if "method" not in settings:
+        settings["method"] = method_before(settings)
+        settings.pop("gan", None)
+    return settings
+
+
+def method_before(settings):
+    """The method of a run that was saved before --method existed: its GAN said it, or DMDR's settings."""
+    gan = settings.get("gan", "pixel")
+    if gan in ("latent", "online"):
+        return {"latent": "dmd2", "online": "advdmd"}[gan]
+    return "dmdr" if settings.get("fake_lora") or settings.get("reward_weight") else "flash"

@@ -1,0 +1,278 @@
+"""What a run would need, without weights and without a GPU: python train.py --preset sdxl-4step --dry-run --gpus 8 --gpu-memory 80
+
+The networks are built at their real size of fake tensors (engine/real_size.py), and train.py's own iteration runs through them.
+Parameters and floating-point operations are counted (with those that --checkpointing repeats), and every tensor's storage is
+followed from birth to death, which gives the peak of activations and temporaries. Weights and optimizer states follow from the
+parameter counts:
+
+    trained         16 bytes a parameter: fp32 weight, gradient, two AdamW moments (10 with --optimizer adamw8bit); sharded by FSDP2
+    frozen          2 bytes a parameter (bf16), sharded likewise: teacher (or the network under LoRAs), reference, the reward's UNet
+    on every GPU    text encoders and SAM (bf16), VAE (fp32), the discriminators' heads
+
+Left out: the CUDA context, fragmentation, NCCL's buffers (an allowance of 8 %); the buffers in which FSDP2 reduces a block's
+gradients (bf16 and fp32, 7 GB for the largest of SDXL's), which are made when VAE and SAM have freed theirs; and previews, which
+draw 4 pictures of 1024 together.
+"""
+
+import time
+import weakref
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from engine.batch import Batch
+from engine.errors import UserError
+from engine.models import blocks
+from engine.real_size import CLIP_G, CLIP_L, assemble
+
+ALLOWANCE = 0.08  # of a GPU's memory
+MOMENTS = {"adamw": 8, "adamw8bit": 2 * (1 + 4 / 256)}  # bytes a parameter; torchao keeps an fp32 scale per 256 numbers
+IDLE = "a loop without G (TTUR)"
+TURNS = {"G": "generator", "fake": "score estimator", "D": "discriminator", "G, RL": "generator"}
+
+
+class Meter(TorchDispatchMode):
+    """What operations make and cost: bytes of their tensors (`live` now, `peak` so far), and floating-point operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        self.known = set()  # ids of the storages that live
+        self.turns = {}  # name -> (peak, operations)
+
+    def turn(self, name):
+        """Keep the peak and the operations so far under `name`, and begin the next turn."""
+        self.turns[name] = self.peak, self.flops
+        self.peak, self.flops = self.live, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs := kwargs or {}))
+        if formula := flop_registry.get(func.overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=out)
+        new = {name: storage for name, storage in storages(out).items() if name not in self.known}
+        for name in new.keys() - storages((args, kwargs)).keys() if new else ():
+            self._born(name, new[name])
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _born(self, name, storage):
+        size = storage.nbytes()
+        self.live += size
+        self.known.add(name)
+        weakref.finalize(storage, self._died, name, size)
+
+    def _died(self, name, size):
+        self.live -= size
+        self.known.discard(name)
+
+
+def storages(tree):
+    """{id: storage} of the tensors in nested arguments."""
+    tensors = [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    return {id(s): s for s in (t.untyped_storage() for t in tensors)}
+
+
+def measure(config, kinds, prepare, iterate, prefer):
+    """One loop of each kind on one sample -> the networks, {kind: {player: (bytes at the peak, operations)}}.
+
+    A player's figures go from the optimizer step before to its own.
+    """
+    measured = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        nets = assemble(config, 1, prepare)
+        picture = torch.empty(1, 3, config.resolution, config.resolution)
+        c = nets.encoder.encode(["a"])
+        for kind in kinds:
+            n = 1 if kind == IDLE else config.ttur  # every TTUR-th loop of distillation moves G
+            batch = Batch(picture, ["a"], c, [0], loop=n * (config.rl_ratio + 1 if config.stage == 2 else 1))
+            with Meter() as nets.meter:
+                if kind == "preference":
+                    prefer(nets, batch)
+                else:
+                    iterate(nets, batch, n)
+            measured[kind] = {name: found for name, found in nets.meter.turns.items() if found[1]}
+    return nets, measured
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def states(nets, optimizer="adamw", frozen=2):
+    """Rows of (component, parameters, bytes of weights, of gradients, of AdamW's two moments, whether FSDP2 shards it).
+
+    frozen: bytes a weight of a frozen network.
+    """
+    with FakeTensorMode():
+        words = count(CLIPTextModel(CLIP_L)) + count(CLIPTextModelWithProjection(CLIP_G))
+    net = nets.G.net
+    moment = MOMENTS[optimizer]
+    lora = sum(p.numel() for name, p in net.named_parameters() if ".student." in name)
+    whole = count(net) - 2 * lora
+    trained = lambda name, n, sharded=True: (name, n, 4 * n, 4 * n, moment * n, sharded)  # noqa: E731
+    kept = lambda name, n, sharded=True, size=frozen: (name, n, size * n, 0, 0, sharded)  # noqa: E731
+    rows = [kept("frozen network under the LoRAs" if lora else "teacher", whole)]
+    rows += [trained("generator G", lora or whole), trained("score estimator", lora or whole)]
+    rows += [kept("text encoders", words, False), kept("VAE", count(nets.vae), False, 4)]
+    if "D" in nets.players:
+        rows += [kept("SAM", count(nets.D.encoder[0]), False), trained("D's heads", count(nets.D), False)]
+    if "head" in nets.players:
+        rows += [trained("latent discriminator's head", count(nets.D), False)]
+    if nets.R:
+        unet = count(nets.R.unet)
+        rows += [kept("reference", whole), kept("reward model's UNet", unet)]
+        rows += [kept("its projection", count(nets.R) - unet, False), kept("its text encoders", words, False)]
+        rows += [("moments of the preference updates", 0, 0, 0, moment * (lora or whole), True)]
+    return rows
+
+
+def gathered(nets):
+    """Bytes of FSDP2's gathered blocks: bf16, the largest one and the next."""
+    return 2 * 2 * max(map(count, blocks(nets.G.net)))
+
+
+def a_gpu(rows, gpus):
+    """Bytes on each of `gpus`, as train.py shards them."""
+    return sum(sum(parts) / (gpus if sharded else 1) for parts, sharded in ((r[2:5], r[5]) for r in rows))
+
+
+def report(config, prepare, iterate, prefer):
+    """Print what the run needs, and whether it fits -> bytes a GPU at the peak, without the allowance.
+
+    prepare, iterate: the method's; prefer: train.py's. Raises UserError for a preset of another geometry, and for a batch that the
+    GPUs cannot share.
+    """
+    refuse_unknown(config)
+    began = time.time()
+    gpus = config.gpus
+    per_gpu = config.batch_size // gpus
+    size = f"{config.resolution} pixels, batch {config.batch_size}, {gpus} GPUs of {config.gpu_memory:g} GB"
+    print(f"{config.preset}: stage {config.stage}, {size}\n")
+    kinds = {"distillation": 1}  # how often each kind of loop comes
+    if config.ttur > 1:
+        kinds[IDLE] = config.ttur - 1
+    if config.stage == 2:
+        joint = {} if config.rl_only else kinds
+        kinds = {"preference": config.rl_ratio * config.ttur, **joint}
+    nets, measured = measure(config, kinds, prepare, iterate, prefer)
+    rows = states(nets, config.optimizer)
+    open_blocks = gathered(nets)
+    whole, sharded = (a_gpu(rows, n) + open_blocks for n in (1, gpus))
+    print_states(config, rows, open_blocks, whole, sharded)
+    print_operations(config, kinds, measured)
+
+    peak = max(peak for turns in measured.values() for peak, _ in turns.values())
+    at_once = config.micro_batch or per_gpu
+    free = 1 - ALLOWANCE
+    most = lambda held, gb=config.gpu_memory: max(0, int((gb * 1e9 * free - held) // peak))  # noqa: E731
+    print(f"\n{f'a GPU, {ALLOWANCE:.0%} kept free':50}{f'{at_once} at once, GB':>15}{'most at once':>15}")
+    for layout, held in (("whole, as DDP would hold it", whole), ("sharded", sharded)):
+        print(f"{layout:50}{(held + at_once * peak) / free / 1e9:15.1f}{most(held):15}")
+
+    fewest = {}
+    for optimizer in dict.fromkeys((config.optimizer, "adamw8bit")):
+        held = states(nets, optimizer)
+        fewest[optimizer] = fewest_gpus(config, lambda n, gb, held=held: most(a_gpu(held, n) + open_blocks, gb))
+    least, light = fewest[config.optimizer], fewest["adamw8bit"]
+    most_light = most(a_gpu(states(nets, "adamw8bit"), gpus) + open_blocks)
+    verdict = "fits"
+    helps = ""
+    if at_once > most(sharded):
+        verdict = "does NOT fit"
+        helps = f" (helps: {', '.join(remedies(config, measured, per_gpu, most(sharded), most_light))})"
+    lighter = f" (--optimizer adamw8bit: {light})" if light != least else ""
+    print(
+        f"\nverdict: {verdict} on {gpus} x {config.gpu_memory:g} GB{helps}; one sample at once needs at least {least}{lighter}"
+    )
+    print(f"({time.time() - began:.0f} s)")
+    return sharded + at_once * peak
+
+
+def refuse_unknown(config):
+    """Raises UserError for what the dry run does not know, and for a batch that the GPUs cannot share."""
+    sd3 = config.preset.startswith("sd3")
+    if not sd3 and not config.preset.startswith("sdxl"):
+        raise UserError(
+            f"--dry-run knows the geometry of SDXL and SD3-Medium, not that of --preset {config.preset}: give one of their presets"
+        )
+    if config.method in ("dmdr", "advdmd") or config.stage == "reward":
+        raise UserError("--dry-run knows neither --method dmdr nor advdmd nor --stage reward")
+    if sd3 and (config.stage == 2 or config.method == "dmd2"):
+        raise UserError(
+            "--dry-run knows SD3 in stage 1 with --method flash alone: it has no latent reward model and no bottleneck"
+        )
+    if config.batch_size % config.gpus or config.batch_size // config.gpus % (config.micro_batch or 1):
+        raise UserError(
+            f"--batch-size {config.batch_size} is not divisible by --gpus {config.gpus}, or a GPU's part of it not by --micro-batch"
+        )
+
+
+def saved(row):
+    """Bytes of a row in a checkpoint: what is trained, and its moments."""
+    return (row[2] + row[4]) * bool(row[4])
+
+
+def print_states(config, rows, open_blocks, whole, sharded):
+    """The table of weights, gradients and moments, and the size of a checkpoint."""
+    gpus = config.gpus
+
+    def show(name, n, *gb):
+        print(f"{name:34}{n / 1e6:14.1f}" + "".join(f"{v / 1e9:{w}.2f}" for v, w in zip(gb, (10, 11, 9, 12, 14, 16))))
+
+    columns = f"{'weights':>10}{'gradients':>11}{'moments':>9}{'checkpoint':>12}{'a GPU, whole':>14}{'a GPU, sharded':>16}"
+    print(f"{'GB':34}{'parameters, M':>14}{columns}")
+    for row in rows:
+        show(*row[:5], saved(row), a_gpu([row], 1), a_gpu([row], gpus))
+    show("FSDP2's gathered blocks", 0, 0, 0, 0, 0, open_blocks, open_blocks)
+    show("sum", *(sum(r[n] for r in rows) for n in (1, 2, 3, 4)), sum(map(saved, rows)), whole, sharded)
+    by_gpus = ", ".join(f"{(a_gpu(rows, n) + open_blocks) / 1e9:.2f}" for n in (1, 2, 8, 64))
+    print(f"\nsharded over 1, 2, 8, 64 GPUs: {by_gpus} GB on each")
+    student = 4 * next(r[1] for r in rows if r[0] == "generator G")
+    disk = student + sum(map(saved, rows))
+    copied = sum(saved(row) / (gpus if row[5] else 1) for row in rows)
+    gathers = f"{student / 1e9:.1f} of them the student for diffusers, which rank 0 gathers in host memory"
+    copies = f"; every rank copies {copied / 1e9:.1f} GB there before they are written"
+    print(f"a checkpoint: {disk / 1e9:.1f} GB on disk, {gathers}" + (copies if config.optimizer == "adamw" else ""))
+
+
+def print_operations(config, kinds, measured):
+    """The table of turns, and the operations and GPU-hours of the run."""
+    print(f"\n{'one sample, from one optimizer step to the next':50}{'GB at the peak':>15}{'TFLOP':>10}")
+    for kind, turns in measured.items():
+        for name, (peak, flops) in turns.items():
+            print(f"{f'{kind}: {TURNS[name]}':50}{peak / 1e9:15.2f}{flops / 1e12:10.1f}")
+    every = sum(kinds[kind] * sum(flops for _, flops in turns.values()) for kind, turns in measured.items())
+    cost = every / sum(kinds.values())
+    hours = config.iterations * config.batch_size * cost / (config.gpu_tflops * 1e12) / 3600
+    mean = " (mean of the kinds)" if len(kinds) > 1 else ""
+    print(f"{f'an iteration of {config.batch_size} samples{mean}':65}{config.batch_size * cost / 1e12:10.1f}")
+    samples = f"{config.iterations} x {config.batch_size} samples"
+    print(f"{samples} at {config.gpu_tflops:g} sustained TFLOP/s: {hours:.1f} GPU-hours")
+
+
+def fewest_gpus(config, most):
+    """How few GPUs of which size hold one sample at once, as text. most(gpus, gb): samples that fit."""
+    divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+    found = {gb: next((n for n in divisors if most(n, gb)), None) for gb in (24, 48, 80, 141)}
+    return " or ".join(f"{n} x {gb} GB" for gb, n in found.items() if n) or "more GPUs than samples"
+
+
+def remedies(config, measured, per_gpu, most, most_light):
+    """What to change where only `most` samples fit at once; `most_light`: with moments in 8 bits."""
+    turns = measured.get("distillation", {})
+    if not config.checkpointing:
+        yield "--checkpointing"
+    if most:
+        yield f"--micro-batch {max(n for n in range(1, most + 1) if per_gpu % n == 0)}"
+    if most_light > most:
+        yield f"--optimizer adamw8bit: {most_light} at once"
+    if "D" in turns and max(turns, key=turns.get) == "G" and not config.gan_crop:
+        yield f"--gan-crop {config.resolution // 2}: less of the VAE and SAM"
+    if per_gpu > 1:
+        yield "more GPUs"
+    elif not most:
+        yield "a lower --resolution"

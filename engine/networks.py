@@ -1,0 +1,223 @@
+"""The networks of a run: lines 1-3 of Algorithm 1, and stage 2's reference and reward model. The iteration itself is in train.py."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from math import inf
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from diffusion import guided
+from engine import checkpoint, run_folder
+from engine.distributed import adamw, average_gradients, shard, update, weights
+from engine.errors import UserError
+from engine.models import Denoiser, add_lora, at_work, load_denoiser, load_sam, load_vae
+from engine.prompts import load_encoder
+from engine.reward_model import load_reward_model
+
+LORAS = {"teacher": {"student": 0.0, "fake": 0.0}, "G": {"student": 1.0, "fake": 0.0}, "fake": {"student": 0.0, "fake": 1.0}}
+
+
+@dataclass
+class Networks:
+    """The networks of a run, and what they share. G, fake, D and a reward model under training are its players."""
+
+    config: object
+    ranks: int
+    latent: torch.Tensor  # (B, C, h, w) of this rank, empty: shape and device
+    encoder: object  # of prompts
+    vae: object  # V
+    teacher: object  # μ_real; unguided
+    guided_teacher: object
+    null: dict  # the null prompt's condition
+    G: object
+    fake: object  # μ_fake, the score estimator
+    S: torch.Tensor  # τ_K > ... > τ_1
+    sharded: bool = False
+    D: object = None  # the method's discriminator, where it has one
+    ref: object = None  # stage 2: p_ref, the frozen stage-1 student
+    R: object = None  # the reward model: stage 2's, or DMDR's
+    trained: dict = field(default_factory=dict)  # name -> (module, learning rate, name of its LoRA or ""): who gets an optimizer
+    rewarding: tuple = ()  # AdvDMD: the score estimator and head whose logits are its reward
+    players: dict = field(default_factory=dict)  # name -> (module, optimizer)
+    steps: Counter = field(default_factory=Counter)  # (name, whether it stepped) -> optimizer steps so far, taken or skipped
+
+    def __post_init__(self):
+        self.denoisers = [self.G, self.fake, self.teacher]  # whose passes are counted
+
+    # ---------------------------------------------------------------------------------- in an iteration
+
+    def step(self, name, loss, max_norm=inf):
+        """One optimizer step of a player -> (gradient norm, whether it stepped).
+
+        Every rank skips it where the loss or a gradient is not finite on one of them. A network that FSDP2 does not shard (a
+        discriminator's heads) stands whole on every rank and takes the ranks' mean gradient.
+        """
+        module, optimizer = self.players[name]
+        if not isinstance(module, FSDPModule):
+            average_gradients(module, self.ranks)
+        with at_work(f"the optimizer step of {name}"):
+            norm, stepped = update(optimizer, loss, max_norm)
+        self.steps[name, stepped] += 1
+        return norm, stepped
+
+    def weights(self, name):
+        """What a player trains, in the order of its network's parameters."""
+        return weights(self.players[name][1])
+
+    def forget(self, name):
+        """Drop a player's gradients."""
+        for p in self.weights(name):
+            p.grad = None
+
+    def pace(self, loop, factor=1.0):
+        """Set the learning rates of G (by preference too) and of the score estimator for a loop, by --lr-schedule, times `factor`."""
+        config = self.config
+        if config.lr_schedule == "linear":
+            factor = factor * (1 - (loop - 1) / config.iterations)
+        for name, rate in (("G", config.lr), ("fake", config.fake_lr), ("G, RL", config.rl_lr)):
+            for group in self.players[name][1].param_groups if name in self.players else ():
+                if torch.is_tensor(group["lr"]):  # torchao's
+                    group["lr"].fill_(rate * factor)
+                else:
+                    group["lr"] = rate * factor
+
+    def like(self, batch):
+        """An empty tensor of the shape of a batch's latents, (B, C, h, w)."""
+        return self.latent[: len(batch.samples)]
+
+    def latents(self, x_real):
+        """E(x_real); x_real itself where it is what --cache-latents keeps: latents have more channels than pictures."""
+        return x_real if x_real.shape[1] > 3 else self.vae.encode(x_real)
+
+    @torch.no_grad()
+    def pictures(self, x_real):
+        """x_real; where it is cached latents, V of them, in [-1, 1]."""
+        return self.vae.decode(x_real).clamp(-1, 1) if x_real.shape[1] > 3 else x_real
+
+    def passes(self):
+        """Passes of the counted denoisers on this rank so far, in samples; not those of stage 2's other networks."""
+        return sum(denoiser.passes for denoiser in self.denoisers)
+
+    # --------------------------------------------------------------------------------- when they are made
+
+    @property
+    def dtype(self):
+        """What the denoisers compute in."""
+        return self.G.dtype
+
+    def ready(self, net):
+        """Shard a network that is not trained whole on every rank. One after the other: no two are whole on a GPU."""
+        return shard(net, self.dtype) if self.sharded else net
+
+    def frozen(self, denoiser):
+        """A denoiser that is not trained, ready for use."""
+        freeze(denoiser.net, self.dtype)
+        self.ready(denoiser.net)
+        return denoiser
+
+    def sam(self):
+        """Pixel-GAN's image encoder."""
+        return load_sam(self.config.sam, self.latent.device, self.dtype)
+
+    def load_reward(self):
+        """The latent reward model. Raises UserError for one of another latent width."""
+        config, device = self.config, self.latent.device
+        path = run_folder.reward_folder(config)
+        R = load_reward_model(path, config.resolution, config.model, device, self.dtype)
+        channels = R.unet.config.in_channels
+        if channels != self.vae.channels:
+            raise UserError(
+                f"the reward model in {path} scores latents of {channels} channels, those of {config.model} have {self.vae.channels}"
+            )
+        self.ready(R.unet)
+        return R
+
+
+def assemble(config, ranks, device, prepare=None):
+    """Algorithm 1, lines 1-3, and in stage 2 the reference and the reward model -> Networks.
+
+    prepare(nets): what the method adds: its discriminator, its LoRA. It is called before the score estimator is sharded.
+    Raises UserError for what does not fit.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    encoder = load_encoder(config.model, config.resolution, device, dtype)
+    vae = load_vae(config.model, device)
+    side = latent_side(config, vae)
+    latent = torch.empty(config.batch_size // ranks, vae.channels, side, side, device=device)
+    sharded = ranks > 1 or device.type == "cuda"
+
+    torch.manual_seed(config.seed)
+    teacher = load_denoiser(config.model, device, dtype, name="the teacher")
+    schedule = teacher.schedule
+    if config.size_condition == "original" and teacher.net.config.get("addition_embed_type") != "text_time":
+        raise UserError(f"--size-condition original: {config.model} has no size conditions, as SDXL has")
+    if config.lora_rank:  # teacher, G and score estimator are one network under three settings of its two LoRAs
+        net = teacher.net
+        add_lora(net, config.lora_rank, "student", "fake", dtype=dtype)
+        teacher = Denoiser(net, schedule, dtype, LORAS["teacher"], "the teacher")
+        G = Denoiser(net, schedule, dtype, LORAS["G"], "the generator G")  # line 1
+        fake = Denoiser(net, schedule, dtype, LORAS["fake"], "the score estimator")  # line 2
+    else:
+        freeze(teacher.net, dtype)
+        if sharded:
+            shard(teacher.net, dtype)
+        G = load_denoiser(config.model, device, dtype, name="the generator G")  # line 1
+        if sharded:
+            shard(G.net, dtype)
+        fake = load_denoiser(config.model, device, dtype, name="the score estimator")  # line 2
+
+    S = schedule.steps(config.student_steps)
+    null = encoder.null()
+    at_scale = guided(teacher, null, config.guidance)
+    nets = Networks(config, ranks, latent, encoder, vae, teacher, at_scale, null, G, fake, S, sharded)
+    nets.trained["G"] = (G.net, config.lr, "student" if config.lora_rank else "")
+    nets.trained["fake"] = (fake.net, config.fake_lr, "fake" if config.lora_rank else "")
+    if prepare:
+        prepare(nets)  # line 3
+    nets.ready(fake.net)
+    for net in dict.fromkeys((G.net, fake.net)):
+        net.train()
+    if config.checkpointing:
+        for net in (G.net, fake.net, vae.net):
+            net.enable_gradient_checkpointing()
+    if config.compile:
+        for net in (G.net, fake.net, teacher.net):
+            net.compile()
+    for name, (module, rate, lora) in nets.trained.items():
+        nets.players[name] = (module, optimizer_of(module, rate, config, lora))
+    if config.stage == 2:
+        add_stage_2(nets)
+    return nets
+
+
+def add_stage_2(nets):
+    """In place: the stage-1 run's weights, p_ref, R, and G's second optimizer."""
+    config, device = nets.config, nets.latent.device
+    checkpoint.restore(config.init, nets.players, optimizers=False)
+    stage_1 = run_folder.newest(config.init)
+    nets.ref = nets.frozen(load_denoiser(config.model, device, nets.dtype, student=stage_1, name="the reference"))
+    module, _, lora = nets.trained["G"]
+    nets.players["G, RL"] = (module, optimizer_of(module, config.rl_lr, config, lora))
+    nets.R = nets.load_reward()
+
+
+def optimizer_of(module, rate, config, lora=""):
+    """AdamW over what is trained of a module: all of it, or the LoRA of this name."""
+    trained = [p for name, p in module.named_parameters() if p.requires_grad and (not lora or f".{lora}." in name)]
+    return adamw(trained, rate, config)
+
+
+def latent_side(config, vae):
+    """The latents' side. Raises UserError where --resolution or --gan-crop does not fit the VAE."""
+    side, rest = divmod(config.resolution, vae.factor)
+    if rest or side % 4:
+        raise UserError(f"--resolution {config.resolution} must be a multiple of {4 * vae.factor}")
+    if config.gan_crop % vae.factor:
+        raise UserError(f"--gan-crop {config.gan_crop} must be a multiple of {vae.factor}")
+    return side
+
+
+def freeze(net, dtype):
+    """In place: no gradients, evaluation mode, and the memory of `dtype`."""
+    (net.bfloat16() if dtype == torch.bfloat16 else net).eval().requires_grad_(False)

@@ -1,0 +1,61 @@
+"""The latent reward model's folders: the published layout of LPO's SDXL model, read and written.
+
+    unet/, text_encoder/, text_encoder_2/      diffusers and transformers folders; R drops the UNet's up blocks
+    state_dict.pt                              {"visual_projection": {"weight"}, "logit_scale"}
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from engine.errors import UserError
+from engine.folders import folder
+from engine.models import load_part
+from engine.prompts import PromptEncoder
+from latent_reward import LatentRewardModel
+
+
+def untrained_reward_model(model, image_size, device="cpu"):
+    """An untrained R, fp32: the UNet and the text encoders of pipeline folder `model`, the projection at random."""
+    encoder = PromptEncoder(model, image_size, device)
+    unet = load_part(UNet2DConditionModel, folder(model, "unet"), "unet", low_cpu_mem_usage=False).float()
+    return LatentRewardModel(unet, encoder, encoder.encoders[1].config.projection_dim).to(device)
+
+
+def load_reward_model(path, image_size, tokenizers=None, device="cpu", dtype=torch.float32):
+    """R from a folder in the published layout, frozen, in `dtype`. logit_scale may be a float or a tensor.
+
+    tokenizers: the pipeline folder whose tokenizers to use where this one has none. Raises UserError for what is missing or unreadable.
+    """
+    where = Path(folder(path, "unet", "text_encoder", "text_encoder_2", "state_dict.pt", hub=False))
+    words = where if (where / "tokenizer").exists() else tokenizers
+    unet = load_part(UNet2DConditionModel, str(where), "unet", low_cpu_mem_usage=False)
+    encoder = PromptEncoder(str(where), image_size, device, dtype, tokenizers=words)
+    R = LatentRewardModel(unet, encoder, encoder.encoders[1].config.projection_dim)
+    try:
+        state = torch.load(where / "state_dict.pt", map_location="cpu", weights_only=True)
+        R.visual_projection.load_state_dict(state["visual_projection"])
+        R.logit_scale.data = torch.as_tensor(state["logit_scale"]).float()
+    except Exception as e:  # of another width, of other keys, cut short, pickled objects: torch has an error of its own for each
+        raise UserError(f"cannot read state_dict.pt of {path}: {str(e).strip().splitlines()[-1].strip()}") from None
+    return R.to(device, dtype).eval().requires_grad_(False)
+
+
+def save_reward_model(R, path, model, half=False):
+    """Write the folder that load_reward_model reads, in fp32 or fp16 (half).
+
+    The layout has up blocks, which R has not: they are those of pipeline `model`.
+    """
+    path = Path(path)
+    dtype = torch.float16 if half else torch.float32
+    whole = load_part(UNet2DConditionModel, folder(model, "unet"), "unet", low_cpu_mem_usage=False)
+    weights = whole.state_dict()
+    weights.update({k: v.cpu() for k, v in R.unet.state_dict().items()})
+    whole.load_state_dict(weights)
+    whole.to(dtype).save_pretrained(path / "unet")
+    for name, net in zip(("text_encoder", "text_encoder_2"), R.encoder.encoders):
+        copy.deepcopy(net).to("cpu", dtype).save_pretrained(path / name)
+    projection = {"weight": R.visual_projection.weight.detach().to("cpu", dtype)}
+    torch.save({"visual_projection": projection, "logit_scale": R.logit_scale.item()}, path / "state_dict.pt")

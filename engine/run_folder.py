@@ -1,0 +1,192 @@
+"""Run folders: which checkpoints one holds, the newest run, and what a new run may write over. Nothing here loads torch.
+
+runs/NAME/config.json        every setting
+runs/NAME/launch             which torchrun started it last
+runs/NAME/checkpoint-000400/ of engine/checkpoint.py
+runs/NAME/metrics.jsonl, tensorboard/, preview-*.png   of engine/monitor.py
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from datetime import datetime
+from pathlib import Path
+
+from engine.config import flag, saved_settings
+from engine.errors import UserError
+from engine.folders import HERE, folder, part_of
+
+FIXED = (  # what a resumed run cannot change; those of the last line are siblings' own
+    *("stage", "model", "data", "prompts", "method", "lora_rank", "optimizer"),
+    *("sam", "student_steps", "resolution", "seed", "batch_size"),
+    *("fake_lora", "judge"),
+)
+
+
+def look(config):
+    """What a run's folders show before anything is loaded -> the config, in stage 2 with --init and --reward filled in.
+
+    Raises UserError for a model, data or SAM folder that is missing, a stage 1 that does not fit, and a run folder in use.
+    """
+    if config.dry_run:
+        return config
+    folder(config.model, "model_index.json")
+    if config.prompts and not Path(config.prompts).is_file():
+        raise UserError(f"--prompts {config.prompts}: no such file")
+    if config.data != "toy" and not config.data.endswith(".tar") and config.stage != "reward":
+        metadata(config.data)
+    if config.method == "flash" and config.gan_weight and config.stage != "reward" and not config.sam.endswith(".pth"):
+        folder(config.sam, "config.json", "image_encoder.safetensors", hub=False)
+    if config.stage == 2:
+        config = from_stage_1(config)
+    first = int(os.environ.get("RANK", 0)) == 0  # the others would find the folder that the first has made
+    if first and (config.out or config.resume) and (why := refusal(config, Path(config.out))):
+        raise UserError(why)
+    return config
+
+
+def metadata(path):
+    """The metadata.jsonl of a folder of images. Raises UserError where there is none."""
+    table = Path(path, "metadata.jsonl")
+    if not table.is_file():
+        raise UserError(f'{path} has no metadata.jsonl (one line per image: {{"file_name": ..., "text": ...}})')
+    return table
+
+
+def checkpoints(run):
+    """The checkpoint folders of a run, oldest first."""
+    return sorted(Path(run).glob("checkpoint-[0-9]*[0-9]"))
+
+
+def newest(run):
+    """The newest checkpoint folder of a run, or None."""
+    return next(reversed(checkpoints(run)), None)
+
+
+def checkpoint_at(run, loops=None):
+    """A run's checkpoint of a loop, by default the newest. Raises UserError where there is none."""
+    path = newest(run) if loops is None else Path(run) / f"checkpoint-{loops:06d}"
+    if not path.is_dir():
+        there = ", ".join(str(int(p.name[11:])) for p in checkpoints(run))
+        raise UserError(f"{run} has no checkpoint of loop {loops}, only of {there}")
+    return path
+
+
+def find_run(name="", stage=None):
+    """A run folder with a student's checkpoint, and its settings as a dict: the named run, or the newest under runs/ (of one stage).
+
+    Raises UserError where there is none, and where the named run's settings are torn.
+    """
+    found = []
+    for run in [Path(name)] if name else Path("runs").glob("*"):
+        if not (run / "config.json").is_file() or not newest(run):
+            continue
+        try:
+            settings = saved_settings(run)
+        except UserError:
+            if name:
+                raise
+            continue
+        if settings["stage"] == stage or stage is None and settings["stage"] != "reward":
+            found.append((run, settings))
+    if not found:
+        kind = f"stage-{stage} checkpoint" if stage else "checkpoint"
+        what = f"{name} holds no {kind}" if name else f"no run with a {kind} under runs/"
+        raise UserError(f"{what}: train one first (python train.py --stage 1)")
+    return max(found, key=lambda pair: (newest(pair[0]) / "progress.json").stat().st_mtime)
+
+
+def from_stage_1(config):
+    """Stage 2's config with --init and --reward filled in. Raises UserError for a stage-1 run that does not fit."""
+    run, before = find_run(config.init, stage=1)
+    before = dataclasses.asdict(type(config)()) | before
+    for key in ("model", "resolution", "student_steps", "method", "lora_rank"):
+        if before[key] != getattr(config, key):
+            raise UserError(f"{run} was trained with {flag(key)} {before[key]}, not {getattr(config, key)}")
+    if config.gan_weight and not before["gan_weight"]:
+        raise UserError(f"{run} was trained without a GAN: pass --gan-weight 0")
+    return dataclasses.replace(config, init=str(run), reward=reward_folder(config))
+
+
+def reward_folder(config):
+    """The latent reward model's folder: --reward, or "lrm" beside the model. Raises UserError where there is none."""
+    if not config.reward and part_of(config.model) == "transformer":
+        raise UserError("there is no latent reward model for SD3: name a folder of your own with --reward")
+    reward = config.reward or str(Path(config.model).parent / "lrm")
+    if not any((root / reward).is_dir() for root in (Path(), HERE)):
+        raise UserError(f"no latent reward model in {reward}: name its folder with --reward")
+    return reward
+
+
+def open_run(config):
+    """The run folder, made or re-opened; rank 0 alone calls this. Raises UserError where it is in use."""
+    run = Path(config.out or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
+    if why := refusal(config, run):
+        raise UserError(why)
+    if config.overwrite and not config.resume:
+        shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True, exist_ok=True)
+    if name := os.environ.get("TORCHELASTIC_RUN_ID"):
+        (run / "launch").write_text(name)
+    return run
+
+
+def write_config(run, config):
+    """config.json, written aside and renamed: a kill leaves the old one or the new."""
+    aside = run / "config.json.tmp"
+    aside.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    aside.rename(run / "config.json")
+
+
+def refusal(config, run):
+    """Why this run folder cannot be used, in one line; None where it can."""
+    if config.resume and not config.out:
+        return "--resume needs --out, the run folder to go on with"
+    if run.exists() and not run.is_dir():
+        return f"{run} is a file: give another --out"
+    if config.resume:
+        return cannot_resume(config, run)
+    if run.exists() and any(run.iterdir()):
+        if not config.overwrite:
+            return f"{run} is not empty: pass --resume to go on, or --overwrite to replace it"
+        if not (run / "config.json").exists():
+            return f"{run} is not a run folder (it has no config.json): --overwrite will not delete it"
+    return None
+
+
+def cannot_resume(config, run):
+    """Why a run cannot go on with these settings, in one line; None where it can."""
+    if not run.exists() or not any(path.name not in ("launch", "config.json.tmp") for path in run.iterdir()):
+        return None  # so that a restarted job may always say --resume
+    if not (run / "config.json").exists():
+        return f"nothing to resume in {run}: it has no config.json"
+    before = dataclasses.asdict(type(config)()) | saved_settings(run)
+    for key in FIXED:
+        old = before.get(key)
+        new = getattr(config, key, old)
+        if old != new and Path(str(old)).resolve() != Path(str(new)).resolve():
+            return f"{run} was trained with {flag(key)} {old}, not {new}: resume it with its own"
+    if bool(before["gan_weight"]) != bool(config.gan_weight):
+        return f"{run} was trained with --gan-weight {before['gan_weight']}: --resume cannot switch its GAN on or off"
+    now = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = ranks_of(newest(run)) or now
+    if config.optimizer == "adamw8bit" and ranks != now:
+        return f"{run} was trained on {ranks} ranks, not {now}: with --optimizer adamw8bit it goes on with as many"
+    return None
+
+
+def what_next(run, stage):
+    """The last line of a command: where its result is, and how to use it."""
+    made = newest(run)
+    if stage == "reward":
+        return f"reward model in {made}/lrm; use it with: python train.py --stage 2 --reward {made}/lrm"
+    return f"student in {made}; sample it with: python sample.py --run {run}"
+
+
+def ranks_of(made):
+    """On how many ranks a checkpoint was made; None where it does not say, is torn or is not there."""
+    try:
+        return json.loads((made / "progress.json").read_text()).get("ranks")
+    except (TypeError, OSError, ValueError):
+        return None

@@ -1,0 +1,259 @@
+"""AdvDMD, "Adversarial Reward Meets DMD For High-Quality Few-Step Generation" (2026): DMD2's discriminator as an online reward.
+
+What is known, from the abstract: the discriminator of DMD2 is the reward model (real high, generated low); it is trained on
+intermediate AND final states of sampling, online with the generator; one SDE backward simulation serves distribution matching
+and reinforcement learning; the two follow different schedules. From quotations: GRPO, deferred until G and D are stable.
+THE REST IS OUR RECONSTRUCTION:
+
+    π_θ(z_s|z_t) = N(α_s G(z_t, t), σ_s² I)                        a student step and fresh noise; the last step, to 0, has no density
+    R(z_s)       = the logit of D at z_s, level s                  D: siblings/dmd2.py's head on the score estimator's bottleneck
+    A            = clamp((R - mean)/(std + δ), ±A_max)             over a group: rollouts of one prompt, same state
+    L_rl         = -E [ A log π_θ ]                                log π a mean over dimensions: the plain policy gradient
+
+    states       z_s at every student step but the first, and x_0;  x_0's A is added to that of the last z_s, its only cause
+    gate         RL runs while D tells real from generated on a batch that it has not been trained on yet (--rl-gate)
+
+A group needs one prompt several times: `grouped` repeats every g-th, its real picture too. A_max binds from groups of 11 on.
+NOTE: GRPO clips the ratio of the policy to the one that made the rollout. Every rollout serves one update here, so that ratio
+is 1 and no clip can act: what is left of GRPO is the policy gradient with group-relative advantages.
+G has no direct adversarial term (Eq. 5): the reward is D's only way to it.
+Left out: KL to a reference; DM is the regulariser here.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+import dmd
+import score_estimator
+from diffusion import add_noise, noise_to_step, randn, times
+from engine import checkpoint, monitor
+from engine.batch import micro_batches
+from engine.distributed import total
+from engine.errors import UserError
+from engine.models import load_denoiser
+from engine.run_folder import find_run
+from siblings import dmd2
+
+A_MAX, DELTA = 3.0, 1e-4
+
+
+@dataclass
+class Settings(dmd2.Settings):
+    """AdvDMD's flags: DMD2's, and its own."""
+
+    method: str = "advdmd"
+    gan_weight: float = 1.0
+    rl_after: int = 100  # generator updates before reinforcement begins
+    rl_gate: float = 0.6  # reinforcement waits while D classifies fewer than this fraction of unseen latents right
+    judge: str = ""  # a run whose discriminator, frozen, is the reward; default the run's own, which goes on learning
+
+    def check(self):
+        super().check()
+        self.require("rl_after", self.rl_after >= 0, "must not be negative")
+        self.require("rl_gate", 0 <= self.rl_gate <= 1, "must lie in [0, 1]")
+        self.require("judge", self.gan_weight or not self.judge, "needs a --gan-weight")
+
+    def per_rank(self, ranks):
+        samples = super().per_rank(ranks)
+        if (self.micro_batch or samples) % self.candidates:
+            raise UserError(
+                f"--method advdmd needs whole groups: --candidates {self.candidates} must divide the samples that a rank takes at once"
+            )
+        return samples
+
+
+# ------------------------------------------------------------------------------------ rollouts and groups
+
+
+def grouped(batch, g):
+    """A batch whose samples come in groups of g: the prompt, condition and real picture of every g-th, g times over.
+
+    The noise stays each sample's own. Raises ValueError where g does not divide the batch.
+    """
+    if len(batch.prompts) % g:
+        raise ValueError(f"groups of {g} do not fit {len(batch.prompts)} samples")
+    return replace(
+        batch,
+        x_real=batch.x_real[::g].repeat_interleave(g, 0),
+        prompts=[p for p in batch.prompts[::g] for _ in range(g)],
+        c={k: v[::g].repeat_interleave(g, 0) for k, v in batch.c.items()},
+    )
+
+
+@torch.no_grad()
+def simulate(G, z, c, S, generators):
+    """The SDE backward simulation: z at S[0] -> [z, z_1, ..., x_0], the states at S[0], S[1], ..., and the clean end. No gradient."""
+    states = [z]
+    for i in range(len(S)):
+        x_0 = G(states[-1], times(S[i], z), c)
+        states.append(noise_to_step(G.schedule, x_0, S, i + 1, generators))
+    return states
+
+
+# -------------------------------------------------------------------------------- the discriminator of states
+
+
+def levels(S, like):
+    """The timesteps of the states that D sees, S[1:] and 0, each (B,)."""
+    return [times(t, like) for t in (*S[1:], torch.zeros_like(S[0]))]
+
+
+def logits(fake, head, states, S, c):
+    """D's logits of a list of states, of which it sees [1:] -> (B, number of states seen)."""
+    seen = [head(fake.with_features(z, t, c)[1]) for z, t in zip(states[1:], levels(S, states[0]), strict=True)]
+    return torch.stack(seen, 1)
+
+
+def logits_of_both(fake, head, states, x_real, S, eps, c):
+    """D's logits of real latents at the levels of the states, and of the states, (B, n) each; the second are the rewards R.
+
+    x_real, eps (B, C, h, w): real latents and their noise, of which the last level, that of the clean end, has none.
+    """
+    noised = [add_noise(fake.schedule, x_real, t, eps) for t in levels(S, x_real)[:-1]]
+    real = logits(fake, head, [x_real, *noised, x_real], S, c)
+    return real, logits(fake, head, states, S, c)
+
+
+def discriminator_loss(real, made):
+    """Eq. 7 on the states of sampling: E -log D(real at level s) + E -log(1 - D(z_s)). real, made: logits (B, n). Scalar."""
+    return F.softplus(-real).mean() + F.softplus(made).mean()
+
+
+def accuracy(real, made):
+    """The fraction of logits on the right side of 0, real and made counted alike. Scalar in [0, 1]; 0.5 = chance."""
+    return ((real > 0).float().mean() + (made <= 0).float().mean()) / 2
+
+
+# ------------------------------------------------------------------------------------------ the policy
+
+
+def advantages(R, g):
+    """A = clamp((R - mean)/(std + δ), ±A_max) within groups of g: R (B, n) -> (B, n); rows of a group stand together."""
+    groups = R.view(-1, g, R.shape[1])
+    A = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + DELTA)
+    return A.clamp(-A_MAX, A_MAX).view_as(R)
+
+
+def credit(A):
+    """Advantages of the states (B, n) -> of the n - 1 transitions with a density: the end's is added to the last one's. (B, n - 1)."""
+    return torch.cat([A[:, :-2], A[:, -2:].sum(1, keepdim=True)], 1)
+
+
+def policy_loss(z_s, x_0, alpha_s, sigma_s, A):
+    """L_rl = -E [A log π_θ(z_s|z_t)] of one transition, log π = -|z_s - α_s x_0|²/2σ_s², the mean over dimensions. Scalar.
+
+    z_s, x_0 = G(z_t, t) (B, C, h, w); alpha_s, sigma_s (B, 1, 1, 1); A (B,).
+    """
+    log_pi = -((z_s - alpha_s * x_0).square() / (2 * sigma_s**2)).flatten(1).mean(1)
+    return -(A * log_pi).mean()
+
+
+def reinforce(nets, batch, states):
+    """The gradients of AdvDMD's policy loss, where D is not blind on this batch -> its loss, and what to log.
+
+    D has not been trained on the batch yet; another run's D (--judge) has, where that run had the same seed and data.
+    """
+    config, G, S, c = nets.config, nets.G, nets.S, batch.c
+    fake, head = nets.rewarding
+    with torch.no_grad():
+        real = nets.latents(batch.x_real)
+        eps = randn(batch.generators("unseen"), real)
+        real_logits, R = logits_of_both(fake, head, states, real, S, eps, c)
+        right = total(accuracy(real_logits, R)) / nets.ranks
+    loss = torch.zeros((), device=real.device)
+    if right >= config.rl_gate:
+        A = credit(advantages(R, config.candidates))
+        for i in range(len(S) - 1):
+            s = times(S[i + 1], real)
+            x_0 = G(states[i], times(S[i], real), c)
+            L = policy_loss(states[i + 1], x_0, G.schedule.alpha(s), G.schedule.sigma(s), A[:, i]) / (len(S) - 1)
+            (batch.weight * config.gan_weight * L).backward()
+            loss = loss + L.detach()
+    opened = (right >= config.rl_gate).float()
+    return loss, {"rl_loss": loss, "reward": R[:, -1].mean(), "d_accuracy_unseen": right, "rl_open": opened}
+
+
+# ------------------------------------------------------------------------------------------ the method
+
+
+def prepare(nets):
+    """Adds DMD2's head; `rewarding`, the score estimator and head whose logits are the reward: the run's own, or --judge's."""
+    dmd2.prepare(nets)
+    nets.rewarding = (nets.fake, nets.D)
+    if nets.config.judge:
+        nets.rewarding = frozen_discriminator(nets)
+        nets.denoisers.append(nets.rewarding[0])
+
+
+def frozen_discriminator(nets):
+    """(score estimator, head) as run --judge left them, trained no more. Raises UserError for a run without them."""
+    config = nets.config
+    run, before = find_run(config.judge, stage=1)
+    fits = before["method"] in ("dmd2", "advdmd") and before["gan_weight"] and before["model"] == config.model
+    if not fits or before.get("lora_rank"):
+        raise UserError(f"--judge {run}: needs a run with --method dmd2 or advdmd of {config.model}, without LoRAs")
+    fake = load_denoiser(config.model, nets.latent.device, nets.dtype, name="the frozen discriminator")
+    head = dmd2.new_head(nets).requires_grad_(False)
+    checkpoint.restore(run, {"fake": (fake.net, None), "head": (head, None)}, optimizers=False)
+    return nets.frozen(fake), head
+
+
+def iterate(nets, batch, n):
+    """One loop of AdvDMD, the n-th: lines 5-26 of Algorithm 1 with the policy loss and Eq. 7 on states -> what to log."""
+    config, G, fake, D, S = nets.config, nets.G, nets.fake, nets.D, nets.S
+    parts = micro_batches(grouped(batch, config.candidates), config.micro_batch)
+    logged = monitor.Means()
+    moves_G = n % config.ttur == 0  # line 12
+    k = (n - 1) // config.ttur
+    i = dmd.student_step(S, config.dm_steps, config.seed, batch.loop)
+    loss_G = 0.0
+    made = []  # of each micro-batch: x, the states of its rollout, and the rollout's generators
+
+    for b in parts:
+        rollout = b.generators("rollout")
+        states = simulate(G, randn(rollout, nets.like(b)), b.c, S, rollout)  # one simulation for DM and RL
+        x_tau = states[i]  # line 8
+        with torch.set_grad_enabled(moves_G):
+            x = G(x_tau, times(S[i], x_tau), b.c)  # line 10
+        if moves_G:
+            noise = b.generators("renoise")
+            t = dmd.renoise_time(G.schedule, config.renoise, noise, x.device)
+            eps = randn(noise, x)
+            L_dmd = dmd.loss(x, dmd.gradient(nets.guided_teacher, fake, x, t, eps, b.c))  # Eq. 4
+            (b.weight * L_dmd).backward()
+            loss_G += b.weight * L_dmd.detach()
+            logged.add(b.weight, dm_loss=L_dmd)
+        made.append((x.detach(), states, rollout))
+    if moves_G and D is not None and k >= config.rl_after:
+        for b, (_, states, _) in zip(parts, made):
+            L_rl, seen = reinforce(nets, b, states)
+            loss_G += b.weight * config.gan_weight * L_rl
+            logged.add(b.weight, **seen)
+
+    if moves_G:  # lines 17-18
+        logged["g_norm"], moved = nets.step("G", loss_G, config.clip_grad)
+        if moved:
+            score_estimator.pull(nets.weights("fake"), nets.weights("G"), config.ema)  # Eq. 11
+
+    for b, (x, states, _) in zip(parts, made):  # lines 20-23
+        t, eps = score_estimator.draw(G.schedule, b.generators("fake"), x)
+        L = L_fake = score_estimator.loss(fake, x, t, eps, b.c)  # Eq. 6
+        logged.add(b.weight, fake_loss=L_fake)
+        if D is not None:
+            both = logits_of_both(fake, D, states, nets.latents(b.x_real), S, eps, b.c)
+            L_D = discriminator_loss(*both)
+            L = L_fake + config.critic_weight * L_D
+            logged.add(b.weight, d_loss=L_D, d_accuracy=accuracy(*both))
+        (b.weight * L).backward()
+    logged["fake_norm"], _ = nets.step("fake", logged["fake_loss"], config.clip_grad)  # line 24
+    if D is not None:
+        nets.step("head", logged["d_loss"])
+
+    if batch.watched:
+        for b, (x, _, rollout) in zip(parts, made):
+            t, eps = score_estimator.draw(G.schedule, b.generators("fake"), x)
+            x_0 = monitor.finish(G, x, i, b.c, S, rollout)
+            logged.add(b.weight, **monitor.health(nets, b, x_0, logged["fake_loss"], t, eps))
+    return logged

@@ -1,0 +1,162 @@
+"""DMD2, the baseline that Flash-DMD compares with (Flash-DMD 3.1, 3.2; Eq. 5 and 7): its discriminator sees NOISY LATENTS.
+
+    Eq. 5   ∇_θ L_advG = E [ log D(x_t) dG/dθ ]                          x = G_θ(x_τ, τ), x_t = α_t x + σ_t ε
+    Eq. 7   ∇_ψ L_advD = E [ P(x_real) - P(x) ],   P(y) = log D(y_t) dD/dψ
+
+    D    the first half of the score estimator μ_ψ (down and mid blocks), then a small head with one logit
+    ψ    trained by Eq. 6 AND Eq. 7: the double role that Flash-DMD's section 3.2 blames for DMD2's five updates per generator update
+
+As the paper describes it (3.1, 3.2): DM loss at every student step, TTUR 5, no EMA pull. The two GAN weights are DMD2's own.
+NOTE: the paper prints ascent directions, and Eq. 7's second term as -log D(x); these are the logistic losses they stand for.
+NOTE: Eq. 5 takes t from --renoise, as the DM loss does, and Eq. 7 from the whole range, as Eq. 6 does: they share those passes' noise.
+ASSUMPTION: the head (strided convolutions, group norm, SiLU) is ours; DMD2's paper says only that it sits on the bottleneck.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dmd
+import score_estimator
+from diffusion import add_noise, backward_simulation, randn, times
+from engine import monitor
+from engine.batch import micro_batches
+from engine.config import Config
+from engine.errors import UserError
+
+
+@dataclass
+class Settings(Config):
+    """DMD2's flags, and its values of the common ones."""
+
+    method: str = "dmd2"
+    dm_steps: str = "all"
+    ttur: int = 5
+    ema: float = 1.0
+    gan_weight: float = 5e-3
+    critic_weight: float = 0.01  # weight of Eq. 7 beside Eq. 6, as in DMD2
+
+    def check(self):
+        super().check()
+        self.require("critic_weight", self.critic_weight >= 0, "must not be negative")
+        if self.compile and self.gan_weight:
+            raise UserError(f"--compile and --method {self.method} exclude each other: a compiled network hides its features")
+
+
+# ----------------------------------------------------------------------------------- Eq. 5 and 7
+
+
+class Head(nn.Module):
+    """Bottleneck features (B, C, h, w) -> one logit per sample, (B,)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        layers = []
+        for stride in (2, 2):
+            layers += [nn.Conv2d(channels, channels, 3, stride, 1), nn.GroupNorm(8, channels), nn.SiLU()]
+        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1))
+
+    def forward(self, features):
+        return self.net(features.to(self.net[-1].weight.dtype)).squeeze(1)
+
+
+def generator_loss(fake, head, x, t, eps, c):
+    """Eq. 5: E -log D(x_t), D the sigmoid of head(bottleneck of μ_ψ(x_t, t)). Scalar.
+
+    x (B, C, h, w) with gradient; t (B,); eps as x. Its gradient reaches ψ and the head too: the caller drops it there.
+    """
+    _, features = fake.with_features(add_noise(fake.schedule, x, t, eps), t, c)
+    return F.softplus(-head(features)).mean()
+
+
+def discriminator_loss(fake, head, x, x_real, t, eps, c):
+    """Eq. 7: E -log D(x_real_t) + E -log(1 - D(x_t)), both latents at the same t with the same noise -> scalar, accuracy.
+
+    x, detached, and x_real (B, C, h, w); t (B,). The accuracy is the fraction of latents classified right, 0.5 = chance.
+    """
+    real, made = (head(fake.with_features(add_noise(fake.schedule, y, t, eps), t, c)[1]) for y in (x_real, x))
+    accuracy = (real > 0).float().mean() / 2 + (made <= 0).float().mean() / 2
+    return F.softplus(-real).mean() + F.softplus(made).mean(), accuracy
+
+
+# ------------------------------------------------------------------------------------ the method
+
+
+def prepare(nets):
+    """Adds D's head, which learns at the score estimator's rate. Raises UserError where the network has no bottleneck."""
+    if nets.config.gan_weight:
+        torch.manual_seed(nets.config.seed)
+        nets.D = new_head(nets)
+        nets.trained["head"] = (nets.D, nets.config.fake_lr, "")
+
+
+def new_head(nets):
+    """A head for the score estimator's bottleneck."""
+    net = nets.fake.net
+    if not hasattr(net, "mid_block"):
+        config = nets.config
+        raise UserError(
+            f"--method {config.method} looks at a UNet's bottleneck, which {config.model} does not have: use --method flash"
+        )
+    return Head(net.config.block_out_channels[-1]).to(nets.latent.device)
+
+
+def iterate(nets, batch, n):
+    """One loop of DMD2, the n-th: lines 5-26 of Algorithm 1 with Eq. 5 and 7 in place of the Pixel-GAN -> what to log."""
+    config, G, fake, D, S = nets.config, nets.G, nets.fake, nets.D, nets.S
+    parts = micro_batches(batch, config.micro_batch)
+    logged = monitor.Means()
+    moves_G = n % config.ttur == 0  # line 12
+    i = dmd.student_step(S, config.dm_steps, config.seed, batch.loop)
+    loss_G = 0.0
+    made = []  # of each micro-batch: x, and the generators of its rollout
+
+    for b in parts:
+        rollout = b.generators("rollout")
+        z = randn(rollout, nets.like(b))
+        x_tau = backward_simulation(G, z, b.c, S, rollout, 0, i)  # line 8
+        with torch.set_grad_enabled(moves_G):
+            x = G(x_tau, times(S[i], x_tau), b.c)  # line 10
+        if moves_G:
+            noise = b.generators("renoise")
+            t = dmd.renoise_time(G.schedule, config.renoise, noise, x.device)
+            eps = randn(noise, x)
+            L = L_dmd = dmd.loss(x, dmd.gradient(nets.guided_teacher, fake, x, t, eps, b.c))  # Eq. 4
+            logged.add(b.weight, dm_loss=L_dmd)
+            if D is not None:
+                L_adv = generator_loss(fake, D, x, t, eps, b.c)  # Eq. 5
+                L = L_dmd + config.gan_weight * L_adv
+                logged.add(b.weight, adv_loss=L_adv)
+            (b.weight * L).backward()
+            loss_G += b.weight * L.detach()
+            if D is not None:  # Eq. 5 moves G alone
+                nets.forget("fake")
+                nets.forget("head")
+        made.append((x.detach(), rollout))
+
+    if moves_G:  # lines 17-18
+        logged["g_norm"], moved = nets.step("G", loss_G, config.clip_grad)
+        if moved:
+            score_estimator.pull(nets.weights("fake"), nets.weights("G"), config.ema)  # Eq. 11
+
+    for b, (x, _) in zip(parts, made):  # lines 20-23
+        t, eps = score_estimator.draw(G.schedule, b.generators("fake"), x)
+        L = L_fake = score_estimator.loss(fake, x, t, eps, b.c)  # Eq. 6
+        logged.add(b.weight, fake_loss=L_fake)
+        if D is not None:
+            L_D, accuracy = discriminator_loss(fake, D, x, nets.latents(b.x_real), t, eps, b.c)  # Eq. 7
+            L = L_fake + config.critic_weight * L_D
+            logged.add(b.weight, d_loss=L_D, d_accuracy=accuracy)
+        (b.weight * L).backward()
+    logged["fake_norm"], _ = nets.step("fake", logged["fake_loss"], config.clip_grad)  # line 24
+    if D is not None:
+        nets.step("head", logged["d_loss"])
+
+    if batch.watched:
+        for b, (x, rollout) in zip(parts, made):
+            t, eps = score_estimator.draw(G.schedule, b.generators("fake"), x)
+            x_0 = monitor.finish(G, x, i, b.c, S, rollout)
+            logged.add(b.weight, **monitor.health(nets, b, x_0, logged["fake_loss"], t, eps))
+    return logged
