@@ -61,7 +61,9 @@ def gradient(teacher, fake, x, t, eps, c):
     ASSUMPTION: the weight is DMD's (Flash-DMD prints none). Elements of g that are not finite contribute nothing.
     """
     difference, x0_real = score_difference(teacher, fake, x, t, eps, c)
-    w_t = fake.schedule.sigma(t) ** 2 / fake.schedule.alpha(t) / (x.float() - x0_real).abs().mean((1, 2, 3), keepdim=True)
+    w_t = (
+        fake.schedule.sigma(t) ** 2 / fake.schedule.alpha(t) / (x.float() - x0_real).abs().mean((1, 2, 3), keepdim=True)
+    )
     return (w_t * difference).nan_to_num(0, 0, 0)
 
 

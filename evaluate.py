@@ -22,11 +22,29 @@ def flags(argv=None):
     what.add_argument("--run", default="", help="a student's run folder (default: the newest under runs/)")
     what.add_argument("--teacher", action="store_true", help="the guided multi-step teacher")
     what.add_argument("--undistilled", action="store_true", help="the guided teacher in the student's few-step sampler")
-    add("--model", default=Config.model, help=f"pipeline folder of --teacher and --undistilled (default: {Config.model})")
-    add("--steps", type=at_least(1), help="sampling steps (default: the student's, 50 for --teacher, 4 for --undistilled)")
+    add(
+        "--model",
+        default=Config.model,
+        help=f"pipeline folder of --teacher and --undistilled (default: {Config.model})",
+    )
+    add(
+        "--steps",
+        type=at_least(1),
+        help="sampling steps (default: the student's, 50 for --teacher, 4 for --undistilled)",
+    )
     add("--loops", type=at_least(1), help="--run: the checkpoint of this loop (default: the newest)")
-    add("--guidance", type=float, default=Config.teacher_guidance, help="the teacher's guidance scale (default: %(default)s)")
-    add("--resolution", type=int, default=Config.resolution, help="of --teacher and --undistilled (default: %(default)s)")
+    add(
+        "--guidance",
+        type=float,
+        default=Config.teacher_guidance,
+        help="the teacher's guidance scale (default: %(default)s)",
+    )
+    add(
+        "--resolution",
+        type=int,
+        default=Config.resolution,
+        help="of --teacher and --undistilled (default: %(default)s)",
+    )
     add("--clip", help=f"the CLIP that measures: a folder or a hub name (default: the run's; {Config.clip})")
     add("--num", type=at_least(1), help="prompts (default: 1000 held-out ones, or all of --prompts)")
     add("--seed", type=at_least(0), default=0, help="of the noise (default: 0)")
@@ -36,11 +54,19 @@ def flags(argv=None):
         default="real",
         help="what Fréchet distance, precision and recall compare with (default: real)",
     )
-    add("--reward", help='folder of the latent reward model (default: the run\'s, or "lrm" beside the model, if there is one)')
+    add(
+        "--reward",
+        help='folder of the latent reward model (default: the run\'s, or "lrm" beside the model, if there is one)',
+    )
     add("--prompts", help="a text file, one prompt per line: the paper's scores in place of the toy's")
     add("--images", help="--prompts: folder of the pictures; those that it has are not drawn again")
     add("--pick", help="--prompts: PickScore's folder or hub name (yuvalkirstain/PickScore_v1)")
-    add("--scores", nargs="+", default=[], help="--prompts: JSON files of scores made elsewhere (lab/external_scores.py)")
+    add(
+        "--scores",
+        nargs="+",
+        default=[],
+        help="--prompts: JSON files of scores made elsewhere (lab/external_scores.py)",
+    )
     add("--json", help="write the metrics to this file too")
     return parser.parse_args(argv)
 

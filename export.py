@@ -1,7 +1,7 @@
 """Export a student for use without this project: a diffusers pipeline folder with a model card.
 
-    python export.py RUN OUT             the student as a pipeline folder of its own, its scheduler baked in
-    python export.py RUN OUT --lora      of a LoRA student: its LoRA, scheduler and card, for a pipeline's load_lora_weights
+python export.py RUN OUT             the student as a pipeline folder of its own, its scheduler baked in
+python export.py RUN OUT --lora      of a LoRA student: its LoRA, scheduler and card, for a pipeline's load_lora_weights
 """
 
 from engine.config import Parser, fail
@@ -13,7 +13,9 @@ def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="a run folder")
     parser.add_argument("out", help="a new folder")
-    parser.add_argument("--lora", action="store_true", help="of a LoRA student, its LoRA, scheduler and model card alone")
+    parser.add_argument(
+        "--lora", action="store_true", help="of a LoRA student, its LoRA, scheduler and model card alone"
+    )
     args = parser.parse_args(argv)
     try:
         find_run(args.run)

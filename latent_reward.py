@@ -121,7 +121,9 @@ def log_ratio_margin(z_win, z_lose, x0_theta, x0_ref, alpha_s, sigma_s, clip=0.0
         apart = alpha_s * (x0_theta - x0_ref) / sigma_s**2
         middle = alpha_s * (x0_theta + x0_ref) / 2
         low, high = n * math.log(1 - clip), n * math.log(1 + clip)
-        win, lose = (((z - middle) * apart).flatten(1).sum(1).clamp(low, high) for z in (z_win, z_lose))  # log p_θ/p_ref
+        win, lose = (
+            ((z - middle) * apart).flatten(1).sum(1).clamp(low, high) for z in (z_win, z_lose)
+        )  # log p_θ/p_ref
         return win - lose
     return ((z_win - z_lose) * alpha_s * (x0_theta - x0_ref) / sigma_s**2).flatten(1).sum(1)
 
@@ -175,10 +177,14 @@ def rollout(G, R, z, c, c_R, S, transitions, k, carry, generators):
     c_many = {key: v.repeat_interleave(k, 0) for key, v in c_R.items()}
     for i in range(transitions):
         x_0 = G(z_t, times(S[i], z_t), c)
-        z_s = torch.stack([noise_to_step(G.schedule, x_0, S, i + 1, generators) for _ in range(k)], 1)  # (B, k, C, h, w)
+        z_s = torch.stack(
+            [noise_to_step(G.schedule, x_0, S, i + 1, generators) for _ in range(k)], 1
+        )  # (B, k, C, h, w)
         flat = z_s.flatten(0, 1)
         scores = R(flat, times(S[i + 1], flat), c_many).view(-1, k)
         steps.append((i, z_t, z_s, scores))
-        chosen = scores.argmax(1) if carry == "best" else torch.zeros_like(rows)  # the first: all are alike before R looks
+        chosen = (
+            scores.argmax(1) if carry == "best" else torch.zeros_like(rows)
+        )  # the first: all are alike before R looks
         z_t = z_s[rows, chosen]
     return steps

@@ -106,7 +106,9 @@ def flash(nets, batch, n):
     logged = monitor.Means()
     moves_G = n % config.ttur == 0  # 12. ASSUMPTION: an iteration is a loop, so G moves in every TTUR-th
     i = dmd.student_step(S, config.dm_steps, config.seed, batch.loop)  # 6
-    seen, seen_pixels = pixel_gan.window(config.gan_crop, nets.latent.shape[-1], nets.vae.factor, config.seed, batch.loop)
+    seen, seen_pixels = pixel_gan.window(
+        config.gan_crop, nets.latent.shape[-1], nets.vae.factor, config.seed, batch.loop
+    )
     last = S[-1]
     loss_G = 0.0
     made = []  # of each micro-batch: x, x_adv, D's features of V(x_adv), and the generators of its rollout
@@ -193,8 +195,12 @@ def prefer(nets, batch):
     kept_pairs = total(torch.stack([kept for *_, kept in pairs]).sum().float())  # over all ranks
     loss = agreed = divergence = 0.0
     for c, i, z_t, z_win, z_lose, kept in pairs:  # 30
-        H, kl = latent_reward.pair_terms(G, nets.ref, z_t, z_win, z_lose, S[i], S[i + 1], c, config.ratio_clip)  # Eq. 13
-        L = (latent_reward.loss(H, config.beta) * kept).sum() * nets.ranks / kept_pairs.clamp(min=1)  # Eq. 12; FSDP2 averages
+        H, kl = latent_reward.pair_terms(
+            G, nets.ref, z_t, z_win, z_lose, S[i], S[i + 1], c, config.ratio_clip
+        )  # Eq. 13
+        L = (
+            (latent_reward.loss(H, config.beta) * kept).sum() * nets.ranks / kept_pairs.clamp(min=1)
+        )  # Eq. 12; FSDP2 averages
         L.backward()  # a rank without a pair takes part with weight zero
         loss = loss + L.detach()
         agreed = agreed + (latent_reward.agrees(H) & kept).sum()

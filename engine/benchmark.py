@@ -62,7 +62,9 @@ def draw(denoiser, encoder, vae, prompts, folder, made_by, batch=None):
         except ValueError:
             before = "torn"
         if before != now:
-            raise UserError(f"{folder} holds pictures of other prompts, or of another model, steps or seed: give another --images")
+            raise UserError(
+                f"{folder} holds pictures of other prompts, or of another model, steps or seed: give another --images"
+            )
     if not settings.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something already (and no settings.json): give another --images")
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +110,9 @@ def imported(paths, num):
             scores = {k: v if isinstance(v, list) else [v] for k, v in json.loads(Path(path).read_text()).items()}
             means = {k: sum(map(float, v)) / len(v) for k, v in scores.items()}
         except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as e:
-            raise UserError(f'--scores {path}: {e} (expected {{"HPSv2": one score per picture, or their mean}})') from None
+            raise UserError(
+                f'--scores {path}: {e} (expected {{"HPSv2": one score per picture, or their mean}})'
+            ) from None
         for name, values in scores.items():
             if name not in COLUMNS:
                 raise UserError(f"--scores {path}: unknown column {name} (one of {', '.join(COLUMNS)})")

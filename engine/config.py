@@ -18,14 +18,15 @@ METHODS = ("flash", "dmd2", "dmdr", "advdmd")
 class Config:
     """The settings of Flash-DMD. A sibling's Settings (siblings/) inherit them and add its own."""
 
+    # fmt: off
     preset: str = "toy"  # a row of PRESETS; flags given beside it override it
-    method: str = "flash"  # flash = Flash-DMD; dmd2 = the baseline; dmdr, advdmd = the sibling papers. Its own flags: --method NAME --help
-    stage: int | str = 1  # 1 = distillation; 2 = distillation and preference optimisation; reward = train a reward model for stage 2
+    method: str = "flash"  # flash; dmd2 = the baseline; dmdr, advdmd = sibling papers (--method NAME --help: their flags)
+    stage: int | str = 1  # 1 = distillation; 2 = preference optimisation joins it; reward = train a reward model
     model: str = "toy/sdxl"  # the teacher: a diffusers pipeline folder, or a hub name
-    data: str = "toy"  # toy, a folder of images with metadata.jsonl (file_name, text), or WebDataset shards ("shards/{000..127}.tar")
+    data: str = "toy"  # toy, a folder of images with metadata.jsonl (file_name, text), or shards ("s/{000..127}.tar")
     prompts: str = ""  # a text file of prompts for G, one per line; default: the captions of the data
-    cache_latents: str = ""  # a folder that keeps the VAE's latents of --data; for methods that see latents, or --gan-reals vae
-    size_condition: str = "square"  # SDXL's size conditions: square = an uncropped square; original = the size and crop of the picture
+    cache_latents: str = ""  # folder that keeps the VAE's latents of --data, for methods that see latents alone
+    size_condition: str = "square"  # SDXL's size conditions: square = an uncropped square; original = the picture's own
     resolution: int = 64  # side of the square training images, pixels
     out: str = ""  # run folder; default runs/DATE-TIME
     iterations: int = 400  # loops of Algorithm 1; the generator moves in every TTUR-th
@@ -37,8 +38,8 @@ class Config:
     ema: float = 0.9  # lambda of Eq. 11; 1 = no pull
     gan_weight: float = 0.03  # lambda of Algorithm 1, line 16 (advdmd: weight of the policy loss); 0 = no GAN
     gan_loss: str = "hinge"  # Pixel-GAN's loss: hinge or logistic
-    adv_reading: str = "b"  # what Pixel-GAN judges: a = the re-noised finished rollout (Eq. 9), b = the rollout's last step (Algorithm 1)
-    gan_crop: int = 0  # pixels: Pixel-GAN sees a random square of this side; it saves the VAE's memory. 0 = whole pictures
+    adv_reading: str = "b"  # what Pixel-GAN judges: a = the finished rollout, noised again (Eq. 9); b = its last step
+    gan_crop: int = 0  # pixels: Pixel-GAN sees a random square of this side, to save memory. 0 = whole pictures
     gan_reals: str = "raw"  # what Pixel-GAN sees as real: raw images, or their vae round trip
     sam: str = "toy/sam"  # Pixel-GAN's image encoder: a folder, or a segment_anything checkpoint sam_vit_*.pth
     clip: str = "toy/clip"  # the CLIP that evaluation uses
@@ -48,23 +49,23 @@ class Config:
     lr: float = 4e-5  # generator's AdamW learning rate
     fake_lr: float = 3e-4  # score estimator's learning rate
     d_lr: float = 1e-3  # learning rate of the discriminator's heads
-    lr_schedule: str = "linear"  # of the generator's and the score estimator's rates: constant, or linear = falling to 0 over --iterations
-    optimizer: str = "adamw"  # of all networks: adamw, or adamw8bit = torchao's, moments in 8 bits; needs a C++ compiler
+    lr_schedule: str = "linear"  # rates of G and score estimator: constant, or linear = falling to 0 over --iterations
+    optimizer: str = "adamw"  # adamw, or adamw8bit = torchao's, moments in 8 bits; needs a C++ compiler
     weight_decay: float = 0.01  # of all networks
     clip_grad: float = 1.0  # largest gradient norm of the generator and of the score estimator
     init: str = ""  # stage 2: the stage-1 run to start from; default the newest
-    reward: str = ""  # stage 2, dmdr: folder of the latent reward model; default "lrm" beside the model (toy/lrm). dmdr: or "clip"
+    reward: str = ""  # stage 2, dmdr: the latent reward model's folder; default "lrm" beside --model. dmdr: or "clip"
     rl_ratio: int = 5  # stage 2: preference updates per distillation update; --iterations counts both
     rl_steps: str = "high"  # stage 2: student steps whose candidates are scored: high = the two noisiest, or all
     candidates: int = 4  # stage 2: k, candidates per step; advdmd: rollouts per prompt
     carry: str = "random"  # stage 2: the candidate that the next step starts from: random, or best
     pair_threshold: float = 0.45  # stage 2: a pair is kept when the softmax over best and worst is this far apart
     beta: float = 0.05  # stage 2: beta of Eq. 12; H is a sum over dimensions
-    ratio_clip: float = 0.0  # stage 2: hold the ratio of each mean density to the reference's within 1 +- this (LPO: 0.1); 0 = off
+    ratio_clip: float = 0.0  # stage 2: hold ratios of mean densities to the reference's within 1 +- this (LPO: 0.1)
     rl_lr: float = 1e-5  # stage 2: learning rate of the preference updates
     rl_only: bool = False  # stage 2: no distillation beside it (the paper's post-training)
-    lora_rank: int = 0  # train G and the score estimator as two LoRAs of this rank on one frozen network; 0 = a copy each
-    pairs: str = ""  # stage reward: a folder of picture pairs, metadata.jsonl with caption, jpg_0_file_name, jpg_1_file_name, label_0
+    lora_rank: int = 0  # train G and the score estimator as two LoRAs of this rank on one frozen network; 0 = copies
+    pairs: str = ""  # stage reward: a folder of picture pairs; metadata.jsonl with Pick-a-Pic's columns (docs/data.md)
     reward_lr: float = 1e-5  # stage reward: learning rate
     compile: bool = False  # torch.compile the three denoisers; needs a C++ compiler
     checkpointing: bool = False  # recompute activations in backward passes: less memory, about a third more time
@@ -74,12 +75,13 @@ class Config:
     preview_every: int = 100  # loops between preview pictures; 0 = none
     log_every: int = 10  # loops between lines of metrics.jsonl
     workers: int = 0  # data-loading processes per rank
-    dry_run: bool = False  # print what the run needs (memory, FLOPs, GPU-hours at SDXL's size) and end; needs no weights and no GPU
+    dry_run: bool = False  # print what the run needs (memory, FLOPs, GPU-hours) and end; needs no weights and no GPU
     gpus: int = 8  # --dry-run: how many GPUs; must divide the batch
     gpu_memory: float = 80.0  # --dry-run: GB of each GPU
     gpu_tflops: float = 400.0  # --dry-run: sustained bf16 TFLOP/s of each GPU
     resume: bool = False  # go on from the newest checkpoint in --out
     overwrite: bool = False  # replace the run in --out
+    # fmt: on
 
     def check(self):
         """Raises UserError for values out of range, and for settings that exclude each other."""
@@ -94,13 +96,21 @@ class Config:
         self.require("pair_threshold", 0 <= self.pair_threshold < 1, "must lie in [0, 1)")
         self.require("ratio_clip", 0 <= self.ratio_clip < 1, "must lie in [0, 1)")
         self.require("gan_crop", self.gan_crop <= self.resolution, "must not be larger than --resolution")
-        self.require("pairs", self.stage != "reward" or self.pairs, "is missing: --stage reward needs a folder of picture pairs")
+        self.require(
+            "pairs", self.stage != "reward" or self.pairs, "is missing: --stage reward needs a folder of picture pairs"
+        )
         if self.size_condition == "original" and (self.prompts or self.data == "toy"):
-            raise UserError("--size-condition original needs pictures with their own captions: give --data, and no --prompts")
+            raise UserError(
+                "--size-condition original needs pictures with their own captions: give --data, and no --prompts"
+            )
         if self.cache_latents and self.data == "toy":
-            raise UserError("--cache-latents needs --data, a folder or shards: the toy world draws new scenes without end")
+            raise UserError(
+                "--cache-latents needs --data, a folder or shards: the toy world draws new scenes without end"
+            )
         if self.cache_latents and self.method == "flash" and self.gan_weight and self.gan_reals == "raw":
-            raise UserError("--cache-latents: Pixel-GAN looks at the pictures themselves: leave it out, or pass --gan-reals vae")
+            raise UserError(
+                "--cache-latents: Pixel-GAN looks at the pictures themselves: leave it out, or pass --gan-reals vae"
+            )
         if not self.dry_run:
             self.per_rank(int(os.environ.get("WORLD_SIZE", 1)))
 
@@ -110,7 +120,7 @@ class Config:
             raise UserError(f"{flag(name)} {what}")
 
     def per_rank(self, ranks):
-        """Samples of a batch on each of `ranks` -> int. Raises UserError where they do not divide, or micro-batches do not."""
+        """Samples of a batch on each of `ranks`. Raises UserError where ranks or micro-batches do not divide them."""
         if self.batch_size % ranks:
             raise UserError(f"--batch-size {self.batch_size} is not divisible by {ranks} ranks")
         samples = self.batch_size // ranks
@@ -123,8 +133,8 @@ NOT_NEGATIVE = "seed workers micro_batch gan_crop lora_rank preview_every gan_we
 POSITIVE = "lr fake_lr d_lr rl_lr reward_lr beta clip_grad gpu_memory gpu_tflops".split()
 AT_LEAST_1 = "iterations batch_size ttur save_every keep log_every resolution rl_ratio gpus".split()
 
-# ASSUMPTION: the paper prints neither learning rates nor loss weights. SDXL's lr and guidance are DMD2's, its fake_lr is 5 times lr,
-# beta is LPO's, SD3's rates are ours, the rest are the toy's.
+# ASSUMPTION: the paper prints neither learning rates nor loss weights. SDXL's lr and guidance are DMD2's, its fake_lr
+# is 5 times lr, beta is LPO's, SD3's rates are ours, the rest are the toy's.
 _SDXL = {
     "model": "stabilityai/stable-diffusion-xl-base-1.0",
     "resolution": 1024,
@@ -155,7 +165,8 @@ PRESETS = {  # a method's own values of the common settings stand in its Setting
     "sdxl-4step-ttur2": _SDXL | {"batch_size": 64, "iterations": 4000, "ttur": 2},  # Table 1; 8,000 too
     "sdxl-4step-ttur5": _SDXL | {"batch_size": 64, "iterations": 18000, "ttur": 5},  # Table 1
     "sdxl-8step": _SDXL | {"batch_size": 48, "iterations": 3000, "ttur": 2, "student_steps": 8},  # Table 6; 6,000 too
-    "sd3-4step": _SD3 | {"batch_size": 32, "iterations": 4000, "ttur": 2},  # Table 2; 7,000 too. Rank and rates are ours
+    "sd3-4step": _SD3
+    | {"batch_size": 32, "iterations": 4000, "ttur": 2},  # Table 2; 7,000 too. Rank and rates are ours
     "sdxl-stage2": _STAGE2 | {"batch_size": 64, "iterations": 5000},  # Tables 3, 4. ASSUMPTION: the batch is stage 1's
     "sdxl-8step-stage2": _STAGE2 | {"batch_size": 48, "iterations": 3000, "student_steps": 8},  # Table 7; 6,000 too
 }
@@ -221,7 +232,7 @@ def _stage(text):
 
 
 def method_of(argv=None):
-    """The method that a command line names: by --method, by the folder of a run that goes on, or by --preset; "flash" otherwise."""
+    """The method that a command line names, by --method, by a run that goes on, or by --preset; "flash" otherwise."""
     first = Parser(add_help=False)
     for name in ("--method", "--preset", "--out"):
         first.add_argument(name, default="")
@@ -251,7 +262,8 @@ def parse(argv=None, settings=Config):
     before = {}
     if goes_on(given.get("out"), given.get("resume")):
         given["resume"] = True
-        before = {k: v for k, v in saved_settings(given.get("out")).items() if k in notes and k not in ("preset", "overwrite")}
+        saved = saved_settings(given.get("out"))
+        before = {k: v for k, v in saved.items() if k in notes and k not in ("preset", "overwrite")}
     preset = PRESETS[given.get("preset", "toy")]
     config = settings(**{**preset, **before, **given})
     config.renoise = tuple(config.renoise)
@@ -268,7 +280,7 @@ def help_texts(settings):
 
 
 def goes_on(out, resume):
-    """Whether a command goes on with the run in folder `out`: it says --resume, or the torchrun that began the run restarts it."""
+    """Whether a command goes on with the run in folder `out`: by --resume, or when its torchrun restarts it."""
     launch = Path(out or "", "launch")  # the torchrun that began the run
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and bool(out)
     return resume or restarted and launch.is_file() and launch.read_text() == os.environ.get("TORCHELASTIC_RUN_ID")

@@ -178,7 +178,9 @@ class Shards(ImageFolder):
 
     def _open(self, name):
         shard, first, length = self.places[name]
-        shard = pickle.loads(pickle.dumps(shard))  # opened anew in each process: connections do not survive the fork to a loader
+        shard = pickle.loads(
+            pickle.dumps(shard)
+        )  # opened anew in each process: connections do not survive the fork to a loader
         with shard as file:
             file.seek(first)
             return io.BytesIO(file.read(length))
@@ -303,7 +305,9 @@ def batches(source, indices, workers=0):
 
     Yields images (B, 3, H, W), prompts, sizes (B, 6), indices (B,).
     """
-    loader = DataLoader(_Indexed(source), batch_sampler=indices, num_workers=workers, worker_init_fn=ignore_first_sigterm)
+    loader = DataLoader(
+        _Indexed(source), batch_sampler=indices, num_workers=workers, worker_init_fn=ignore_first_sigterm
+    )
     return iter(loader)
 
 

@@ -223,7 +223,9 @@ def print_states(config, rows, open_blocks, whole, sharded):
     def show(name, n, *gb):
         print(f"{name:34}{n / 1e6:14.1f}" + "".join(f"{v / 1e9:{w}.2f}" for v, w in zip(gb, (10, 11, 9, 12, 14, 16))))
 
-    columns = f"{'weights':>10}{'gradients':>11}{'moments':>9}{'checkpoint':>12}{'a GPU, whole':>14}{'a GPU, sharded':>16}"
+    columns = (
+        f"{'weights':>10}{'gradients':>11}{'moments':>9}{'checkpoint':>12}{'a GPU, whole':>14}{'a GPU, sharded':>16}"
+    )
     print(f"{'GB':34}{'parameters, M':>14}{columns}")
     for row in rows:
         show(*row[:5], saved(row), a_gpu([row], 1), a_gpu([row], gpus))

@@ -104,7 +104,9 @@ def card(run, made, config, load, schedule):
     steps = config["student_steps"]
     call = f"num_inference_steps={steps}"
     shift = ""
-    if schedule.prediction == "flow":  # sigmas before the shift; as many tokens of zeros as CLIP has stand for the missing T5
+    if (
+        schedule.prediction == "flow"
+    ):  # sigmas before the shift; as many tokens of zeros as CLIP has stand for the missing T5
         length = load_part(CLIPTokenizer, folder(config["model"]), "tokenizer").model_max_length
         call = f"sigmas={[n / steps for n in range(steps, 0, -1)]}, max_sequence_length={length}"
         shift = f"; node ModelSamplingSD3 with shift {schedule.shift:g}"

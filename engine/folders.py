@@ -55,7 +55,9 @@ def from_hub(model, name):
 def out_of_reach(model, part, error):
     """The UserError for a part of hub repository `model` that cannot be had."""
     what = f"{part} of {model}" if part else model
-    return UserError(f"cannot get {what} from the hub: download it, and give its folder in place of the name ({first_line(error)})")
+    return UserError(
+        f"cannot get {what} from the hub: download it, and give its folder in place of the name ({first_line(error)})"
+    )
 
 
 def first_line(error):

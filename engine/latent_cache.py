@@ -50,7 +50,9 @@ def check(config):
         try:
             found = json.loads((folder / "settings.json").read_text())
         except (OSError, ValueError):
-            raise UserError(f"{folder} is not a latent cache (it has no settings.json): give another --cache-latents") from None
+            raise UserError(
+                f"{folder} is not a latent cache (it has no settings.json): give another --cache-latents"
+            ) from None
         wanted = {k: str(getattr(config, k)) for k in SETTINGS}
         if found != wanted:
             raise UserError(f"{folder} holds latents of {found}, not {wanted}: give another --cache-latents")

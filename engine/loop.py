@@ -8,7 +8,10 @@ from engine.distributed import Ending, from_rank_0
 from engine.errors import UserError
 
 GIVE_UP_AFTER = 10  # loops in a row with a non-finite loss or gradient
-KINDS = {"generator_updates": "G", "rl_updates": "G, RL"}  # counter of a kind of loop -> the player whose steps it counts
+KINDS = {
+    "generator_updates": "G",
+    "rl_updates": "G, RL",
+}  # counter of a kind of loop -> the player whose steps it counts
 
 
 class Run:
@@ -112,4 +115,6 @@ class Run:
     def save(self, background):
         """A checkpoint; on CUDA it is written in the background (torchao's moments cannot be copied aside)."""
         on_gpu = self.nets.latent.device.type == "cuda" and self.config.optimizer == "adamw"
-        checkpoint.save(self.folder, self.nets.players, self.progress, self.config.keep, background=background and on_gpu)
+        checkpoint.save(
+            self.folder, self.nets.players, self.progress, self.config.keep, background=background and on_gpu
+        )

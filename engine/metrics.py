@@ -23,8 +23,12 @@ class Clip:
         self.tokenizer = load_part(CLIPTokenizer, path)
         config = Path(path) / "preprocessor_config.json"
         pixels = json.loads(config.read_text()) if config.exists() else {}
-        self.mean = torch.tensor(pixels.get("image_mean", [0.48145466, 0.4578275, 0.40821073]), device=device).view(3, 1, 1)
-        self.std = torch.tensor(pixels.get("image_std", [0.26862954, 0.26130258, 0.27577711]), device=device).view(3, 1, 1)
+        self.mean = torch.tensor(pixels.get("image_mean", [0.48145466, 0.4578275, 0.40821073]), device=device).view(
+            3, 1, 1
+        )
+        self.std = torch.tensor(pixels.get("image_std", [0.26862954, 0.26130258, 0.27577711]), device=device).view(
+            3, 1, 1
+        )
 
     def features(self, images):
         """The projected image embeddings, not normalised, (N, d). Gradient passes to images that ask for it."""

@@ -28,7 +28,10 @@ from diffusion import Schedule
 from engine.errors import UserError
 from engine.folders import first_line, folder, out_of_reach, part_of
 
-PARTS = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}  # a denoiser's name in a pipeline folder, and its class
+PARTS = {
+    "unet": UNet2DConditionModel,
+    "transformer": SD3Transformer2DModel,
+}  # a denoiser's name in a pipeline folder, and its class
 
 
 def load_part(cls, path, sub="", how="from_pretrained", **kwargs):
@@ -69,7 +72,9 @@ class Denoiser:
         """name: what an error calls it."""
         self.net, self.schedule, self.dtype, self.name = net, schedule, dtype, name
         self.scales = scales or {}
-        self.passes = 0  # forward passes so far, in samples; one with gradient counts as 3 (its backward costs two forwards)
+        self.passes = (
+            0  # forward passes so far, in samples; one with gradient counts as 3 (its backward costs two forwards)
+        )
 
     def __call__(self, x_t, t, c):
         self.passes += len(x_t) * (3 if torch.is_grad_enabled() else 1)
@@ -138,7 +143,12 @@ def lora_scale(net, scales):
 
 def load_schedule(model):
     """The noise schedule of a pipeline folder's (or hub name's) scheduler config."""
-    config = load_part(FlowMatchEulerDiscreteScheduler, folder(model, "scheduler/scheduler_config.json"), "scheduler", how="load_config")
+    config = load_part(
+        FlowMatchEulerDiscreteScheduler,
+        folder(model, "scheduler/scheduler_config.json"),
+        "scheduler",
+        how="load_config",
+    )
     try:
         if config["_class_name"] == "FlowMatchEulerDiscreteScheduler":
             return Schedule("flow", shift=config["shift"])
@@ -146,7 +156,9 @@ def load_schedule(model):
             return Schedule("eps", config["beta_start"], config["beta_end"])
     except (KeyError, TypeError) as e:
         raise UserError(f"scheduler/scheduler_config.json of {model} lacks {e}") from None
-    raise UserError(f"{model}: only eps-prediction with scaled_linear betas (SDXL) and flow matching (SD3) are supported")
+    raise UserError(
+        f"{model}: only eps-prediction with scaled_linear betas (SDXL) and flow matching (SD3) are supported"
+    )
 
 
 def load_denoiser(model, device="cpu", dtype=torch.float32, student=None, name="a denoiser"):
@@ -159,7 +171,9 @@ def load_denoiser(model, device="cpu", dtype=torch.float32, student=None, name="
     where = folder(model, "model_index.json", part) if student is None or lora else str(student)
     net = load_part(PARTS[part], where, part, low_cpu_mem_usage=False)
     if lora:
-        load_part(net, str(student), "lora", "load_lora_adapter", prefix=part, weight_name="pytorch_lora_weights.safetensors")
+        load_part(
+            net, str(student), "lora", "load_lora_adapter", prefix=part, weight_name="pytorch_lora_weights.safetensors"
+        )
         net.fuse_lora()
         net.unload_lora()
     return Denoiser(net.float().to(device), load_schedule(model), dtype, name=name)

@@ -72,7 +72,9 @@ class Preview:
         earlier = {"undistilled": teacher}
         if nets.ref:
             earlier["stage 1"] = nets.ref
-        self.earlier = [self.vae.decode(self.rollout(denoiser, self.c, "preview", columns)) for denoiser in earlier.values()]
+        self.earlier = [
+            self.vae.decode(self.rollout(denoiser, self.c, "preview", columns)) for denoiser in earlier.values()
+        ]
         few_step = (*earlier, f"stage {nets.config.stage}")
         self.labels = [*(f"{name}, {len(self.S)} steps" for name in few_step), "teacher, 50 steps"]
 

@@ -15,7 +15,11 @@ from engine.models import Denoiser, add_lora, at_work, load_denoiser, load_sam, 
 from engine.prompts import load_encoder
 from engine.reward_model import load_reward_model
 
-LORAS = {"teacher": {"student": 0.0, "fake": 0.0}, "G": {"student": 1.0, "fake": 0.0}, "fake": {"student": 0.0, "fake": 1.0}}
+LORAS = {
+    "teacher": {"student": 0.0, "fake": 0.0},
+    "G": {"student": 1.0, "fake": 0.0},
+    "fake": {"student": 0.0, "fake": 1.0},
+}
 
 
 @dataclass
@@ -37,10 +41,14 @@ class Networks:
     D: object = None  # the method's discriminator, where it has one
     ref: object = None  # stage 2: p_ref, the frozen stage-1 student
     R: object = None  # the reward model: stage 2's, or DMDR's
-    trained: dict = field(default_factory=dict)  # name -> (module, learning rate, name of its LoRA or ""): who gets an optimizer
+    trained: dict = field(
+        default_factory=dict
+    )  # name -> (module, learning rate, name of its LoRA or ""): who gets an optimizer
     rewarding: tuple = ()  # AdvDMD: the score estimator and head whose logits are its reward
     players: dict = field(default_factory=dict)  # name -> (module, optimizer)
-    steps: Counter = field(default_factory=Counter)  # (name, whether it stepped) -> optimizer steps so far, taken or skipped
+    steps: Counter = field(
+        default_factory=Counter
+    )  # (name, whether it stepped) -> optimizer steps so far, taken or skipped
 
     def __post_init__(self):
         self.denoisers = [self.G, self.fake, self.teacher]  # whose passes are counted

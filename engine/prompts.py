@@ -37,7 +37,10 @@ class PromptEncoder:
         if long is not None:
             self.warned = True
             length = self.tokenizers[0].model_max_length
-            print(f"warning: prompts are cut off after {length} tokens, the first of them: {long[:60]!r} ...", file=sys.stderr)
+            print(
+                f"warning: prompts are cut off after {length} tokens, the first of them: {long[:60]!r} ...",
+                file=sys.stderr,
+            )
         states, pooled = [], []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders):
             fixed = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}

@@ -1,7 +1,7 @@
 """The latent reward model's folders: the published layout of LPO's SDXL model, read and written.
 
-    unet/, text_encoder/, text_encoder_2/      diffusers and transformers folders; R drops the UNet's up blocks
-    state_dict.pt                              {"visual_projection": {"weight"}, "logit_scale"}
+unet/, text_encoder/, text_encoder_2/      diffusers and transformers folders; R drops the UNet's up blocks
+state_dict.pt                              {"visual_projection": {"weight"}, "logit_scale"}
 """
 
 import copy
@@ -38,7 +38,9 @@ def load_reward_model(path, image_size, tokenizers=None, device="cpu", dtype=tor
         state = torch.load(where / "state_dict.pt", map_location="cpu", weights_only=True)
         R.visual_projection.load_state_dict(state["visual_projection"])
         R.logit_scale.data = torch.as_tensor(state["logit_scale"]).float()
-    except Exception as e:  # of another width, of other keys, cut short, pickled objects: torch has an error of its own for each
+    except (
+        Exception
+    ) as e:  # of another width, of other keys, cut short, pickled objects: torch has an error of its own for each
         raise UserError(f"cannot read state_dict.pt of {path}: {str(e).strip().splitlines()[-1].strip()}") from None
     return R.to(device, dtype).eval().requires_grad_(False)
 

@@ -36,7 +36,9 @@ class Pairs:
         self.path, self.resolution, self.seed = Path(path), resolution, seed
         table = self.path / "metadata.jsonl"
         if not table.is_file():
-            raise UserError(f"{path} has no metadata.jsonl (per line: caption, jpg_0_file_name, jpg_1_file_name, label_0)")
+            raise UserError(
+                f"{path} has no metadata.jsonl (per line: caption, jpg_0_file_name, jpg_1_file_name, label_0)"
+            )
         pairs = []
         for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
             if not line.strip():

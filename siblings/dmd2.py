@@ -42,7 +42,9 @@ class Settings(Config):
         super().check()
         self.require("critic_weight", self.critic_weight >= 0, "must not be negative")
         if self.compile and self.gan_weight:
-            raise UserError(f"--compile and --method {self.method} exclude each other: a compiled network hides its features")
+            raise UserError(
+                f"--compile and --method {self.method} exclude each other: a compiled network hides its features"
+            )
 
 
 # ----------------------------------------------------------------------------------- Eq. 5 and 7

@@ -43,8 +43,8 @@ class Settings(Config):
     ttur: int = 5
     ema: float = 1.0
     gan_weight: float = 0.0
-    fake_lora: int = 16  # rank of the LoRA that makes the score estimator out of the frozen teacher; 0 = a copy of its own
-    dynamic: int = 100  # K, generator updates of the dynamic cold start (DynaDG, DynaRS); 0 = none. Needs --fake-lora
+    fake_lora: int = 16  # rank of the LoRA that makes the teacher the score estimator; 0 = a copy, trained whole
+    dynamic: int = 100  # K, generator updates of the cold start (DynaDG, DynaRS); 0 = none. Needs --fake-lora
     real_scale: float = 0.75  # r_0, the LoRA's scale in the real score at the start
     reward_weight: float = 0.1  # w, weight of the reward loss beside the DM loss, after the cold start; 0 = none
     reward_margin: float = 8.0  # m, the score above which the reward loss is 0
@@ -58,7 +58,9 @@ class Settings(Config):
         if self.dynamic and not self.fake_lora:
             raise UserError("--dynamic needs --fake-lora: DynaDG scales the score estimator's LoRA")
         if self.lora_rank and self.fake_lora:
-            raise UserError("--lora-rank gives the score estimator a LoRA already: pass --fake-lora 0 --dynamic 0 with it")
+            raise UserError(
+                "--lora-rank gives the score estimator a LoRA already: pass --fake-lora 0 --dynamic 0 with it"
+            )
         if self.fake_lora and self.ema < 1:
             raise UserError("--fake-lora needs --ema 1: Eq. 11 pulls whole weights, not a LoRA's")
 

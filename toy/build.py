@@ -51,7 +51,11 @@ def build_vae():
         images, _ = crowd_of(16)
         posterior = vae.encode(images).latent_dist
         rebuilt = vae.decode(posterior.sample()).sample
-        return F.l1_loss(rebuilt, images) + F.mse_loss(rebuilt, images) + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        return (
+            F.l1_loss(rebuilt, images)
+            + F.mse_loss(rebuilt, images)
+            + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        )
 
     began = time.time()
     fit("vae", [vae], loss, steps=2400, lr=2e-3)
@@ -63,7 +67,13 @@ def build_vae():
         rebuilt = vae.decode(latents).sample
     vae.half().save_pretrained(HERE / "sdxl" / "vae")
     report("checker", 0, {"prompt_accuracy": 1.0}, **accuracies(images, captions))
-    report("vae", time.time() - began, {"prompt_accuracy": 0.97}, mse=F.mse_loss(rebuilt, images).item(), **accuracies(rebuilt, captions))
+    report(
+        "vae",
+        time.time() - began,
+        {"prompt_accuracy": 0.97},
+        mse=F.mse_loss(rebuilt, images).item(),
+        **accuracies(rebuilt, captions),
+    )
 
 
 # ------------------------------------------------------------------------------------------- 2. the CLIP
@@ -75,20 +85,36 @@ def build_tokenizer():
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<|startoftext|>", "<|endoftext|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=special, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200,
+        special_tokens=special,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     bpe.train_from_iterator((world.scene(i)[1] for i in range(2000)), trainer)
     learnt = json.loads(bpe.to_str())["model"]
     vocab = learnt["vocab"]
     for letter in alphabet:  # CLIP's vocabulary has every byte twice: inside a word and at its end
         vocab.setdefault(letter + "</w>", len(vocab))
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in learnt["merges"]], model_max_length=MAX_TOKENS, pad_token="<|endoftext|>")
+    tokenizer = CLIPTokenizer(
+        vocab=vocab, merges=[tuple(m) for m in learnt["merges"]], model_max_length=MAX_TOKENS, pad_token="<|endoftext|>"
+    )
     return tokenizer
 
 
 def altered(text, generator, often_place=0.0):
     """The caption with one fact made false: another colour, shape, size, fill, row, column or background."""
     words = text.split(" ")
-    kinds = [tuple(world.COLORS), world.SHAPES, tuple(world.SIZES), world.FILLS, world.ROWS, world.COLUMNS, tuple(world.BACKGROUNDS)]
+    kinds = [
+        tuple(world.COLORS),
+        world.SHAPES,
+        tuple(world.SIZES),
+        world.FILLS,
+        world.ROWS,
+        world.COLUMNS,
+        tuple(world.BACKGROUNDS),
+    ]
     spots = [(i, kind) for i, w in enumerate(words) for kind in kinds if w in kind]
     places = [(i, kind) for i, kind in spots if kind in (world.ROWS, world.COLUMNS)]
     if places and torch.rand((), generator=generator) < often_place:  # what CLIP learns last
@@ -101,8 +127,18 @@ def altered(text, generator, often_place=0.0):
 
 def build_clip():
     tokenizer = build_tokenizer()
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3, "projection_dim": 64}
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    shape = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "projection_dim": 64,
+    }
     clip = CLIPModel(
         CLIPConfig(
             text_config={**shape, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS},
@@ -110,7 +146,9 @@ def build_clip():
             projection_dim=64,
         )
     )
-    clip.vision_model.embeddings.position_embedding.weight.data *= 10  # as strong as a patch's content, or places are not learnt
+    clip.vision_model.embeddings.position_embedding.weight.data *= (
+        10  # as strong as a patch's content, or places are not learnt
+    )
     batch = 64
     tokens = lambda texts: tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")  # noqa: E731
 
@@ -120,14 +158,18 @@ def build_clip():
         wrong = [altered(c, generator, often_place=0.5) for c in captions]
         out = clip(**tokens(captions + wrong), pixel_values=images)
         target = torch.arange(batch)
-        return (F.cross_entropy(out.logits_per_image, target) + F.cross_entropy(out.logits_per_text[:batch], target)) / 2
+        return (
+            F.cross_entropy(out.logits_per_image, target) + F.cross_entropy(out.logits_per_text[:batch], target)
+        ) / 2
 
     began = time.time()
     fit("clip", [clip], loss, steps=3200, lr=1e-3, weight_decay=0.01)
     clip.eval().requires_grad_(False)
     reached = measure_clip(clip, tokens)
     tokenizer.save_pretrained(HERE / "clip")
-    CLIPImageProcessorPil(size=world.SIZE, crop_size=world.SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(HERE / "clip")
+    CLIPImageProcessorPil(
+        size=world.SIZE, crop_size=world.SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(HERE / "clip")
     clip.half().save_pretrained(HERE / "clip")
     report("clip", time.time() - began, {"right_caption_over_altered": 0.9}, **reached)
 
@@ -179,7 +221,12 @@ def build_sam():
     (folder / "config.json").write_text(json.dumps(SAM, indent=2) + "\n")
     save_file({k: v.half().contiguous() for k, v in encoder.state_dict().items()}, folder / "image_encoder.safetensors")
     right = (guess == masks).float()
-    report("sam", time.time() - began, pixel_accuracy=right.mean().item(), object_pixel_accuracy=right[masks > 0].mean().item())
+    report(
+        "sam",
+        time.time() - began,
+        pixel_accuracy=right.mean().item(),
+        object_pixel_accuracy=right[masks > 0].mean().item(),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- main

@@ -18,7 +18,11 @@ HERE = Path(__file__).parent
 def scenes(count=32768, split="train"):
     """-> images (count, 3, 64, 64) in [-1, 1], captions, masks (count, 64, 64) of the split's first scenes."""
     drawn = [world.scene(i, split) for i in tqdm(range(count), desc=f"scenes, {split}", mininterval=5)]
-    return torch.stack([world.render(s) for s, _ in drawn]), [c for _, c in drawn], torch.stack([world.labels(s) for s, _ in drawn])
+    return (
+        torch.stack([world.render(s) for s, _ in drawn]),
+        [c for _, c in drawn],
+        torch.stack([world.labels(s) for s, _ in drawn]),
+    )
 
 
 @cache
@@ -81,7 +85,10 @@ def fit(name, modules, loss, steps, lr, weight_decay=0.0, muon=()):
         if (step + 1) % 250 == 0 and step + 1 < steps:
             state.parent.mkdir(exist_ok=True)
             moments = [optimizer.state_dict() for optimizer in optimizers]
-            torch.save({"step": step + 1, "optimizers": moments, "params": params, "average": average}, state.with_suffix(".tmp"))
+            torch.save(
+                {"step": step + 1, "optimizers": moments, "params": params, "average": average},
+                state.with_suffix(".tmp"),
+            )
             state.with_suffix(".tmp").replace(state)
     with torch.no_grad():
         for p, a in zip(params, average):
@@ -96,7 +103,10 @@ def report(part, seconds, at_least=(), **reached):
             raise SystemExit(f"{part}: {measure} is {reached[measure]:.3f}, below {bar}: nothing can be built on it")
     path = HERE / "quality.json"
     quality = json.loads(path.read_text()) if path.exists() else {}
-    quality[part] = {**{k: round(v, 4) if isinstance(v, float) else v for k, v in reached.items()}, "minutes": round(seconds / 60, 1)}
+    quality[part] = {
+        **{k: round(v, 4) if isinstance(v, float) else v for k, v in reached.items()},
+        "minutes": round(seconds / 60, 1),
+    }
     path.write_text(json.dumps(quality, indent=2) + "\n")
     print(part, quality[part])
 

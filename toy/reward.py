@@ -17,7 +17,13 @@ from latent_reward import bradley_terry, pair_scores
 from toy import world
 from toy.fit import HERE, fit, forget_path, report
 
-KINDS = {"fact": 0.35, "facts": 0.25, "blurred": 0.1, "saturated": 0.1, "mixed": 0.2}  # of worse pictures, and their shares
+KINDS = {
+    "fact": 0.35,
+    "facts": 0.25,
+    "blurred": 0.1,
+    "saturated": 0.1,
+    "mixed": 0.2,
+}  # of worse pictures, and their shares
 
 
 def spoilt(kind, scene, text, image, other, rng):
@@ -37,7 +43,13 @@ def spoilt(kind, scene, text, image, other, rng):
 def altered(scene, stated, names, rng):
     """The scene with these facts, of those that its caption states, made false."""
     (o,), background = scene.objects, scene.background
-    options = {"shape": world.SHAPES, "color": world.COLORS, "size": world.SIZES, "fill": world.FILLS, "background": world.BACKGROUNDS}
+    options = {
+        "shape": world.SHAPES,
+        "color": world.COLORS,
+        "size": world.SIZES,
+        "fill": world.FILLS,
+        "background": world.BACKGROUNDS,
+    }
     for name in names:
         if name in ("row", "column"):
             o = dataclasses.replace(o, cell=o.cell ^ (2 if name == "row" else 1))
@@ -76,7 +88,11 @@ def build_lrm():
     def loss(step):
         which, t = torch.randint(len(better), (batch,)), torch.randint(1, 900, (batch,))
         noise = torch.randn(2, batch, 4, 16, 16)
-        return bradley_terry(*pair_scores(R, schedule, better[which], worse[which], t, *noise, {k: v[which] for k, v in conditions.items()}))
+        return bradley_terry(
+            *pair_scores(
+                R, schedule, better[which], worse[which], t, *noise, {k: v[which] for k, v in conditions.items()}
+            )
+        )
 
     began = time.time()
     fit("lrm", [R], loss, steps=7000, lr=1.5e-3, weight_decay=0.01)
@@ -85,7 +101,9 @@ def build_lrm():
     c, right = R.encoder.encode(captions), {}
     torch.manual_seed(0)
     for t in (50, 250, 500, 749):
-        win, lose = pair_scores(R, schedule, better, worse, torch.full((len(better),), t), *torch.randn(2, *better.shape), c)
+        win, lose = pair_scores(
+            R, schedule, better, worse, torch.full((len(better),), t), *torch.randn(2, *better.shape), c
+        )
         right[f"right_at_t_{t}"] = (win > lose).float().mean().item()
         if t == 500:
             of = {kind: (win > lose)[torch.from_numpy(kinds == kind)] for kind in KINDS}

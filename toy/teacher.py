@@ -53,7 +53,10 @@ def build_sdxl():
         tokenizer_2=CLIPTokenizer.from_pretrained(clip),
         unet=unet,
         scheduler=EulerDiscreteScheduler(
-            beta_start=schedule.beta_start, beta_end=schedule.beta_end, beta_schedule="scaled_linear", timestep_spacing="trailing"
+            beta_start=schedule.beta_start,
+            beta_end=schedule.beta_end,
+            beta_schedule="scaled_linear",
+            timestep_spacing="trailing",
         ),
         force_zeros_for_empty_prompt=True,
     )
@@ -103,7 +106,9 @@ def build_sd3():
     # Muon for the blocks' matrices, which AdamW moves too slowly: 7,000 of its steps drew 43 % of prompts right.
     matrices = [p for n, p in transformer.transformer_blocks.named_parameters() if p.ndim == 2 and "norm" not in n]
     train_teacher("sd3", where, pipeline, transformer, schedule, schedule.weight, steps=11000, muon=matrices)
-    for path in where.rglob("*.safetensors"):  # VAE and text encoders are those of toy/sdxl: links, so that they are stored once
+    for path in where.rglob(
+        "*.safetensors"
+    ):  # VAE and text encoders are those of toy/sdxl: links, so that they are stored once
         for twin in (HERE / "sdxl").rglob("*.safetensors"):
             if not path.is_symlink() and twin.read_bytes() == path.read_bytes():
                 path.unlink()
@@ -118,7 +123,10 @@ def train_teacher(part, where, pipeline, net, schedule, weight, steps, batch=32,
     encoder, vae, denoiser = load_encoder(where, world.SIZE), load_vae(where), Denoiser(net, schedule)
     images, captions, _ = scenes()
     latents = torch.cat([vae.encode(i) for i in tqdm(images.split(128), desc="latents", mininterval=5)])
-    encoded = [encoder.encode(captions[i : i + 256]) for i in tqdm(range(0, len(captions), 256), desc="captions", mininterval=5)]
+    encoded = [
+        encoder.encode(captions[i : i + 256])
+        for i in tqdm(range(0, len(captions), 256), desc="captions", mininterval=5)
+    ]
     conditions, null = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}, encoder.null()
 
     def loss(step):
@@ -148,7 +156,10 @@ def measure(denoiser, encoder, vae, count=200):
     reached = {}
     for w in (1.0, GUIDANCE):
         teacher = guided(denoiser, encoder.null(), w)
-        fifty, four = sample_ode(teacher, z, c, 50), backward_simulation(teacher, z, c, denoiser.schedule.steps(4), generators)
+        fifty, four = (
+            sample_ode(teacher, z, c, 50),
+            backward_simulation(teacher, z, c, denoiser.schedule.steps(4), generators),
+        )
         reached[f"prompt_accuracy_50_steps_guidance_{w:g}"] = accuracies(vae.decode(fifty), prompts)["prompt_accuracy"]
         reached[f"prompt_accuracy_4_steps_guidance_{w:g}"] = accuracies(vae.decode(four), prompts)["prompt_accuracy"]
     return reached

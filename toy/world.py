@@ -27,7 +27,12 @@ COLORS = {
     "yellow": (0.95, 0.85, 0.15),
     "purple": (0.62, 0.18, 0.75),
 }
-BACKGROUNDS = {"black": (0.10, 0.10, 0.10), "gray": (0.50, 0.50, 0.50), "tan": (0.76, 0.66, 0.50), "navy": (0.10, 0.12, 0.34)}
+BACKGROUNDS = {
+    "black": (0.10, 0.10, 0.10),
+    "gray": (0.50, 0.50, 0.50),
+    "tan": (0.76, 0.66, 0.50),
+    "navy": (0.10, 0.12, 0.34),
+}
 SHAPES, FILLS, TEXTURES = ("circle", "cross", "triangle", "ring"), ("plain", "striped"), ("plain", "checkered")
 SIZES = {"small": 8, "large": 12}  # radius, pixels
 ROWS, COLUMNS = ("top", "bottom"), ("left", "right")  # of corners
@@ -65,7 +70,9 @@ class Scene:
 
     def key(self):
         """The scene in words, the place inside the cell left out: what the splits are dealt by."""
-        return " ".join([self.background, self.texture, *(f"{o.size} {o.fill} {o.color} {o.shape} {o.cell}" for o in self.objects)])
+        return " ".join(
+            [self.background, self.texture, *(f"{o.size} {o.fill} {o.color} {o.shape} {o.cell}" for o in self.objects)]
+        )
 
 
 # ---------------------------------------------------------------------------------------------- drawing
@@ -111,7 +118,10 @@ def render(scene):
         first, second = stencil(o.shape, o.size, o.fill, o.dx, o.dy)
         region = image[(slice(None), *_cell(o.cell))]
         region *= 1 - first - second
-        region += first * np.array(COLORS[o.color], np.float32)[:, None, None] + second * np.array(SECOND, np.float32)[:, None, None]
+        region += (
+            first * np.array(COLORS[o.color], np.float32)[:, None, None]
+            + second * np.array(SECOND, np.float32)[:, None, None]
+        )
     return torch.from_numpy(image * 2 - 1)
 
 
@@ -130,7 +140,13 @@ def labels(scene):
 
 
 SPLITS = {"train": 1, "test": 2}  # split -> its number in the seed
-STATED = {"size": 0.25, "fill": 0.25, "color": 0.9, "place": 0.9, "background": 0.4}  # how often a caption says it; the shape always
+STATED = {
+    "size": 0.25,
+    "fill": 0.25,
+    "color": 0.9,
+    "place": 0.9,
+    "background": 0.4,
+}  # how often a caption says it; the shape always
 
 
 def random_scene(rng):
@@ -157,7 +173,9 @@ def crowd(index):
     rng = np.random.default_rng([0, index])
     pick = lambda options: list(options)[rng.integers(len(options))]  # noqa: E731
     cells = sorted(rng.choice(4, rng.integers(2, 5), replace=False).tolist())
-    objects = tuple(Object(pick(SHAPES), pick(COLORS), pick(SIZES), pick(FILLS), c, pick(PLACED), pick(PLACED)) for c in cells)
+    objects = tuple(
+        Object(pick(SHAPES), pick(COLORS), pick(SIZES), pick(FILLS), c, pick(PLACED), pick(PLACED)) for c in cells
+    )
     return Scene(pick(BACKGROUNDS), pick(TEXTURES), objects)
 
 
@@ -213,7 +231,11 @@ def detect(images):
         terms = []
         for color in colors:
             p = color - ground
-            terms.append(torch.cat([(-2 * d * p).sum(1), (-2 * d * q).sum(1), (p * p).sum(1), (q * q).sum(1), (2 * p * q).sum(1)], 1))
+            terms.append(
+                torch.cat(
+                    [(-2 * d * p).sum(1), (-2 * d * q).sum(1), (p * p).sum(1), (q * q).sum(1), (2 * p * q).sum(1)], 1
+                )
+            )
         gains = torch.stack(terms, 1) @ masks.T  # (B, 6, N)
         best, where = gains.flatten(1).min(1)
         empty = best >= 0
@@ -241,7 +263,9 @@ def parse(text):
         said, facts = said[: m.start()], facts | {"row": m[1], "column": m[2]}
     article, *words = said.split() or [""]
     for word in words:
-        kind = next((k for k, v in (("shape", SHAPES), ("color", COLORS), ("size", SIZES), ("fill", FILLS)) if word in v), None)
+        kind = next(
+            (k for k, v in (("shape", SHAPES), ("color", COLORS), ("size", SIZES), ("fill", FILLS)) if word in v), None
+        )
         if kind is None or kind in facts:
             raise ValueError(f"not in the toy world's grammar: {word!r} in {text!r}")
         facts[kind] = word
