@@ -348,7 +348,11 @@ def main():
     args = rows.options(__doc__.split("\n")[0], TABLES)
     if not args.print:
         train(args.only, args.num, args.jobs)
-    pages.write("results/stage1.md", args.num, page(args.num))
+    write(args.num)
+
+
+def write(num):
+    pages.write("results/stage1.md", num, page(num))
 
 
 if __name__ == "__main__":

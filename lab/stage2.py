@@ -21,7 +21,9 @@ from lab.rows import SEEDS
 from lab.stage1 import FULL
 
 RESULTS = Path("results/claims.json")
-PREFERENCE = stage1.spelt(("rl_ratio", "rl_steps", "candidates", "carry", "pair_threshold", "beta", "ratio_clip", "rl_lr"))
+PREFERENCE = stage1.spelt(
+    ("rl_ratio", "rl_steps", "candidates", "carry", "pair_threshold", "beta", "ratio_clip", "rl_lr")
+)
 JOINT = FULL | PREFERENCE
 COLUMNS = ("reward", "prompt_accuracy", "clip_score", "frechet", "recall", "saturation", "minutes")
 TEACHER = next(iter(stage1.BASELINES))
