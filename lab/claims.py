@@ -6,8 +6,8 @@
     python -m lab.claims --quick            the core rows in minutes: one seed, 100 loops, 200 prompts
     python -m lab.claims --print            every page and plot; trains nothing
 
-Rows are cached by their flags, so an interrupted call goes on. Parts are named after lab/'s modules, and after the tables
-of results/stage2.md.
+Rows are cached by their flags, so an interrupted call goes on. Parts are named after lab/'s modules, and after the two
+tables of results/stage2.md.
 """
 
 import json
@@ -192,9 +192,9 @@ INTRODUCTION = """
 [stage2.md](stage2.md), [siblings.md](siblings.md), [variation.json](variation.json)) and writes these pages;
 `--only verdicts` writes this page alone, and `--print` trains nothing.
 
-Two standard errors over three seeds decide, which is a weak bar: with no effect three seeds pass it in more than a tenth
-of all cases, one way or the other. † marks claims that were written down when their rows, or those of one seed, were
-there. The papers' figures (ImageReward, HPSv2, MPS, FID, IS) stand beside ours and are not the same measures.
+Two standard errors over three seeds decide, which is a weak bar: with no effect three seeds pass it in more than a
+tenth of all cases, one way or the other. † marks claims that were written down when their rows, or those of one seed,
+were there. The papers' figures (ImageReward, HPSv2, MPS, FID, IS) stand beside ours and are not the same measures.
 """
 
 PLOT = """

@@ -1,6 +1,6 @@
 """Quality against training cost (Table 1, Fig. 5): Flash-DMD at TTUR 1, 2 and 5 beside DMD2 at TTUR 5 and 2 and tuned.
 
-    python -m lab.cost              the rows that are missing in results/cost.json, then results/cost.md and docs/cost.png
+    python -m lab.cost              the missing rows of results/cost.json, then results/cost.md and docs/cost.png
     python -m lab.cost --print      page and plot from the rows that are there
 
 Every run is evaluated at five points of its way. Cost is what the paper counts, batch x iterations; passes of the three
@@ -83,9 +83,9 @@ def run(flags, out, seed, num, threads):
 def share(flash, baseline, measures, cost="samples"):
     """The share of the baseline's cost, up to its best point, at which `flash` first does as well. -> (share, reached)
 
-    flash, baseline: points of two runs. measures: {name: sign}, sign -1: smaller is better. Of several measures each has
-    a best point of its own, the cost goes up to the last of them, and `flash` must match all at once. Never reached: the
-    share of all of flash's cost, a lower bound.
+    flash, baseline: points of two runs. measures: {name: sign}, sign -1: smaller is better. Of several measures each
+    has a best point of its own, the cost goes up to the last of them, and `flash` must match all at once. Never
+    reached: the share of all of flash's cost, a lower bound.
     """
     best = best_points(baseline, measures)
 
@@ -133,8 +133,10 @@ def headline(found, against=BASELINE):
     return lines + ["", LOWER_BOUND.format(points=POINTS), *best_at_the_end(against, baseline)]
 
 
-LOWER_BOUND = """\\>: not so good within its whole run, a lower bound; the others are upper bounds, for a run is looked at
-{points} times.""".replace("\n", " ")
+LOWER_BOUND = (
+    "\\>: not so good within its whole run, a lower bound; the others are upper bounds, "
+    "for a run is looked at {points} times."
+)
 
 
 def best_at_the_end(against, baseline):
@@ -204,7 +206,8 @@ def train(titles, num, workers):
 def page(num=rows.NUM):
     """results/cost.md, from the rows that are there."""
     found = found_of(METHODS, rows.load_rewarded(RESULTS), num)
-    ends, first = ends_of(found), rows.load(stage1.RESULTS)
+    ends = ends_of(found)
+    first = rows.load(stage1.RESULTS)
     return pages.joined(
         [
             INTRODUCTION,
@@ -339,9 +342,9 @@ with rates of its own.
 SAME_PROMPTS = """
 ## The same prompts at equal cost
 
-The same 24 prompts from the same noise: the teacher, and three students after 6,400 samples each (`python -m lab.grids`;
-DMD2 as it is; of stage 2's samples 3,200 are stage 1's). The titles count the prompts that are right: with 24 prompts,
-no more than a look.
+`python -m lab.grids` draws the same 24 prompts from the same noise: the teacher, and three students after 6,400 samples
+each (DMD2 as it is; of stage 2's samples 3,200 are stage 1's). The titles count the prompts that are right. With 24
+prompts this is no more than a look.
 
 ![the teacher, DMD2, Flash-DMD's stage 1 and its stage 2](../docs/grids.png)
 """

@@ -64,7 +64,7 @@ def folder(key):
 
 
 def load(path, **weights):
-    """The cache: {row: metrics}. It is empty where one of the toy's networks is not the one that the rows were made with.
+    """The cache: {row: metrics}. It is empty where one of the toy's networks is not that which the rows were made with.
 
     weights: {name: crc32} of further networks that the rows rest on.
     """
@@ -85,7 +85,7 @@ def load_rewarded(path):
 
 
 def place(path, num):
-    """Where a page or plot of rows of `num` prompts goes: `path`; with other than NUM prompts, the folder of the runs."""
+    """Where a page or plot of rows of `num` prompts goes: `path`, but beside the runs where `num` is not NUM."""
     if num == NUM:
         return Path(path)
     RUNS.mkdir(parents=True, exist_ok=True)

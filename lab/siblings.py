@@ -1,6 +1,6 @@
 """DMDR and AdvDMD on the toy world: what each of their parts does to quality, reward and recall.
 
-    python -m lab.siblings          the missing rows of results/siblings.json, then results/siblings.md, docs/siblings.png
+    python -m lab.siblings          the missing rows of results/siblings.json, then results/siblings.md and its plot
     python -m lab.siblings --print  page and plot from the rows that are there
 
 Every run is evaluated at five points of its way, as in lab/cost.py. AdvDMD is our reconstruction of the method, and

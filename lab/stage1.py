@@ -228,7 +228,7 @@ INTRODUCTION = """
 `python -m lab.stage1` trains the rows that are missing in [stage1.json](stage1.json) and writes this page;
 `--print` writes it from the rows that are there.
 
-A row is evaluated on {num} held-out prompts, each with a noise of its own; of the first 1,000 prompts 348 are different.
+A row is evaluated on {num} held-out prompts, each with a noise of its own; of the first 1,000 prompts 348 differ.
 Unless its flags say otherwise, it is trained for 400 loops at batch 16 and TTUR 1. The mean over seeds stands first,
 each seed's value behind it; w is the guidance scale. "Prompts right" is the exact check of a picture against its prompt
 ([toy/world.py](../toy/world.py)); Fréchet distance, precision, recall and CLIP score are those of the toy's CLIP.
@@ -331,8 +331,8 @@ Beside its teacher at w = 5, the scale of SDXL's comparison too, the student has
 has {100 * ratio(student, low_teacher, "prompt_accuracy"):.1f} % of its prompts right, but
 {ratio(student, low_teacher, "frechet"):.2f} times its distance. As LoRAs the student has
 {100 * ratio(loras, teacher, "prompt_accuracy"):.1f} % of the prompts right and
-{ratio(loras, teacher, "frechet"):.2f} times the distance at w = 5. The LoRAs sit on the layers that modulate tokens by t
-and the prompt too. Their rates were chosen among four, with seed 0, for LoRAs without those layers.
+{ratio(loras, teacher, "frechet"):.2f} times the distance at w = 5. The LoRAs sit on the layers that modulate tokens by
+t and the prompt too. Their rates were chosen among four, with seed 0, for LoRAs without those layers.
 """
 
 

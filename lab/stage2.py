@@ -180,8 +180,8 @@ def page(num=rows.NUM):
 INTRODUCTION = """
 # Stage 2
 
-`python -m lab.claims --only table4 table7` runs the rows that are missing in [claims.json](claims.json), and writes this
-page and its plot; `--print` writes them from the rows that are there.
+`python -m lab.claims --only table4 table7` runs the rows that are missing in [claims.json](claims.json), and writes
+this page and its plot; `--print` writes them from the rows that are there.
 
 Stage 2 starts from each seed's stage-1 student: 300 preference updates and, beside them, distillation in the ratio that
 the row names. The mean over seeds stands first, each seed's value behind it; {num} held-out prompts. The reward is R of
@@ -219,7 +219,8 @@ Joint training at 5:1 raises the reward from {figure(stage1_, "reward")} to {fig
   transitions the reward is {figure(noisy, "reward")} for {figure(joint, "reward")} at the two noisiest
   ({errors(noisy, joint, "reward")}), and an update takes longer; the Fréchet distances are {frechet(noisy)} and
   {frechet(joint)}. In the paper all noise has less ImageReward (0.9421 for 0.9808) and more CLIP score, HPSv2 and MPS.
-  A guess: this reward model is surest at little noise, and a third pair per rollout is half as much again to learn from.
+  A guess: this reward model is surest at little noise, and a third pair per rollout is half as much again to learn
+  from.
 - **Pixel-GAN in stage 2 (Fig. 7): within noise.** The Fréchet distance is {frechet(joint)} with it and
   {frechet(unreal)} without ({errors(joint, unreal, "frechet")}), the reward {figure(joint, "reward")} and
   {figure(unreal, "reward")}.

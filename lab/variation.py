@@ -2,7 +2,7 @@
 
 Prompt and first noise stay the same, and the noise after one step is drawn anew.
 
-    python -m lab.variation            results/variation.json, of the three students of lab.stage1's first row; the table
+    python -m lab.variation            results/variation.json, of the students of lab.stage1's first row; the table
     python -m lab.variation --print    the table from what is there
 """
 
