@@ -242,20 +242,21 @@ WRITE = {  # part -> what writes its page and plot: (num)
 def quick(jobs, num=200):
     """The core rows with one seed, 100 loops and 200 prompts, as a table: a look in minutes, no verdict rests on it."""
     path = rows.RUNS / "quick.json"
-    short = {"--iterations": 100}
     rows.RUNS.mkdir(parents=True, exist_ok=True)
-    first = {title: stage1.TABLES["main"][title][0] | short for title in (FLASH, stage1.PURE, stage1.UNPULLED)}
-    first[DMD2] = cost.METHODS[DMD2] | short
-    second = {title: stage2.TABLE4[title] | short for title in (JOINTLY, ALONE)}
+    first = {title: stage1.TABLES["main"][title][0] for title in (FLASH, stage1.PURE, stage1.UNPULLED)}
+    first[DMD2] = cost.METHODS[DMD2]
+    second = {title: stage2.TABLE4[title] for title in (JOINTLY, ALONE)}
     found = rows.load(path)
     lines = pages.head("100 loops, seed 0, 200 prompts", stage2.COLUMNS)
     for module, flags_of in ((stage1, first), (stage2, second)):
-        todo = {}
-        for flags in flags_of.values():
-            todo[module.name(flags, 0, num)] = lambda threads, f=flags, m=module: m.measure(f, 0, num, threads)
-        rows.fill(path, found, todo, jobs)
+        titles, todo = {}, {}
         for title, flags in flags_of.items():
-            lines.append(pages.line(title, [found[module.name(flags, 0, num)]], stage2.COLUMNS))
+            short = flags | {"--iterations": 100}
+            titles[title] = module.name(short, 0, num)
+            todo[titles[title]] = lambda threads, f=short, m=module: m.measure(f, 0, num, threads)
+        rows.fill(path, found, todo, jobs)
+        for title, row in titles.items():
+            lines.append(pages.line(title, [found[row]], stage2.COLUMNS))
     print("\n".join(lines))
 
 

@@ -22,7 +22,8 @@ SETTINGS = """iterations batch_size student_steps ttur lr fake_lr d_lr lr_schedu
 
 def spelt(names, preset="toy"):
     """These settings of a preset as flags: they are part of a row's name, so a changed preset is another row."""
-    config, flags = rows.settings(preset), {}
+    config = rows.settings(preset)
+    flags = {}
     for name in names:
         value = getattr(config, name)
         flags["--" + name.replace("_", "-")] = ",".join(map(str, value)) if isinstance(value, tuple) else value

@@ -34,7 +34,12 @@ ALL_NOISE = "joint, 5:1, all noise levels (`--rl-steps all`)"
 UNREAL = "joint, 5:1, without Pixel-GAN (`--gan-weight 0`)"
 JOINTLY8 = "8 steps, joint, 5:1"
 
-RATIOS = {f"joint, {r}:1": JOINT | {"--rl-ratio": r} for r in (1, 2, 5, 10)}
+RATIOS = {
+    "joint, 1:1": JOINT | {"--rl-ratio": 1},
+    "joint, 2:1": JOINT | {"--rl-ratio": 2},
+    JOINTLY: JOINT,
+    "joint, 10:1": JOINT | {"--rl-ratio": 10},
+}
 TABLE4 = {  # row -> flags
     **RATIOS,
     ALONE: JOINT | {"--rl-only": True},
