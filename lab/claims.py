@@ -170,11 +170,11 @@ def page(num=rows.NUM):
     """results/claims.md, from the rows that are there."""
     assessed = assess_all(num)
     counted = Counter(decided for *_, decided in assessed)
-    counts = ", ".join(f"{count} {decided}" for decided, count in counted.most_common())
+    counts = ", ".join(f'{count} times "{decided}"' for decided, count in counted.most_common())
     return pages.joined(
         [
             INTRODUCTION,
-            f"Of {len(assessed)} claims: {counts}. The rows: {hours(*rows_there())}",
+            pages.wrapped(f"{len(assessed)} claims: {counts}. They rest on {hours(*rows_there())}"),
             "![the difference of every claim, in standard errors](../docs/claims.png)",
             PLOT,
             table(assessed),

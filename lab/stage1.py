@@ -338,7 +338,8 @@ t and the prompt too. Their rates were chosen among four, with seed 0, for LoRAs
 
 
 def sd3_sweep_text(sweep):
-    default, longer, guided = (sweep[t] for t in list(sweep) if "default" in t or "600" in t or "2.0" in t)
+    default = sweep["SDXL's settings (the defaults)"]
+    longer, guided = sweep["`--ttur 2 --iterations 600`"], sweep["`--guidance 2.0`"]
     return f"""
 Less guidance and a score estimator that moves twice as often each help (Fréchet distance {frechet(guided)} and
 {frechet(longer)} for {frechet(default)}), and the student above has both.

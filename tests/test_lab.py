@@ -131,6 +131,13 @@ def test_verdicts_are_those_of_the_rows():
     assert [(v["better"], v["worse"]) for v in kept] == [(a[1], a[2]) for a in assessed]
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_of_other_prompts_have_no_figures(name):
+    """With 200 prompts no row is there: tables are empty, and prose that needs rows is left out."""
+    text = PAGES[name].page(200)
+    assert ("not run" if name == "claims" else pages.MISSING) in text
+
+
 def test_prose_without_rows_says_so():
     assert pages.told(lambda found: f"{pages.right(found['a'])} %", {}) == pages.MISSING
     assert pages.told(lambda found: f"{pages.right(found)} %", [{"prompt_accuracy": 0.5}]) == "50.0 %"
