@@ -13,17 +13,16 @@ it happens. Numbers behind # are lines of Algorithm 1. What the paper is silent 
 
 import os
 import sys
-from importlib import import_module
 
-from engine.config import Config, fail, method_of, parse
+from engine.config import fail, method_of, parse
 from engine.errors import UserError
 from engine.run_folder import look, what_next
+from siblings import settings_of, sibling
 
 
 def read(argv=None):
     """Command line -> the settings of Flash-DMD, or of the sibling that --method names. Raises UserError."""
-    method = method_of(argv)
-    return parse(argv, Config if method == "flash" else import_module(f"siblings.{method}").Settings)
+    return parse(argv, settings_of(method_of(argv)))
 
 
 if __name__ == "__main__":
@@ -79,8 +78,8 @@ def method(config):
     """-> prepare, which adds a method's networks, and iterate, its lines 5-26."""
     if config.method == "flash":
         return prepare, flash
-    sibling = import_module(f"siblings.{config.method}")
-    return sibling.prepare, sibling.iterate
+    other = sibling(config.method)
+    return other.prepare, other.iterate
 
 
 def prepare(nets):

@@ -20,7 +20,7 @@ class Config:
 
     # fmt: off
     preset: str = "toy"  # a row of PRESETS; flags given beside it override it
-    method: str = "flash"  # flash; dmd2 = the baseline; dmdr, advdmd = sibling papers (--method NAME --help: their flags)
+    method: str = "flash"  # flash; dmd2 = the baseline; dmdr, advdmd = siblings (--method NAME --help: their flags)
     stage: int | str = 1  # 1 = distillation; 2 = preference optimisation joins it; reward = train a reward model
     model: str = "toy/sdxl"  # the teacher: a diffusers pipeline folder, or a hub name
     data: str = "toy"  # toy, a folder of images with metadata.jsonl (file_name, text), or shards ("s/{000..127}.tar")

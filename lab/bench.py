@@ -1,17 +1,17 @@
 """Where an iteration's time goes: each network pass and optimizer step timed alone, their sum beside whole iterations.
 
-    python -m lab.bench --size toy                    or sdxl, sd3: the real size, with random weights (7 GB of disk) and random pictures
+    python -m lab.bench --size toy                    or sdxl, sd3: random weights (7 GB of disk), random pictures
     python -m lab.bench --size sdxl --batch-size 2    any flag of train.py may follow
 
-Without --size the flags say which model and data; by default the toy. Below the passes: samples per second, peak memory, counted
-floating-point operations, and their share of the rate at which this device multiplies matrices (bf16 on CUDA, else fp32).
+Without --size the flags say which model and data; by default the toy. Below the passes: samples per second, peak
+memory, counted floating-point operations, and their share of the rate at which this device multiplies matrices (bf16 on
+CUDA, else fp32).
 """
 
 import argparse
 import gc
 import json
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,21 +25,30 @@ import dmd
 import pixel_gan
 import score_estimator
 import train
-from diffusion import sample_generators
 from engine import data
-from engine.config import at_least, parse
+from engine.batch import Batch
+from engine.config import at_least, fail
 from engine.distributed import start_process
 from engine.errors import UserError
 from engine.networks import assemble
+from engine.run_folder import look
 from lab import random_models, rows
 
-SIZES = {"toy": (), "sdxl": ("--preset", "sdxl-4step", "--batch-size", "2"), "sd3": ("--preset", "sd3-4step", "--batch-size", "2", "--ttur", "1")}
+SIZES = {
+    "toy": (),
+    "sdxl": ("--preset", "sdxl-4step", "--batch-size", "2"),
+    "sd3": ("--preset", "sd3-4step", "--batch-size", "2", "--ttur", "1"),
+}
 
 
 def stand_in(size, folder, argv):
-    """argv with a model of this size (the toy's own; the others with random weights) and random pictures, both in `folder`."""
-    argv, paths = [*SIZES[size], *argv], {"--data": folder / "pictures"}
-    random_models.pictures(folder / "pictures", parse(argv).resolution)
+    """argv with a model of this size (the toy's own; the others have random weights) and random pictures.
+
+    Both are written to `folder`.
+    """
+    argv = [*SIZES[size], *argv]
+    paths = {"--data": folder / "pictures"}
+    random_models.pictures(folder / "pictures", train.read(argv).resolution)
     if size != "toy":
         model, sam = random_models.write(size, folder)
         paths |= {"--model": model, "--sam": sam, "--clip": "toy/clip"}
@@ -47,23 +56,33 @@ def stand_in(size, folder, argv):
 
 
 def rollouts(config):
-    """How many passes of G without gradient an iteration of reading (b) makes: to x at step i, and on to the last. The mean over i."""
+    """How many passes of G without gradient an iteration of reading (b) makes, as the mean over the step i.
+
+    They lead to x at step i, and on to the last step.
+    """
     K = config.student_steps
     return K - 2 + (1 / K if config.dm_steps == "all" else 0)  # where i is the last step, x is made once more
 
 
-def passes(cast):
-    """-> {name: (function, how many times an iteration of reading (b) at TTUR 1 needs it)}; a function may return its own seconds."""
-    config, encoder, vae, G, fake, D = cast.config, cast.encoder, cast.vae, cast.G, cast.fake, cast.D
-    n, side = config.batch_size, config.resolution
-    source = data.source(config.data, side)
-    images, prompts = torch.stack([source[i][0] for i in range(n)]).to(cast.latent.device), [source[i][1] for i in range(n)]
-    c, z, t = encoder.encode(prompts), vae.encode(images), torch.full((n,), 499, device=cast.latent.device)
-    x, with_gradient = torch.randn_like(z), z.clone().requires_grad_()
-    seen, pixels = train.window(config, vae, z.shape[-1], 1)
-    reals, picture = images[pixels], images[pixels].clone().requires_grad_()
+def passes(nets):
+    """-> {name: (function, how many times an iteration of reading (b) at TTUR 1 needs it)}.
+
+    A function may return its own seconds.
+    """
+    config, encoder, vae, G, fake, D = nets.config, nets.encoder, nets.vae, nets.G, nets.fake, nets.D
+    n, device = config.batch_size, nets.latent.device
+    source = data.source(config.data, config.resolution)
+    images = torch.stack([source[i][0] for i in range(n)]).to(device)
+    c = encoder.encode([source[i][1] for i in range(n)])
+    z = vae.encode(images)
+    t = torch.full((n,), 499, device=device)
+    x = torch.randn_like(z)
+    with_gradient = z.clone().requires_grad_()
+    seen, pixels = pixel_gan.window(config.gan_crop, z.shape[-1], vae.factor, config.seed, 1)
+    reals = images[pixels]
+    picture = reals.clone().requires_grad_()
     features = [f.detach() for f in D.features(reals)]
-    judged = [f.clone().requires_grad_() for f in features]
+    of_G = [f.clone().requires_grad_() for f in features]
 
     def backward(loss, *modules):
         loss.backward()
@@ -72,35 +91,40 @@ def passes(cast):
 
     def heads_for_G():
         D.requires_grad_(False)
-        backward(pixel_gan.generator_loss(D(judged)))
+        backward(pixel_gan.generator_loss(D(of_G)))
         D.requires_grad_(True)
 
-    def step(name):
-        for p in cast.weights(name):
-            p.grad = torch.zeros_like(p)
-        wait()
-        began = time.perf_counter()
-        cast.update(name, torch.zeros((), device=x.device), config.clip_grad)
-        wait()
-        return time.perf_counter() - began
+    def heads_alone():
+        backward(pixel_gan.discriminator_loss(D(features), D(features)), D)
 
     no_grad = torch.no_grad()
     return {
         "data and prompts": (lambda: encoder.encode([source[i][1] for i in range(n)]), 1),
         "rollout (G forward)": (no_grad(lambda: G(x, t, c)), rollouts(config)),
         "G forward, backward": (lambda: backward(G(x, t, c).square().mean(), G.net), 2),
-        "teacher, guided": (no_grad(lambda: cast.guided_teacher(x, t, c)), 1),
+        "teacher, guided": (no_grad(lambda: nets.guided_teacher(x, t, c)), 1),
         "fake forward": (no_grad(lambda: fake(x, t, c)), 1),
         "fake forward, backward (Eq. 6)": (lambda: backward(score_estimator.loss(fake, x, t, z, c), fake.net), 1),
         "VAE forward, backward (Eq. 9)": (lambda: backward(vae.decode(with_gradient[seen]).mean()), 1),
         "SAM forward, backward (Eq. 9)": (lambda: backward(sum(f.mean() for f in D.features(picture))), 1),
         "heads forward, backward (Eq. 9)": (heads_for_G, 1),
         "SAM on reals": (no_grad(lambda: D.features(reals)), 1),
-        "heads forward, backward (Eq. 10)": (lambda: backward(pixel_gan.discriminator_loss(D(features), D(features)), D), 1),
+        "heads forward, backward (Eq. 10)": (heads_alone, 1),
         "DM loss": (lambda: dmd.loss(with_gradient, x).backward(), 1),
-        "EMA pull (Eq. 11)": (lambda: score_estimator.pull(cast.weights("fake"), cast.weights("G"), config.ema), 1),
-        **{f"optimizer step, {k}": (lambda k=k: step(k), 1) for k in cast.players},
+        "EMA pull (Eq. 11)": (lambda: score_estimator.pull(nets.weights("fake"), nets.weights("G"), config.ema), 1),
+        **{f"optimizer step, {k}": (lambda k=k: step(nets, k), 1) for k in nets.players},
     }
+
+
+def step(nets, name):
+    """Seconds of one optimizer step of a player, with gradients that are there already."""
+    for p in nets.weights(name):
+        p.grad = torch.zeros_like(p)
+    wait()
+    began = time.perf_counter()
+    nets.step(name, torch.zeros((), device=nets.latent.device), nets.config.clip_grad)
+    wait()
+    return time.perf_counter() - began
 
 
 def wait():
@@ -113,25 +137,30 @@ def iteration(argv, loops):
     seconds = []
     for n in (5, 5 + loops):
         with tempfile.TemporaryDirectory() as folder:
-            run, flags = Path(folder) / "run", {"--preview-every": 0, "--log-every": 10**6, "--save-every": 10**6, "--iterations": n}
+            run = Path(folder) / "run"
+            flags = {"--preview-every": 0, "--log-every": 10**6, "--save-every": 10**6, "--iterations": n}
             rows.command("train.py", *argv, "--out", run, *rows.flat(flags), threads=torch.get_num_threads())
             seconds.append(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"])
     return (seconds[1] - seconds[0]) / loops
 
 
-def operations(cast):
+def operations(nets):
     """Floating-point operations of one iteration, those that checkpointing repeats included."""
-    config, n = cast.config, len(cast.latent)
-    images, prompts = torch.zeros(n, 3, config.resolution, config.resolution, device=cast.latent.device), ["a red circle"] * n
+    config, n = nets.config, len(nets.latent)
+    images = torch.zeros(n, 3, config.resolution, config.resolution, device=nets.latent.device)
+    prompts = ["a red circle"] * n
     with FlopCounterMode(display=False) as counter:
-        train.distil(cast, config.ttur, images, prompts, cast.encoder.encode(prompts), lambda p: sample_generators(0, 1, range(n), p), watched=False)
+        batch = Batch(images, prompts, nets.encoder.encode(prompts), list(range(n)), loop=1)
+        train.flash(nets, batch, config.ttur)
     return counter.get_total_flops()
 
 
 def matrix_rate(device, repeats=20):
     """FLOP/s of a large matrix product: what this device can do at best."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
-    a, b, seconds = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), []
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
+    seconds = []
     for _ in range(repeats):
         wait()
         began = time.perf_counter()
@@ -144,11 +173,38 @@ def matrix_rate(device, repeats=20):
 def bench(argv, loops, repeats):
     """Print the table of a run with these flags. Raises UserError."""
     rank, ranks, device = start_process()
-    config = parse(argv)
-    if (config.stage, config.gan, config.gan_reals, config.adv_reading, config.ttur) != (1, "pixel", "raw", "b", 1) or not config.gan_weight:
-        raise UserError("lab.bench times stage 1 with Pixel-GAN: leave --gan, --gan-weight 0, --gan-reals and --adv-reading out, and pass --ttur 1")
-    cast = assemble(config, ranks, device)
-    table, total = passes(cast), 0.0
+    config = look(train.read(argv))
+    timed = (config.stage, config.method, config.gan_reals, config.adv_reading, config.ttur)
+    if timed != (1, "flash", "raw", "b", 1) or not config.gan_weight:
+        left_out = "leave --method, --gan-weight 0, --gan-reals and --adv-reading out"
+        raise UserError(f"lab.bench times stage 1 with Pixel-GAN: {left_out}, and pass --ttur 1")
+    nets = assemble(config, ranks, device, train.prepare)
+    total = print_passes(passes(nets), repeats)
+    n = config.batch_size
+    flops = operations(nets)
+    rate = matrix_rate(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    del nets
+    gc.collect()  # the GPU is the next process's
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        dist.destroy_process_group()
+    whole = iteration(argv, loops)
+    print(f"| sum | | | {total:.1f} |")
+    print(f"| one iteration of train.py | | | {1000 * whole:.1f} |")
+    print(f"| ratio | | | {1000 * whole / total:.2f} |")
+    speed = f"{n / whole:.2f} samples per second; peak memory {peak / 1e9:.2f} GB"
+    print(f"\n{speed}; {flops / 1e12:.3f} TFLOP a loop, so {flops / whole / 1e12:.3f} a")
+    print(
+        f"second: {flops / whole / rate:.0%} of the {rate / 1e12:.3f} TFLOP/s at which this device multiplies matrices"
+    )
+
+
+def print_passes(table, repeats):
+    """Time the passes, print them -> milliseconds of an iteration, the sum over passes."""
+    total = 0.0
     times = {name: [] for name in table}
     for repeat in range(repeats + 1):  # round after round, so that a slow spell of the machine meets all of them
         for name, (f, _) in table.items():
@@ -163,22 +219,12 @@ def bench(argv, loops, repeats):
         ms = 1000 * median(times[name])
         total += ms * count
         print(f"| {name} | {ms:.1f} | {count} | {ms * count:.1f} |")
-    flops, rate, n = operations(cast), matrix_rate(device), cast.config.batch_size
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    del cast, table, f
-    gc.collect()  # the GPU is the next process's
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        dist.destroy_process_group()
-    whole = iteration(argv, loops)
-    print(f"| sum | | | {total:.1f} |\n| one iteration of train.py | | | {1000 * whole:.1f} |\n| ratio | | | {1000 * whole / total:.2f} |")
-    print(f"\n{n / whole:.2f} samples per second; peak memory {peak / 1e9:.2f} GB; {flops / 1e12:.3f} TFLOP a loop, so {flops / whole / 1e12:.3f} a")
-    print(f"second: {flops / whole / rate:.0%} of the {rate / 1e12:.3f} TFLOP/s at which this device multiplies matrices")
+    return total
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=SIZES, help="toy, or a real size with random weights; by default what the flags say")
+    parser.add_argument("--size", choices=SIZES, help="the toy, or a real size with random weights; default: the flags")
     parser.add_argument("--loops", type=at_least(1), default=20)
     parser.add_argument("--repeats", type=at_least(1), default=15)
     args, argv = parser.parse_known_args()
@@ -186,8 +232,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             bench(stand_in(args.size, Path(folder), argv) if args.size else argv, args.loops, args.repeats)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        fail(e)
 
 
 if __name__ == "__main__":

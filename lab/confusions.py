@@ -22,15 +22,19 @@ def main():
     parser.add_argument("--steps", type=at_least(1), default=16, help="the teacher's guided sampling steps")
     parser.add_argument("--run", help="look at this run's student instead, at its own steps")
     args = parser.parse_args()
-    encoder, vae, denoiser, steps = load_encoder(Config.model, world.SIZE), load_vae(Config.model), load_denoiser(Config.model), args.steps
+    encoder = load_encoder(Config.model, world.SIZE)
+    vae = load_vae(Config.model)
     if args.run:
         run, config = run_folder.find_run(args.run)
-        denoiser, steps = load_denoiser(Config.model, student=run_folder.newest(run)), config["student_steps"]
+        denoiser = load_denoiser(Config.model, student=run_folder.newest(run))
+        steps = config["student_steps"]
     else:
-        denoiser = guided(denoiser, encoder.null(), Config.teacher_guidance)
+        denoiser = guided(load_denoiser(Config.model), encoder.null(), Config.teacher_guidance)
+        steps = args.steps
     prompts = [world.scene(i, "test")[1] for i in range(args.num)]
     images = generate(denoiser, encoder, vae, prompts, steps, seed=0, ode=not args.run)
-    drawn, failed = Counter(), Counter()
+    drawn = Counter()
+    failed = Counter()
     for found, prompt in zip(world.detect(images), prompts):
         wrong = [fact for fact, true in world.check(found, prompt).items() if not true]
         failed.update(wrong or ["nothing"])

@@ -1,8 +1,9 @@
-"""Teacher, DMD2, Flash-DMD's stage 1 and its stage 2, the same prompts from the same noise, the three students at equal training cost.
+"""Pictures of the teacher, DMD2, Flash-DMD's stage 1 and its stage 2: the same prompts from the same noise.
 
     python -m lab.grids    trains what is missing under runs/lab, then draws docs/grids.png
 
-6,400 samples each: 400 loops of 16; of stage 2 the first 200 are stage 1's, on a schedule of its own.
+The three students have equal training cost, 6,400 samples: 400 loops of 16. Of stage 2 the first 200 are stage 1's, on
+a schedule of its own.
 """
 
 import matplotlib.pyplot as plt
@@ -31,16 +32,19 @@ RUNS = {
 
 def trained(title):
     """The folder of a run of RUNS, trained here where it is not there."""
-    flags, out = RUNS[title], rows.folder(f"grid {RUNS[title]}")
+    flags = RUNS[title]
+    out = rows.folder(f"grid {flags}")
     if "--init" in flags:
         flags = flags | {"--init": trained(flags["--init"])}
     if not (out / f"checkpoint-{flags['--iterations']:06d}").is_dir():
-        rows.command("train.py", *rows.flat(flags), "--out", out, "--overwrite", "--preview-every", 0, threads=torch.get_num_threads())
+        settings = {"--out": out, "--overwrite": True, "--preview-every": 0}
+        rows.command("train.py", *rows.flat(flags | settings), threads=torch.get_num_threads())
     return out
 
 
 def main():
-    encoder, vae = load_encoder(Config.model, world.SIZE), load_vae(Config.model)
+    encoder = load_encoder(Config.model, world.SIZE)
+    vae = load_vae(Config.model)
     teacher = guided(load_denoiser(Config.model), encoder.null(), Config.teacher_guidance)
     prompts = [world.scene(i, "test")[1] for i in range(PROMPTS)]
     drawn = {"teacher, 50 guided steps": generate(teacher, encoder, vae, prompts, 50, seed=0, ode=True)}

@@ -21,12 +21,14 @@ from engine.config import at_least
 
 def make(folder, count=96):
     """`count` smooth coloured JPEGs, as a folder with metadata.jsonl and as two shards -> {name: what --data takes}."""
-    rng, rows = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    rows = []
     for n in range(2):
         with tarfile.open(folder / f"{n}.tar", "w") as tar:
             for i in range(count // 2):
                 small = Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8))
-                out, name = io.BytesIO(), f"{n}-{i:03d}"
+                out = io.BytesIO()
+                name = f"{n}-{i:03d}"
                 small.resize((1536, 1152), Image.Resampling.BICUBIC).save(out, "jpeg", quality=90)
                 (folder / f"{name}.jpg").write_bytes(out.getvalue())
                 rows.append({"file_name": f"{name}.jpg", "text": "a picture"})
@@ -57,7 +59,8 @@ def main():
     parser.add_argument("--images", type=at_least(1), default=192)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for name, where in ({args.data: args.data} if args.data else make(Path(folder))).items():
+        sources = {args.data: args.data} if args.data else make(Path(folder))
+        for name, where in sources.items():
             rate = speed(where, args.resolution, args.workers, args.images)
             print(f"{name}: {rate:.1f} images/s, {args.workers} workers, {args.resolution} pixels")
 

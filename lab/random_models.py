@@ -1,7 +1,9 @@
-"""SDXL or SD3-Medium at its real size with random weights, as a pipeline folder, and a SAM ViT-B checkpoint: for speed and memory, without downloads.
+"""SDXL or SD3-Medium at its real size with random weights, as a pipeline folder, and a SAM ViT-B checkpoint.
 
-python -m lab.random_models sdxl OUT      OUT/sdxl (7 GB, bf16) and OUT/sam_vit_b_random.pth
-python train.py --preset sdxl-4step --model OUT/sdxl --sam OUT/sam_vit_b_random.pth --clip toy/clip --data path/to/pictures
+They show speed and memory without downloads:
+
+    python -m lab.random_models sdxl OUT      OUT/sdxl (7 GB, bf16) and OUT/sam_vit_b_random.pth
+    python train.py --preset sdxl-4step --model OUT/sdxl --sam OUT/sam_vit_b_random.pth --clip toy/clip --data pictures
 """
 
 import argparse
@@ -39,10 +41,12 @@ def write(kind, out):
         if kind == "sdxl":
             s = Schedule()
             betas = {"beta_start": s.beta_start, "beta_end": s.beta_end, "beta_schedule": "scaled_linear"}
-            parts = {"unet": UNet2DConditionModel(**SDXL), "scheduler": EulerDiscreteScheduler(**betas), "text_encoder": CLIPTextModel(CLIP_L)}
+            parts = {"unet": UNet2DConditionModel(**SDXL), "scheduler": EulerDiscreteScheduler(**betas)}
+            parts["text_encoder"] = CLIPTextModel(CLIP_L)
             pipeline = StableDiffusionXLPipeline(vae=AutoencoderKL(**SDXL_VAE), **texts, **parts)
         else:
-            parts = {"transformer": SD3Transformer2DModel(**SD3), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+            parts = {"transformer": SD3Transformer2DModel(**SD3), "scheduler": scheduler}
             parts |= {"text_encoder": CLIPTextModelWithProjection(CLIP_L), "text_encoder_3": None, "tokenizer_3": None}
             pipeline = StableDiffusion3Pipeline(vae=AutoencoderKL(**SD3_VAE), **texts, **parts)
     finally:

@@ -1,4 +1,4 @@
-"""Rows of the README's tables: train.py and evaluate.py run as commands, their metrics cached in one JSON file by their flags."""
+"""Rows of results/*.json: train.py and evaluate.py run as commands, and their metrics are kept by their flags."""
 
 import argparse
 import json
@@ -8,47 +8,45 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean
 from threading import Lock
 
 from tqdm import tqdm
 
-from engine.config import Config, at_least
+from engine.config import PRESETS, Config, at_least
+from siblings import settings_of
 
 RUNS = Path("runs/lab")
 NUM = 1000  # held-out prompts per row of the results that are kept
-HEADINGS = {
-    "samples": "samples",
-    "variation": "RMS difference",
-    "prompt_accuracy": "prompts right, %",
-    "frechet": "Fréchet",
-    "precision": "precision, %",
-    "recall": "recall, %",
-    "clip_score": "CLIP",
-    "reward": "reward",
-    "saturation": "saturation",
-    "contrast": "contrast",
-    "rl_open": "RL open, %",
-}
-PERCENT = ("prompt_accuracy", "precision", "recall", "rl_open")
+SEEDS = (0, 1, 2)
+
+
+def settings(preset):
+    """The settings of a preset, with every setting of its method."""
+    values = PRESETS[preset]
+    return settings_of(values.get("method", "flash"))(**values)
 
 
 def command(script, *argv, threads):
     """Run one of our scripts. Raises RuntimeError with the end of what it printed where it fails."""
     argv = [sys.executable, script, *map(str, argv)]
-    done = subprocess.run(argv, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(argv)}\n{done.stderr[-2000:]}")
 
 
 def flat(flags):
     """{"--lr": 1e-5} -> ["--lr", 1e-5]; a switch has the value True."""
-    return [part for k, v in flags.items() for part in ((k,) if v is True else (k, v))]
+    parts = []
+    for flag, value in flags.items():
+        parts += [flag] if value is True else [flag, value]
+    return parts
 
 
 def key(flags, *rest):
-    """What a row is cached by."""
-    return " ".join([*map(str, flat(dict(sorted(flags.items())))), *map(str, rest)])
+    """What a row is cached by: its flags sorted by name, then the rest."""
+    parts = flat(dict(sorted(flags.items())))
+    return " ".join(map(str, [*parts, *rest]))
 
 
 def crc32(*path):
@@ -65,7 +63,10 @@ def folder(key):
 
 
 def load(path, **weights):
-    """The cache: {row: metrics}; empty where a network of the toy's, or another of `weights` (name -> crc32), is not the one it was made with."""
+    """The cache: {row: metrics}. It is empty where one of the toy's networks is not that which the rows were made with.
+
+    weights: {name: crc32} of further networks that the rows rest on.
+    """
     weights = {
         "teacher_crc32": teacher_crc32(),
         "vae_crc32": crc32(Config.model, "vae/diffusion_pytorch_model.safetensors"),
@@ -83,7 +84,7 @@ def load_rewarded(path):
 
 
 def place(path, num):
-    """Where a table or plot of rows of `num` prompts goes: `path`, or beside the runs where it is a look at fewer prompts."""
+    """Where a page or plot of rows of `num` prompts goes: `path`, but beside the runs where `num` is not NUM."""
     if num == NUM:
         return Path(path)
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -91,9 +92,13 @@ def place(path, num):
 
 
 def fill(path, results, jobs, workers):
-    """Run what is missing. jobs: {row: function(threads) -> metrics}; `workers` at a time, each with its share of the cores."""
+    """Run the rows that are missing, `workers` at a time, each with its share of the cores.
+
+    jobs: {row: function(threads) -> metrics}.
+    """
     path.parent.mkdir(exist_ok=True)
-    threads, lock = max(1, os.cpu_count() // workers), Lock()
+    threads = max(1, os.cpu_count() // workers)
+    lock = Lock()
     missing = {row: job for row, job in jobs.items() if row not in results}
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(missing), desc=path.stem, disable=not missing) as bar:
 
@@ -108,31 +113,13 @@ def fill(path, results, jobs, workers):
             done.result()
 
 
-def options(description, tables, quick=False):
-    """The command line of a module of tables; with `quick`, of one that has a short way too."""
+def options(description, parts, quick=False):
+    """The command line of a module whose rows come in `parts`; with `quick`, of one that has a short way too."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--only", nargs="+", choices=tables, default=list(tables))
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="run the rows of these parts")
     parser.add_argument("--num", type=at_least(8), default=NUM, help="held-out prompts per row")
     parser.add_argument("--jobs", type=at_least(1), default=2, help="rows at a time, each with its share of the cores")
-    parser.add_argument("--print", action="store_true", help="print the tables and train nothing")
+    parser.add_argument("--print", action="store_true", help="write from the rows that are there, and train nothing")
     if quick:
-        parser.add_argument("--quick", action="store_true", help="the core rows alone, short")
+        parser.add_argument("--quick", action="store_true", help="train short runs of the core rows only")
     return parser.parse_args()
-
-
-def head(title, columns):
-    """The first two lines of a Markdown table."""
-    print(f"\n| {title} | " + " | ".join(HEADINGS.get(c, c) for c in columns) + " |")
-    print("| --- |" + " --- |" * len(columns))
-
-
-def line(title, found, columns):
-    """A row of it: the mean over seeds, and each seed's value behind it where there are several."""
-    cells = []
-    for column in columns:
-        values = [r[column] for r in found if r.get(column) is not None]
-        scale, digits = (100, 1) if column in PERCENT else (1, 0 if column == "samples" else 3)
-        values = values[:1] if column == "samples" else values  # the same with every seed
-        shown = [f"{v * scale:.{digits}f}" for v in [mean(values), *values]] if values else [""]
-        cells.append(shown[0] + (f" ({', '.join(shown[1:])})" if len(values) > 1 else ""))
-    print(f"| {title} | " + " | ".join(cells) + " |")

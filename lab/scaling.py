@@ -1,9 +1,10 @@
-"""Weak scaling on this machine: 8 samples a rank on 1 rank and on 2, a core each; seconds a loop, and the bytes that collectives move.
+"""Weak scaling on this machine: 8 samples a rank on 1 rank and on 2, a core each.
 
     python -m lab.scaling
 
-FSDP2 must gather a network's weights for every forward pass and again for every backward pass, and scatter the sums of its gradients
-once per backward pass: so many bytes are set beside those counted.
+It prints seconds a loop, and the bytes that collectives move. FSDP2 must gather a network's weights for every forward
+pass and again for every backward pass, and scatter the sums of its gradients once per backward pass: these bytes stand
+beside those counted.
 """
 
 import argparse
@@ -22,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from diffusion import sample_generators
 from engine import config, data
+from engine.batch import Batch
 from engine.distributed import start_process
 from engine.networks import assemble
 
@@ -44,11 +45,14 @@ class Traffic(TorchDispatchMode):
 
 
 def worker(loops):
-    """What each rank runs: `loops` loops of stage 1. Rank 0 prints seconds a loop, bytes moved and bytes FSDP2 must move, a loop."""
+    """What each rank runs: `loops` loops of stage 1.
+
+    Rank 0 prints seconds, bytes moved, and bytes that FSDP2 must move, each a loop.
+    """
     rank, ranks, device = start_process()
-    cast = assemble(config.parse(["--batch-size", str(8 * ranks)]), ranks, device)
+    nets = assemble(train.read(["--batch-size", str(8 * ranks)]), ranks, device, train.prepare)
     passes = Counter()
-    for net in (cast.G.net, cast.fake.net, cast.teacher.net):
+    for net in (nets.G.net, nets.fake.net, nets.teacher.net):
         size = sum(p.numel() for p in net.parameters()) * 4
         trained = any(p.requires_grad for p in net.parameters())
 
@@ -59,29 +63,24 @@ def worker(loops):
 
         net.register_forward_hook(count)
     source = data.source("toy", 64)
-    seconds, traffic = [], Traffic()
+    seconds = []
+    traffic = Traffic()
     for loop in range(1, 2 * loops + 2):  # a warm-up, then for time, then for bytes: counting costs time
         index = range((loop * ranks + rank) * 8, (loop * ranks + rank + 1) * 8)
-        images, prompts = torch.stack([source[i][0] for i in index]), [source[i][1] for i in index]
-        draw = lambda purpose: sample_generators(0, loop, index, purpose)  # noqa: B023, E731
-        c, began = cast.encoder.encode(prompts), time.perf_counter()
+        images = torch.stack([source[i][0] for i in index])
+        prompts = [source[i][1] for i in index]
+        batch = Batch(images.to(device), prompts, nets.encoder.encode(prompts), list(index), loop)
+        began = time.perf_counter()
         with traffic if loop > loops + 1 else nullcontext():
-            train.distil(cast, loop, images.to(device), prompts, c, draw, watched=False)
+            train.flash(nets, batch, loop)
         seconds.append(time.perf_counter() - began)
         if loop == loops + 1:
             passes.clear()
     if rank == 0:
         must = 2 * passes["backward"] + passes["forward"] if ranks > 1 else 0
-        print(
-            json.dumps(
-                {
-                    "ranks": ranks,
-                    "seconds": median(seconds[1 : loops + 1]),
-                    "moved": {k: v / loops for k, v in traffic.bytes.items()},
-                    "must": must / loops,
-                }
-            )
-        )
+        moved = {k: v / loops for k, v in traffic.bytes.items()}
+        measured = {"ranks": ranks, "seconds": median(seconds[1 : loops + 1]), "moved": moved, "must": must / loops}
+        print(json.dumps(measured))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -101,10 +100,12 @@ def main():
         if done.returncode:
             sys.exit(done.stderr[-2000:])
         found.append(json.loads(done.stdout.splitlines()[-1]))
-    print("| ranks x samples | seconds a loop | efficiency | MB moved a loop | MB that FSDP2 must move |\n| --- | --- | --- | --- | --- |")
+    print("| ranks x samples | seconds a loop | efficiency | MB moved a loop | MB that FSDP2 must move |")
+    print("| --- | --- | --- | --- | --- |")
     for row in found:
         share = found[0]["seconds"] / row["seconds"]
-        print(f"| {row['ranks']} x 8 | {row['seconds']:.3f} | {share:.2f} | {sum(row['moved'].values()) / 1e6:.1f} | {row['must'] / 1e6:.1f} |")
+        moved, must = sum(row["moved"].values()) / 1e6, row["must"] / 1e6
+        print(f"| {row['ranks']} x 8 | {row['seconds']:.3f} | {share:.2f} | {moved:.1f} | {must:.1f} |")
     print("by collective: " + ", ".join(f"{k} {v / 1e6:.1f} MB" for k, v in found[-1]["moved"].items()))
 
 

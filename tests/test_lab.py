@@ -1,39 +1,50 @@
-"""The lab's rules: what a row is named by, what a verdict and a share are. Nothing trains."""
+"""The lab's rules: what a row is named by, what a verdict and a share are, what the pages say. Nothing trains."""
 
+import json
 import re
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
+import train
 from engine import config
-from lab import claims, cost, rows, siblings, stage1, stage2
-from lab.claims import at_best, values, verdict
+from lab import claims, cost, pages, rows, siblings, stage1, stage2
+from lab.claims import values
 from lab.cost import BASELINE, TUNED, headline, share
+from lab.verdicts import at_best, verdict
 
 
 def run(*points):
     """A run's points from (samples, Fréchet distance, share of prompts right); a pass is two samples, a second ten."""
-    return [{"samples": n, "passes": 2 * n, "seconds": n / 10, "frechet": f, "prompt_accuracy": a} for n, f, a in points]
+    made = []
+    for n, f, a in points:
+        made.append({"samples": n, "passes": 2 * n, "seconds": n / 10, "frechet": f, "prompt_accuracy": a})
+    return made
 
 
 def test_two_standard_errors_decide():
-    """By hand: variances 1 and 0 over three seeds each make a standard error of sqrt(1/3). Fewer seeds decide nothing."""
-    gain, error, judged = verdict([4.0, 5.0, 6.0], [3.0, 3.0, 3.0], 1)
-    assert (gain, error, judged) == (2.0, pytest.approx(3**-0.5), "holds")
+    """By hand: variances 1 and 0 over three seeds each make a standard error of sqrt(1/3). Fewer decide nothing."""
+    gain, error, decided = verdict([4.0, 5.0, 6.0], [3.0, 3.0, 3.0], 1)
+    assert (gain, error, decided) == (2.0, pytest.approx(3**-0.5), "holds")
     assert verdict([4.0, 5.0, 6.0], [3.0, 3.0, 3.0], -1)[2] == "does not hold"
     assert verdict([4.0, 5.0, 6.0], [4.0, 4.0, 4.0], 1)[2] == "within noise"  # 1 < 2 x 0.577
-    assert verdict([4.0], [3.0, 3.0, 3.0], 1) == (1.0, None, "1 of 3 seeds, not judged")
-    assert verdict([4.0, 5.0, 6.0], [4.0, 3.0], 1) == (1.5, None, "2 of 3 seeds, not judged")
+    assert verdict([4.0], [3.0, 3.0, 3.0], 1) == (1.0, None, "1 of 3 seeds, not decided")
+    assert verdict([4.0, 5.0, 6.0], [4.0, 3.0], 1) == (1.5, None, "2 of 3 seeds, not decided")
 
 
 def test_claims_point_where_the_paper_points():
-    """Where it prints figures of both sides, the better one's is the better figure: the higher, of FID the lower. Of ours less is better in two."""
+    """Where it prints figures of both sides, the better one's is the better figure: the higher, of FID the lower.
+
+    Of our measures less is better in two.
+    """
     for c in claims.CLAIMS:
         if figures := re.findall(r"\d+\.\d+|\d{3}", c.paper):
             better, worse = map(float, figures)
             assert (better < worse) if "FID" in c.paper else (better > worse), c.text
     assert {c.measure for c in claims.CLAIMS if c.sign() < 0} == {"frechet", "contrast"}
-    assert {c.measure for c in claims.CLAIMS if c.sign() > 0} == {"prompt_accuracy", "clip_score", "reward", "recall", "variation"}
+    larger = {"prompt_accuracy", "clip_score", "reward", "recall", "variation"}
+    assert {c.measure for c in claims.CLAIMS if c.sign() > 0} == larger
 
 
 def test_sweeps_are_of_equal_size():
@@ -42,7 +53,10 @@ def test_sweeps_are_of_equal_size():
 
 
 def test_the_best_point_is_chosen_by_the_other_seeds():
-    """By hand: the mean of the others is best in the middle, so 5 is taken, not 4. The last point is no choice: it is what the best is set beside."""
+    """By hand: the mean of the others is best in the middle, so 5 is taken, not 4.
+
+    The last point is no choice: it is what the best is set beside.
+    """
     assert at_best([[4, 5, 1], [9, 2, 6], [9, 1, 7]], -1) == [5, 2, 1]
     assert at_best([[9, 5, 1]], -1) == [5]
     assert at_best([[9, 5, 1], [8, 2, 3]], 1) == [9, 8]
@@ -50,10 +64,12 @@ def test_the_best_point_is_chosen_by_the_other_seeds():
 
 def test_a_claim_may_ask_for_a_point_of_each_side():
     """Hand-made runs of all seeds: values seed by seed at the first, at the last and at the best point."""
-    flags, points = cost.METHODS[claims.DMD2_TTUR2], run((1, 5.0, 0.1), (2, 3.0, 0.1), (3, 4.0, 0.1))
-    measured = {cost.name(flags, s, 1000): points for s in stage1.SEEDS}
-    assert [values(measured, claims.DMD2_TTUR2, "frechet", -1, p, 1000) for p in (0, -1, "best")] == [[5.0] * 3, [4.0] * 3, [3.0] * 3]
-    assert values(measured, claims.DMD2_TTUR2, "frechet", -1, 0, 200) == []
+    title = cost.DMD2_TTUR2
+    points = run((1, 5.0, 0.1), (2, 3.0, 0.1), (3, 4.0, 0.1))
+    measured = {cost.name(cost.METHODS[title], s, 1000): points for s in rows.SEEDS}
+    of_points = [values(measured, title, "frechet", -1, p, 1000) for p in (0, -1, "best")]
+    assert of_points == [[5.0] * 3, [4.0] * 3, [3.0] * 3]
+    assert values(measured, title, "frechet", -1, 0, 200) == []
 
 
 def test_every_claim_names_rows_that_can_be_run():
@@ -63,35 +79,96 @@ def test_every_claim_names_rows_that_can_be_run():
             assert point == -1 or title in claims.METHODS
 
 
-def test_all_parts_run_all_that_the_claims_need(monkeypatch):
-    """With nothing there, the rows that the parts would run give every claim both its sides, and SEEDS of each but the teacher's."""
-    asked = {}
+@pytest.fixture
+def asked(monkeypatch):
+    """The rows that a call with nothing there would run, filled as parts are asked to train: {file: names}."""
+    asked = defaultdict(set)
     monkeypatch.setattr(rows, "load", lambda path, **weights: {})
-    monkeypatch.setattr(rows, "fill", lambda path, results, jobs, workers: asked.update(jobs))
+    monkeypatch.setattr(rows, "fill", lambda path, results, jobs, workers: asked[path].update(jobs))
     monkeypatch.setattr(stage1, "student", lambda *args: None)
+    return asked
+
+
+def test_all_parts_run_all_that_the_claims_need(asked):
+    """With nothing there, the rows that the parts would run give every claim both its sides, of all SEEDS."""
     for train in claims.TRAIN.values():
         train(1000, 2)
     blank = defaultdict(float)
-    measured = {n: [blank] * cost.POINTS if n.endswith("points") else blank for n in asked}
-    for c, better, worse, *_ in claims.judge(measured, 1000):
+    measured = {}
+    for n in set().union(*asked.values()):
+        measured[n] = [blank] * cost.POINTS if n.endswith("points") else blank
+    for c, better, worse, *_ in claims.assess(measured, 1000):
         assert len(better) == 3 and len(worse) == 3, c
 
 
+def test_no_row_is_missing(asked):
+    """Every row of every table is in results/, under the name that its flags give it today, and no row is left over."""
+    for train in claims.TRAIN.values():
+        train(1000, 2)
+    stage1.train(stage1.TABLES, 1000, 2)
+    assert len(asked) == 5
+    for path, names in asked.items():
+        there = {n for n in json.loads(path.read_text()) if not n.endswith("_crc32")}
+        assert there == names, path
+
+
+PAGES = {"stage1": stage1, "cost": cost, "stage2": stage2, "siblings": siblings, "claims": claims}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_are_those_of_the_rows(name):
+    """A page in results/ is what its module writes from the rows in results/, and no figure in it is missing."""
+    text = Path("results", f"{name}.md").read_text()
+    assert text == PAGES[name].page()
+    assert pages.MISSING not in text
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert Path("results", link).exists(), link
+
+
+def test_verdicts_are_those_of_the_rows():
+    kept = json.loads(Path("results/verdicts.json").read_text())
+    assessed = claims.assess_all(1000)
+    assert [v["verdict"] for v in kept] == [a[-1] for a in assessed]
+    assert [(v["better"], v["worse"]) for v in kept] == [(a[1], a[2]) for a in assessed]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_of_other_prompts_have_no_figures(name):
+    """With 200 prompts no row is there: tables are empty, and prose that needs rows is left out."""
+    text = PAGES[name].page(200)
+    assert ("not run" if name == "claims" else pages.MISSING) in text
+
+
+def test_prose_without_rows_says_so():
+    assert pages.told(lambda found: f"{pages.right(found['a'])} %", {}) == pages.MISSING
+    assert pages.told(lambda found: f"{pages.right(found)} %", [{"prompt_accuracy": 0.5}]) == "50.0 %"
+
+
 def test_share_of_the_baselines_cost():
-    """By hand: the baseline is best at 300; Flash-DMD does as well first at 60, a fifth; what it never reaches is a bound."""
+    """By hand: the baseline is best at 300; Flash-DMD does as well first at 60, a fifth.
+
+    What it never reaches is a bound.
+    """
     baseline = run((100, 5.0, 0.7), (200, 4.0, 0.8), (300, 3.0, 0.8), (400, 3.5, 0.9))
     flash = run((30, 3.2, 0.9), (60, 2.9, 0.8), (90, 3.0, 0.9))
     assert share(flash, baseline, {"frechet": -1}) == (0.2, True)
     assert share(flash, baseline, {"prompt_accuracy": 1}) == (30 / 400, True)
-    assert share(flash, baseline, {"frechet": -1, "prompt_accuracy": 1}) == (90 / 400, True)  # both at once: only at the end
+    assert share(flash, baseline, {"frechet": -1, "prompt_accuracy": 1}) == (
+        90 / 400,
+        True,
+    )  # both at once: only at the end
     assert share(flash[:1], baseline, {"frechet": -1}, "passes") == (0.1, False)
 
 
 def test_headline():
-    """A line for each criterion, a value for each seed in every kind of cost; a baseline that is best at its end is named."""
+    """A line for each criterion, a value for each seed in every kind of cost.
+
+    A baseline that is best at its end is named.
+    """
     baseline = run((100, 4.0, 0.8), (200, 3.0, 0.8), (400, 3.5, 0.9))
     runs = {0: run((50, 3.0, 0.7), (100, 2.9, 0.9)), 1: run((50, 3.2, 0.9), (100, 3.1, 0.9)), 2: run((50, 1.0, 1.0))}
-    lines = headline({"Flash-DMD, TTUR 1": runs, BASELINE: {0: baseline, 1: baseline[:2]}})  # seed 2 has no baseline yet
+    baselines = {0: baseline, 1: baseline[:2]}  # seed 2 has none yet
+    lines = headline({"Flash-DMD, TTUR 1": runs, BASELINE: baselines})
     assert lines[2:5] == [
         "| Flash-DMD, TTUR 1, seeds 0, 1 | Fréchet | 25, > 50 % | 25, > 50 % | 25, > 50 % |",
         "| Flash-DMD, TTUR 1, seeds 0, 1 | prompts right | 25, 50 % | 25, 50 % | 25, 50 % |",
@@ -99,19 +176,29 @@ def test_headline():
     ]
     assert "in prompts right (seed 0); Fréchet (seed 1):" in lines[-1]
     assert len(headline({})) == 4
-    tuned = headline({"Flash-DMD, TTUR 1": runs, BASELINE: {0: baseline}, TUNED: {1: run((50, 3.1, 0.8), (100, 3.3, 0.9))}}, TUNED)
-    assert tuned[0].startswith(f"| share of {TUNED}'s cost") and tuned[2].endswith("| Fréchet | 200 % | 200 % | 200 % |")
+    other = {1: run((50, 3.1, 0.8), (100, 3.3, 0.9))}
+    tuned = headline({"Flash-DMD, TTUR 1": runs, BASELINE: {0: baseline}, TUNED: other}, TUNED)
+    assert tuned[0].startswith(f"| share of {TUNED}'s cost") and tuned[2].endswith(
+        "| Fréchet | 200 % | 200 % | 200 % |"
+    )
     for points in runs[0]:
         points["seconds"] = None  # a run that was paused
-    assert headline({"Flash-DMD, TTUR 1": runs, BASELINE: {0: baseline, 1: baseline[:2]}})[2].endswith("| 25, > 50 % | ?, > 50 % |")
+    paused = headline({"Flash-DMD, TTUR 1": runs, BASELINE: baselines})
+    assert paused[2].endswith("| 25, > 50 % | ?, > 50 % |")
 
 
 @pytest.mark.parametrize("preset, flags", [("dmd2", cost.DMD2), ("dmdr", siblings.DMDR), ("advdmd", siblings.ADVDMD)])
 def test_rows_are_named_by_the_settings_of_their_preset(preset, flags, monkeypatch):
-    """All that the preset changes is spelt out, the flags alone make the same run, and another value makes another name."""
-    assert {f"--{s.replace('_', '-')}" for s in config.PRESETS[preset]} <= flags.keys() and "--preset" not in flags
+    """All that preset and method change is spelt out, the flags alone make the same run.
+
+    Another value makes another name.
+    """
+    default = vars(rows.settings("toy"))
+    changed = {k for k, v in vars(rows.settings(preset)).items() if v != default.get(k, "")}
+    assert {f"--{name.replace('_', '-')}" for name in changed} <= flags.keys() and "--preset" not in flags
+    assert flags["--method"] == preset and {"method", "iterations"} <= changed
     given = [str(f) for f in rows.flat(flags)]
-    spelt, named = config.parse(given), config.parse(["--preset", preset, *given])
+    spelt, named = train.read(given), train.read(["--preset", preset, *given])
     assert vars(spelt) | {"preset": preset} == vars(named)
     names = [f.removeprefix("--").replace("-", "_") for f in flags]
     before = rows.key(stage1.spelt(names, preset), "--seed", 0)
@@ -122,7 +209,8 @@ def test_rows_are_named_by_the_settings_of_their_preset(preset, flags, monkeypat
 def test_every_row_has_a_name_of_its_own():
     names = [cost.name(f, 0, 1000) for f in claims.METHODS.values()]
     names += [stage2.name(f, 0, 1000) for f in (stage2.TABLE4 | stage2.TABLE7).values()]
-    names += [stage1.name(f, 0, 1000) for table in ("main", "variants", "students", "sd3") for f, _ in stage1.TABLES[table].values()]
+    for table in ("main", "variants", "students", "sd3"):
+        names += [stage1.name(f, 0, 1000) for f, _ in stage1.TABLES[table].values()]
     assert len(set(names)) == len(names) and not any("--preset" in n for n in names)
 
 
@@ -142,6 +230,8 @@ def test_bad_numbers_train_nothing(argv, monkeypatch, capsys):
 
 def test_hours_of_rows_that_recorded_them():
     """One hour in each of three ways, a row that lies in two files once, and one that recorded nothing."""
-    first = {"--iterations 400 a": {"seconds_per_loop": 9.0}, "teacher": {}, "teacher_crc32": 1, "--iterations 400 b": {}}
-    others = {"--iterations 400 a": {}, "--iterations 2000 c": [{"seconds": 9.0}, {"seconds": 3600.0}], "--iterations 400 d": {"minutes": 60.0}}
+    first = {"--iterations 400 a": {"seconds_per_loop": 9.0}, "--iterations 400 b": {}}
+    first |= {"teacher": {}, "teacher_crc32": 1}
+    others = {"--iterations 400 a": {}, "--iterations 400 d": {"minutes": 60.0}}
+    others["--iterations 2000 c"] = [{"seconds": 9.0}, {"seconds": 3600.0}]
     assert claims.hours(first, others).startswith("3.0 hours of training in the 3 of 4 rows")
