@@ -83,11 +83,12 @@ def sam_input(images, size):
 # ------------------------------------------------------------------------------ what D sees of a loop
 
 
-def window(crop, side, factor, seed, loop):
-    """Where D looks in a loop: a square of `crop` pixels at random, or everything (0) -> indices into latents, and into pixels.
+def window(crop, latent, factor, seed, loop):
+    """Where D looks in a loop: a random square of `crop` pixels, or everything (0) -> indices into latents, and into pixels.
 
-    side: of the latents; factor: pixels per latent. The square is the same in real and generated pictures.
+    latent: (..., h, w), for its size; factor: pixels per latent. The square is the same in real and generated pictures.
     """
+    side = latent.shape[-1]
     size = crop // factor or side
     top, left = (int(v) for v in np.random.default_rng([seed, loop, 1]).integers(side - size + 1, size=2))
     latents = (..., slice(top, top + size), slice(left, left + size))
