@@ -25,10 +25,12 @@ FIXED = (  # what a resumed run cannot change; those of the last line are siblin
 
 
 def look(config):
-    """What a run's folders show before anything is loaded -> the config, in stage 2 with --init and --reward filled in.
+    """Check settings and folders before anything is loaded -> the config, in stage 2 with --init and --reward filled in.
 
-    Raises UserError for a model, data or SAM folder that is missing, a stage 1 that does not fit, and a run folder in use.
+    Raises UserError for values that do not fit, for a model, data or SAM folder that is missing, for a stage 1 that does not
+    fit, and for a run folder in use.
     """
+    config.check()
     if config.dry_run:
         return config
     folder(config.model, "model_index.json")
