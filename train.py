@@ -85,8 +85,8 @@ def prepare(nets):
     config = nets.config
     if config.gan_weight:
         torch.manual_seed(config.seed)
-        nets.D = pixel_gan.PixelDiscriminator(nets.sam(), checkpointing=config.checkpointing).to(nets.latent.device)
-        nets.trained["D"] = (nets.D, config.d_lr, "")
+        D = pixel_gan.PixelDiscriminator(nets.sam(), checkpointing=config.checkpointing)
+        nets.D = nets.add("D", D, config.d_lr)
 
 
 # --------------------------------------------------------------------------- Algorithm 1, one iteration

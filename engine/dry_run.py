@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from engine.batch import Batch
 from engine.errors import UserError
 from engine.models import blocks
-from engine.real_size import CLIP_G, CLIP_L, assemble
+from engine.real_size import CLIP_G, CLIP_L, assemble, drop_gradients
 
 ALLOWANCE = 0.08  # of a GPU's memory
 MOMENTS = {"adamw": 8, "adamw8bit": 2 * (1 + 4 / 256)}  # bytes a parameter; torchao keeps an fp32 scale per 256 numbers
@@ -84,6 +84,7 @@ def measure(config, kinds, prepare, iterate, prefer):
     measured = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         nets = assemble(config, 1, prepare)
+        drop_gradients(nets)
         picture = torch.empty(1, 3, config.resolution, config.resolution)
         c = nets.encoder.encode(["a"])
         for kind in kinds:

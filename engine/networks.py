@@ -114,6 +114,11 @@ class Networks:
         """What the denoisers compute in."""
         return self.G.dtype
 
+    def add(self, name, module, rate):
+        """A network of the method's own, trained at `rate` from now on -> the network, on the device."""
+        self.trained[name] = (module.to(self.latent.device), rate, "")
+        return module
+
     def ready(self, net):
         """Shard a network that is not trained whole on every rank. One after the other: no two are whole on a GPU."""
         return shard(net, self.dtype) if self.sharded else net

@@ -103,6 +103,10 @@ class Unmoved(Networks):
     def weights(self, name):
         return list(self.players[name][0].parameters())
 
+    def add(self, name, module, rate):
+        self.trained[name] = (module, rate, "")
+        return module
+
     def sam(self):
         torch.set_default_dtype(torch.bfloat16)
         encoder = sam_model_registry["vit_b"]().image_encoder.requires_grad_(False)
@@ -126,10 +130,10 @@ def with_loras(build, rank):
     return net
 
 
-def assemble(config, batch, prepare):
+def assemble(config, batch, prepare, kind=Unmoved):
     """What engine.networks.assemble gives, at real size and the config's resolution; inside a FakeTensorMode.
 
-    Denoisers compute in bf16, as on a GPU. prepare(nets): what the method adds.
+    Denoisers compute in bf16, as on a GPU. prepare(nets): what the method adds; kind: the class to make.
     """
     sd3 = config.preset.startswith("sd3")
     schedule = Schedule("flow", shift=3.0) if sd3 else Schedule()
@@ -157,19 +161,18 @@ def assemble(config, batch, prepare):
     null = words.encode([""])
     at_scale = guided(teacher, null, config.guidance)
     S = schedule.steps(config.student_steps)
-    nets = Unmoved(config, 1, latent, words, vae, teacher, at_scale, null, G, fake, S, ref=ref, R=R)
+    nets = kind(config, 1, latent, words, vae, teacher, at_scale, null, G, fake, S, ref=ref, R=R)
     nets.trained["G"] = (G.net, config.lr, "student")
     nets.trained["fake"] = (fake.net, config.fake_lr, "fake")
     prepare(nets)
     nets.players = {name: (module, None) for name, (module, *_) in nets.trained.items()}
     if config.stage == 2:
         nets.players["G, RL"] = (G.net, None)
-    drop_gradients(nets)
     return nets
 
 
 def drop_gradients(nets):
-    """Gradients are dropped as soon as they are made: the table of states counts them."""
+    """From now on gradients are dropped as soon as they are made: the table of states counts them."""
     for net in {id(net): net for net, _ in nets.players.values()}.values():
         for p in filter(lambda p: p.requires_grad, net.parameters()):
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))

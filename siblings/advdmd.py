@@ -195,7 +195,7 @@ def frozen_discriminator(nets):
     if not fits or before.get("lora_rank"):
         raise UserError(f"--judge {run}: needs a run with --method dmd2 or advdmd of {config.model}, without LoRAs")
     fake = load_denoiser(config.model, nets.latent.device, nets.dtype, name="the frozen discriminator")
-    head = dmd2.new_head(nets)
+    head = dmd2.new_head(nets).to(nets.latent.device)
     checkpoint.restore(run, {"fake": (fake.net, None), "head": (head, None)}, optimizers=False)
     return nets.frozen(fake), head.requires_grad_(False)
 

@@ -90,8 +90,7 @@ def prepare(nets):
     """Adds D's head, which learns at the score estimator's rate. Raises UserError where the network has no bottleneck."""
     if nets.config.gan_weight:
         torch.manual_seed(nets.config.seed)
-        nets.D = new_head(nets)
-        nets.trained["head"] = (nets.D, nets.config.fake_lr, "")
+        nets.D = nets.add("head", new_head(nets), nets.config.fake_lr)
 
 
 def new_head(nets):
@@ -102,7 +101,7 @@ def new_head(nets):
         raise UserError(
             f"--method {config.method} looks at a UNet's bottleneck, which {config.model} does not have: use --method flash"
         )
-    return Head(net.config.block_out_channels[-1]).to(nets.latent.device)
+    return Head(net.config.block_out_channels[-1])
 
 
 def iterate(nets, batch, n):

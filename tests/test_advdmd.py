@@ -95,7 +95,7 @@ def run(tmp_path, name, *flags):
 
 
 def test_gate_stops_reinforcement_while_d_is_blind(tmp_path):
-    """At --rl-gate 1 nothing is reinforced, to the bit what --rl-after 1000 gives; at 0 all is, at K - 1 passes more."""
+    """At --rl-gate 1 nothing is reinforced, to the bit as with --rl-after 1000; at 0 all is, at K - 1 passes more."""
     shut, weights_shut = run(tmp_path, "shut", "--rl-gate", "1")
     late, weights_late = run(tmp_path, "late", "--rl-after", "1000")
     open_, weights_open = run(tmp_path, "open", "--rl-gate", "0")

@@ -59,7 +59,7 @@ def test_eq_5_against_finite_differences(scene):
 
 
 def test_eq_7_reaches_psi_and_the_head(scene):
-    """The down and mid blocks of the score estimator and the head learn from it; its up blocks, which D does not use, do not."""
+    """The score estimator's down and mid blocks and the head learn from it; its up blocks, which D lacks, do not."""
     fake, head, x, x_real, t, eps, c = scene
     loss, right = dmd2.discriminator_loss(fake, head, x, x_real, t, eps, c)
     loss.backward()
@@ -110,7 +110,7 @@ def test_preset_dmd2_counts_its_passes(tmp_path):
 
 
 def test_preset_dmd2_trains_its_networks(tmp_path):
-    """TTUR 5: G moves in loop 5, by both terms. Eq. 5 leaves nothing in the score estimator. --resume keeps the method."""
+    """TTUR 5: G moves in loop 5, by both terms. Eq. 5 leaves the score estimator alone. --resume keeps the method."""
     small = ["--preset", "dmd2", "--iterations", "5", "--batch-size", "4", "--preview-every", "0", "--log-every", "1"]
     last = {}
     for weight in ("0.005", "50"):

@@ -1,4 +1,4 @@
-"""DMDR: its schedules' end points and moments, the reward's gradient against finite differences, what --preset dmdr trains."""
+"""DMDR: its schedules' end points and moments, the reward's gradient by finite differences, what --preset dmdr trains."""
 
 import json
 from dataclasses import replace
@@ -63,7 +63,7 @@ def test_dynars_moments(k, a, b):
 
 @pytest.mark.parametrize("kind", ["lrm", "clip"])
 def test_reward_gradient_through_one_step(kind, scene):
-    """The gradient of R(G(z)) in the generator's weights against a central difference: the latent reward model, and CLIP."""
+    """The gradient of R(G(z)) in the generator's weights by a central difference: the latent reward model, and CLIP."""
     encoder, z, eps, _, prompts = scene
     G, vae = load_denoiser("toy/sdxl"), load_vae("toy/sdxl")
     c, tau = encoder.encode(prompts), torch.tensor([499, 499])
@@ -87,7 +87,7 @@ def test_reward_gradient_through_one_step(kind, scene):
 
 
 def test_preset_dmdr_moves_who_it_should(tmp_path):
-    """K = 1: reward joins with the second update of G; the score estimator's LoRA alone learns; a resumed run goes on alike."""
+    """K = 1: reward joins at G's second update; the score estimator's LoRA alone learns; a resumed run goes on."""
     few = "--lr-schedule constant --batch-size 4 --save-every 3 --preview-every 0 --log-every 1"
     flags = f"--preset dmdr --dynamic 1 --ttur 2 --fake-lora 4 {few}".split()
     whole = train.train(train.read([*flags, "--iterations", "4", "--out", str(tmp_path / "whole")]))
