@@ -184,8 +184,8 @@ def rollout(G, R, z, c, c_R, S, transitions, k, carry, generators):
     c_many = {key: v.repeat_interleave(k, 0) for key, v in c_R.items()}
     for i in range(transitions):
         x_0 = G(z_t, times(S[i], z_t), c)
-        candidates = [noise_to_step(G.schedule, x_0, S, i + 1, generators) for _ in range(k)]
-        z_s = torch.stack(candidates, 1)  # (B, k, C, h, w)
+        z_s = [noise_to_step(G.schedule, x_0, S, i + 1, generators) for _ in range(k)]
+        z_s = torch.stack(z_s, 1)  # (B, k, C, h, w)
         flat = z_s.flatten(0, 1)
         scores = R(flat, times(S[i + 1], flat), c_many).view(-1, k)
         steps.append((i, z_t, z_s, scores))

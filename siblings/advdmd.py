@@ -48,7 +48,7 @@ class Settings(dmd2.Settings):
     gan_weight: float = 1.0
     rl_after: int = 100  # generator updates before reinforcement begins
     rl_gate: float = 0.6  # reinforcement waits while D classifies fewer than this fraction of unseen latents right
-    judge: str = ""  # a run whose discriminator, frozen, is the reward; default the run's own, which goes on learning
+    judge: str = ""  # a run whose discriminator, frozen, is the reward; default the run's own, in training
 
     def check(self):
         super().check()
