@@ -64,8 +64,8 @@ pipe.scheduler = {scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler
 def export(run, out, lora=False):
     """Write the newest checkpoint of folder `run` as a pipeline into folder `out`, with a model card -> the folder.
 
-    lora: write its LoRA, the scheduler and the card alone. Raises UserError for a run without a checkpoint, or without a
-    LoRA, and for an `out` in use.
+    lora: write its LoRA, the scheduler and the card alone. Raises UserError for a run without a checkpoint or LoRA, and
+    for an `out` in use.
     """
     run, config = find_run(run)
     out = Path(out)
@@ -93,7 +93,7 @@ def export(run, out, lora=False):
 
 
 def student_scheduler(model, steps):
-    """diffusers' scheduler for the few steps of a student of pipeline folder `model`, re-noised as by backward_simulation."""
+    """diffusers' scheduler for a student of pipeline folder `model`: its steps, re-noised as by backward_simulation."""
     if part_of(model) == "unet":
         return load_part(LCMScheduler, model, "scheduler", original_inference_steps=steps)
     return load_part(FlowMatchEulerDiscreteScheduler, model, "scheduler", stochastic_sampling=True)

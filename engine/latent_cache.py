@@ -1,7 +1,7 @@
 """--cache-latents: the VAE's latents of the pictures of a folder or of shards, encoded once and kept for all ranks.
 
     DIR/settings.json            data, model and resolution of the latents
-    DIR/1a2b3c4d....safetensors  one picture's latent (C, h, w) in fp16 and sizes (6,); the name is the SHA-1 of its name
+    DIR/1a2b3c4d....safetensors  one picture, named by the SHA-1 of its name: latent (C, h, w) in fp16, sizes (6,)
 
 For methods that see latents alone, and for Pixel-GAN with --gan-reals vae. The cache does not notice a picture that
 changes and keeps its name.

@@ -15,7 +15,7 @@ class Run:
     """A run folder, and the state of a training loop beside its networks."""
 
     def __init__(self, config, nets, source, rank):
-        """Opens the folder and, with --resume, fills the networks. Raises UserError for a folder that cannot be used."""
+        """Opens the folder; with --resume, fills the networks. Raises UserError for a folder that cannot be used."""
         self.config = config
         self.nets = nets
         self.rank = rank
