@@ -124,7 +124,8 @@ def guided(denoiser, null, w):
 @torch.no_grad()
 def sample_ode(denoiser, x_t, c, n):
     """n reverse steps (Eq. 2) from pure noise x_t (B, C, h, w) to x_0: the multi-step teacher's sampler."""
-    schedule, steps = denoiser.schedule, denoiser.schedule.steps(n)
+    schedule = denoiser.schedule
+    steps = schedule.steps(n)
     for i in range(n):
         t = times(steps[i], x_t)
         x_0 = denoiser(x_t, t, c)

@@ -35,7 +35,7 @@ def loss(fake, x, t, eps, c):
 def pull(psi, theta, lam):
     """Eq. 11: ψ <- λ ψ + (1 - λ) θ, in place.
 
-    psi, theta: parameters in the same order (sharded alike, if sharded), fp32: bf16 would lose (1 - λ)(θ - ψ).
+    psi, theta: fp32 parameters in the same order and sharding; bf16 would lose (1 - λ)(θ - ψ).
     λ in [0, 1]; 1 is "off".
     ASSUMPTION: the value of λ is not in the paper; results/stage1.md has the sweep that chose ours.
     NOTE: on LoRAs this averages the factors A and B, not the products B A: their average has a higher rank.

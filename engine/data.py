@@ -57,7 +57,7 @@ class Toy:
     judge = staticmethod(world.judge)
 
     def __init__(self, seed):
-        self.first = seed * 10**7  # every seed has scenes of its own
+        self.first = seed * 10**7  # every seed has its own scenes
 
     def __getitem__(self, i):
         scene, caption = world.scene(self.first + i)
@@ -82,7 +82,9 @@ class ImageFolder:
     latents = None  # a latent cache (engine/latent_cache.py): name -> latent and sizes, in place of pictures
 
     def __init__(self, path, resolution, seed):
-        self.path, self.resolution, self.seed = path, resolution, seed
+        self.path = path
+        self.resolution = resolution
+        self.seed = seed
         self.bad = {}  # name -> why it cannot be read
         self.rows = self._index()  # (file name, caption)
         for name in self._missing():
@@ -253,12 +255,14 @@ class Prompted:
     def __init__(self, source, path, seed):
         if not Path(path).is_file():
             raise UserError(f"--prompts {path}: no such file")
-        self.source, self.seed = source, seed
+        self.source = source
+        self.seed = seed
         text = Path(path).read_text(encoding="utf-8", errors="replace")
         self.lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not self.lines:
             raise UserError(f"--prompts {path} holds no prompt (one per line)")
-        self.held_out, self.judge = source.held_out, source.judge
+        self.held_out = source.held_out
+        self.judge = source.judge
 
     def __getitem__(self, i):
         epoch, place = divmod(i, len(self.lines))

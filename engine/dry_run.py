@@ -49,7 +49,8 @@ class Meter(TorchDispatchMode):
     def turn(self, name):
         """Keep the peak and the operations so far under `name`, and begin the next turn."""
         self.turns[name] = self.peak, self.flops
-        self.peak, self.flops = self.live, 0
+        self.peak = self.live
+        self.flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -182,7 +183,8 @@ def report(config, prepare, iterate, prefer):
     for optimizer in dict.fromkeys((config.optimizer, "adamw8bit")):
         held = states(nets, optimizer)
         fewest[optimizer] = fewest_gpus(config, lambda n, gb, held=held: most(a_gpu(held, n) + open_blocks, gb))
-    least, light = fewest[config.optimizer], fewest["adamw8bit"]
+    least = fewest[config.optimizer]
+    light = fewest["adamw8bit"]
     most_light = most(a_gpu(states(nets, "adamw8bit"), gpus) + open_blocks)
     verdict = "fits"
     helps = ""

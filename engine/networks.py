@@ -128,7 +128,8 @@ class Networks:
 
     def load_reward(self):
         """The latent reward model. Raises UserError for one of another number of latent channels."""
-        config, device = self.config, self.latent.device
+        config = self.config
+        device = self.latent.device
         path = run_folder.reward_folder(config)
         R = load_reward_model(path, config.resolution, config.model, device, self.dtype)
         channels = R.unet.config.in_channels
@@ -198,7 +199,8 @@ def assemble(config, ranks, device, prepare=None):
 
 def add_stage_2(nets):
     """In place: the stage-1 run's weights, p_ref, R, and G's second optimizer."""
-    config, device = nets.config, nets.latent.device
+    config = nets.config
+    device = nets.latent.device
     checkpoint.restore(config.init, nets.players, optimizers=False)
     stage_1 = run_folder.newest(config.init)
     nets.ref = nets.frozen(load_denoiser(config.model, device, nets.dtype, student=stage_1, name="the reference"))

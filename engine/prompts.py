@@ -41,7 +41,8 @@ class PromptEncoder:
             length = self.tokenizers[0].model_max_length
             line = f"warning: prompts are cut off after {length} tokens, the first of them: {long[:60]!r} ..."
             print(line, file=sys.stderr)
-        states, pooled = [], []
+        states = []
+        pooled = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders):
             fixed = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
             tokens = tokenizer(prompts, **fixed, return_tensors="pt")

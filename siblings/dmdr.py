@@ -129,7 +129,8 @@ def reward_at(nets, batch, i, eps):
 
 def prepare(nets):
     """Makes the score estimator a LoRA on the frozen teacher's weights, and loads the reward model."""
-    config, fake = nets.config, nets.fake
+    config = nets.config
+    fake = nets.fake
     if config.fake_lora:
         add_lora(fake.net, config.fake_lora, "fake", dtype=nets.dtype)
         fake.scales = {"fake": FAKE_SCALE}
@@ -140,7 +141,8 @@ def prepare(nets):
 def iterate(nets, batch, n):
     """The n-th loop of DMDR: lines 5-24 of Algorithm 1 with DynaDG, DynaRS and the reward -> {name: value} to log."""
     config, G, fake, S = nets.config, nets.G, nets.fake, nets.S
-    schedule, K = G.schedule, config.dynamic
+    schedule = G.schedule
+    K = config.dynamic
     parts = micro_batches(batch, config.micro_batch)
     logged = monitor.Means()
     moves_G = n % config.ttur == 0  # line 12
