@@ -225,7 +225,7 @@ def detect(images):
     # An object hides the ground whatever the guess: cap the distance of a pixel.
     best_ground = (images[:, None] - drawn).square().sum(2).clamp(max=0.03).sum((2, 3)).argmin(1)  # (B,)
     names, masks = _templates()
-    colors = torch.tensor(list(COLORS.values()))[:, :, None]  # (6, 3, 1)
+    colors = torch.tensor(list(COLORS.values()))[:, :, None]  # (5, 3, 1)
     found = [[] for _ in images]
     for cell in range(4):
         rows, cols = _cell(cell)
@@ -237,7 +237,7 @@ def detect(images):
             p = color - ground
             products = [-2 * d * p, -2 * d * q, p * p, q * q, 2 * p * q]
             terms.append(torch.cat([product.sum(1) for product in products], 1))
-        gains = torch.stack(terms, 1) @ masks.T  # (B, 6, N)
+        gains = torch.stack(terms, 1) @ masks.T  # (B, 5, N)
         best, where = gains.flatten(1).min(1)
         empty = best >= 0
         residual = (d.square().sum((1, 2)) + torch.where(empty, 0.0, best)) / CELL**2
