@@ -27,8 +27,8 @@ FIXED = (  # settings that a resumed run cannot change; the last line is the sib
 def look(config):
     """Check settings and folders before anything is loaded -> the config, in stage 2 with --init and --reward.
 
-    Raises UserError for values that do not fit, a missing model, data or SAM folder, a stage 1 that does not fit, and a run
-    folder in use.
+    Raises UserError for values that do not fit, a missing model, data or SAM folder, a stage 1 that does not fit, and a
+    run folder in use.
     """
     config.check()
     if config.dry_run:
