@@ -11,6 +11,7 @@
 
 NOTE: the paper's Eq. 1 prints one step x_{t-1} -> x_t with α a variance factor; its Eq. 3 uses α_t as an amplitude.
 Here α is always the amplitude, and abar_t is the product of Eq. 1's α.
+
 A Denoiser is any callable (x_t, t, c) -> x_0 with a `schedule`; c is a dict of condition tensors, batch first.
 Left out: higher-order samplers, and anything about networks (engine/models.py).
 """

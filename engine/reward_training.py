@@ -3,6 +3,7 @@
     -E [ log σ( R(z^w_t, t, c) - R(z^l_t, t, c) ) ],  t uniform in 1 .. 951, one t for both latents of a pair
 
 R starts from the model's UNet and text encoders. NOTE: LPO trains the text encoders too; here they are frozen.
+
 Every rank holds all of R; gradients are averaged over ranks.
 """
 
