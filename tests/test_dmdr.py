@@ -1,4 +1,4 @@
-"""DMDR: its schedules' end points and moments, the reward's gradient by finite differences, what --preset dmdr trains."""
+"""DMDR: its schedules' end points and moments, the reward's gradient by finite differences, --preset dmdr."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""SDXL at 1024 without weights: one iteration of each stage on fake tensors (shapes and dtypes, no numbers), and what it would need."""
+"""SDXL at 1024 without weights: an iteration of each stage on fake tensors (no numbers), and what it would need."""
 
 import os
 import re
@@ -67,7 +67,7 @@ def test_iteration_at_full_size(preset):
 
 
 def test_memory_follows_storages():
-    """By hand: of four products y = x w in a chain, of 4,000 bytes each, autograd keeps every input beside the last output.
+    """By hand: of four products y = x w in a chain, 4,000 bytes each, autograd keeps every input and the last output.
 
     Without it two live at once.
     """
@@ -117,7 +117,7 @@ def test_meter_on_fake_tensors(checkpointing):
 
 
 def test_dry_run_as_a_command(monkeypatch, capsys):
-    """SDXL on 4 GPUs: each figure that is printed by arithmetic of our own from others; then, from the same trace, less memory than it takes."""
+    """SDXL on 4 GPUs: each printed figure by arithmetic from others; then, by the same trace, less memory than it takes."""
     flags = ["--preset", "sdxl-4step", "--dry-run", "--micro-batch", "2", "--gpu-memory", "80", "--iterations", "500"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -166,8 +166,8 @@ def test_dry_run_as_a_command(monkeypatch, capsys):
     by_ranks = [float(v) for v in re.search(r"over 1, 2, 8, 64 GPUs: (.*) GB on each", out)[1].split(", ")]
     assert by_ranks == [near(whole - 34 * P * (1 - 1 / n)) for n in (1, 2, 8, 64)]  # teacher, and both that are trained
     assert (
-        "\nverdict: fits on 4 x 80 GB; one sample at once needs at least 4 x 48 GB or 2 x 80 GB or 1 x 141 GB (--optimizer adamw8bit: "
-        in out
+        "\nverdict: fits on 4 x 80 GB; one sample at once needs at least "
+        "4 x 48 GB or 2 x 80 GB or 1 x 141 GB (--optimizer adamw8bit: " in out
     )
 
     with FakeTensorMode():
@@ -213,7 +213,7 @@ def test_dry_run_refuses(flags, why):
 
 
 def test_table_of_states_is_what_two_ranks_hold(two_ranks):
-    """Weights, gradients and moments of the toy's networks on each of 2 gloo ranks, and dry_run's arithmetic: within 2 %."""
+    """Weights, gradients and moments of the toy's networks on each of 2 gloo ranks are dry_run's to 2 %."""
     two_ranks(WEIGH)
 
 

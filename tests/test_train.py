@@ -260,7 +260,7 @@ def test_losses_reach_their_own_steps(noisy, last):
 
 
 def test_non_finite_update_is_skipped_and_ten_end_the_run(tmp_path, monkeypatch):
-    """Eq. 6's loss is not a number: the score estimator stays, G goes on, the tenth such loop saves and ends the run."""
+    """Eq. 6's loss is not a number: the score estimator stays, G goes on, the tenth such loop saves and ends."""
     real = train.score_estimator.loss
     monkeypatch.setattr(train.score_estimator, "loss", lambda *args: real(*args) * float("nan"))
     run = tmp_path / "run"
@@ -277,7 +277,7 @@ SD3_LORA = {"model": "toy/sd3", "lora_rank": 4, "iterations": 2}
 
 
 def smooth(model, path):
-    """A copy of a toy with random weights in the denoiser: trained ones amplify rounding, in gradients up to 10,000-fold."""
+    """A copy of a toy with random weights in the denoiser: trained ones amplify rounding, in gradients 10,000-fold."""
     torch.manual_seed(0)
     part = part_of(model)
     shutil.copytree(model, path)
@@ -520,7 +520,7 @@ def test_torn_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_and_ends(ranks, tmp_path):
-    """SIGTERM, to loader processes too: saved at the loop in hand, exit 0 (torchrun's own is 1). --resume starts afresh."""
+    """SIGTERM, to loader processes too: saved at the loop in hand, exit 0 (torchrun's is 1). --resume starts afresh."""
     settings = {"gan_weight": 0, "iterations": 500, "save_every": 1000, "resume": True, "workers": 1}
     ended = launch(*flags(**settings, out=tmp_path / "ended"), ranks=ranks, patience=150)
     wait_for(tmp_path / "ended" / "metrics.jsonl", content=True)
@@ -573,7 +573,7 @@ def kill_a_rank(torchrun):
 
 @pytest.mark.xdist_group("ranks")
 def test_a_killed_rank_restarts_the_run(tmp_path):
-    """kill -9 on one of two ranks: torchrun restarts both, and they go on by themselves to an unbroken run's weights."""
+    """kill -9 on one of two ranks: torchrun restarts both, and they go on to an unbroken run's weights."""
     settings = {"gan_weight": 0, "iterations": 8, "save_every": 2}
     whole = launch(*flags(**settings, out=tmp_path / "whole"), ranks=2)
     assert whole.communicate(timeout=300) and whole.returncode == 0
