@@ -117,7 +117,7 @@ def test_meter_on_fake_tensors(checkpointing):
 
 
 def test_dry_run_as_a_command(monkeypatch, capsys):
-    """SDXL on 4 GPUs: each printed figure by arithmetic from others; then, by the same trace, less memory than it takes."""
+    """SDXL on 4 GPUs: each printed figure by arithmetic from others; then, by the same trace, too little memory."""
     flags = ["--preset", "sdxl-4step", "--dry-run", "--micro-batch", "2", "--gpu-memory", "80", "--iterations", "500"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
