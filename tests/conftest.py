@@ -4,8 +4,10 @@ For test_gpu.py: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py
 """
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -13,17 +15,59 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-@pytest.fixture
-def two_ranks(tmp_path):
-    """A function that runs a program, given as text, on 2 gloo ranks, tmp_path its argument; it must end well."""
+class TwoRanks:
+    """Two gloo ranks (tests/ranks.py), started when the first program comes, and again after one that failed."""
 
-    def run(text, **env):
-        script = tmp_path / "program.py"
-        script.write_text(text)
+    def __init__(self, box):
+        self.box, self.process, self.jobs = box, None, 0
+
+    def start(self):
+        self.box.mkdir()
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        program = [*torchrun, str(script), str(tmp_path)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."} | env
-        done = subprocess.run(program, capture_output=True, text=True, timeout=200, env=env)
-        assert done.returncode == 0, done.stderr[-3000:]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ".", "TORCHDYNAMO_DISABLE": "1"}
+        log = (self.box / "log").open("w")
+        program = [*torchrun, "tests/ranks.py", str(self.box)]
+        self.process = subprocess.Popen(program, env=env, stdout=log, stderr=log, start_new_session=True)
 
-    return run
+    def run(self, text, folder, patience=300):
+        """Run a program on both ranks, `folder` its argument; both must end well."""
+        if self.process is None:
+            self.box = self.box.with_name(f"{self.box.name}+")
+            self.jobs = 0
+            self.start()
+        n, self.jobs = self.jobs, self.jobs + 1
+        (self.box / f"{n}.folder").write_text(str(folder))
+        (self.box / "next").write_text(text)
+        (self.box / "next").rename(self.box / f"{n}.py")
+        outcomes = [self.box / f"{n}.{rank}" for rank in (0, 1)]
+        deadline = time.time() + patience
+        while not all(path.exists() and path.read_text() for path in outcomes):
+            failed = [path.read_text() for path in outcomes if path.exists() and path.read_text() not in ("", "ok")]
+            if time.time() > deadline or failed or self.process.poll() is not None:
+                self.end()
+                pytest.fail("\n".join([*failed, (self.box / "log").read_text()[-3000:]]))
+            time.sleep(0.02)
+        wrong = [path.read_text() for path in outcomes if path.read_text() != "ok"]
+        if wrong:
+            self.end()
+            pytest.fail(wrong[0])
+
+    def end(self):
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.process = None
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Two ranks for the whole session."""
+    two = TwoRanks(tmp_path_factory.mktemp("ranks") / "box")
+    yield two
+    two.end()
+
+
+@pytest.fixture
+def two_ranks(ranks, tmp_path):
+    """A function that runs a program, given as text, on 2 gloo ranks; `folder` in it is tmp_path; it must end well."""
+    return lambda text: ranks.run(text, tmp_path)

@@ -291,7 +291,7 @@ ADVDMD = {"method": "advdmd", "ttur": 1, "rl_after": 1, "rl_gate": 0, "iteration
 
 @pytest.mark.parametrize("method", [{}, DMD2, DMD2 | {"lora_rank": 4}, SD3_LORA, DMDR, ADVDMD])
 @pytest.mark.xdist_group("ranks")
-def test_two_ranks_are_one(method, tmp_path):
+def test_two_ranks_are_one(method, two_ranks, tmp_path):
     """2 gloo ranks x 4, sharded by FSDP2, take the same steps as 1 rank x 8: losses, norms, how far the weights moved.
 
     Small learning rates: AdamW turns the rounding noise of gradients near zero into whole steps, which at the default
@@ -299,8 +299,8 @@ def test_two_ranks_are_one(method, tmp_path):
     """
     model = str(smooth(method.get("model", "toy/sdxl"), tmp_path / "model"))
     rates = {"ema": 0.99, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5}
-    settings = {"iterations": 3, "batch_size": 8, **rates, **method, "model": model}
-    one, two = on_one_and_two_ranks(settings, tmp_path)
+    settings = {"iterations": 3, "batch_size": 8, **rates, **method, "model": model, "reward": "toy/lrm"}
+    one, two = on_one_and_two_ranks(settings, two_ranks, tmp_path)
     assert len(one) == len(two) == settings["iterations"]
     losses = {"dm_loss", "adv_loss", "fake_loss", "d_loss", "reward", "rl_loss"}
     assert "dm_loss" in one[0] and "fake_loss" in one[0]
@@ -317,23 +317,25 @@ def test_two_ranks_are_one(method, tmp_path):
     assert moved[0].norm() > 0 and (moved[1] - moved[0]).norm() < 0.02 * moved[0].norm()
 
 
-def on_one_and_two_ranks(settings, folder):
+def on_one_and_two_ranks(settings, two_ranks, folder):
     """The metrics of a run on one rank, in this process, and of the same on two."""
-    two = launch(*flags(**settings, out=folder / "r2"), ranks=2)
+    train_on_two(two_ranks, **settings, out=folder / "r2")
     train.train(train.read(flags(**settings, out=folder / "r1")))
-    out, _ = two.communicate(timeout=400)
-    assert two.returncode == 0, out[-3000:]
     return metrics_of(folder / "r1"), metrics_of(folder / "r2")
 
 
+def train_on_two(two_ranks, **settings):
+    two_ranks(f"import train; train.train(train.read({flags(**settings)!r}))")
+
+
 @pytest.mark.xdist_group("ranks")
-def test_two_ranks_are_one_in_stage_2(tmp_path):
+def test_two_ranks_are_one_in_stage_2(two_ranks, tmp_path):
     """Two preference updates and one distillation update, with reference and reward model sharded too."""
     few = SMALL | {"iterations": 1, "batch_size": 2, "gan_weight": 0}
     stage_1 = train.train(Config(**few, out=str(tmp_path / "one")))
     rates = {"lr": 2e-6, "fake_lr": 1e-5, "rl_lr": 1e-6}
     settings = {"stage": 2, "init": stage_1, "rl_ratio": 2, "batch_size": 8, "gan_weight": 0, **rates}
-    one, two = on_one_and_two_ranks(settings, tmp_path)
+    one, two = on_one_and_two_ranks(settings, two_ranks, tmp_path)
     assert ["rl_loss" in m for m in one] == [True, True, False]
     for a, b in zip(one, two, strict=True):
         for key in {"rl_loss", "reward", "kept_pairs", "dm_loss", "fake_loss"} & a.keys():
@@ -343,7 +345,7 @@ def test_two_ranks_are_one_in_stage_2(tmp_path):
 
 
 @pytest.mark.xdist_group("ranks")
-def test_resumes_on_another_number_of_ranks(tmp_path):
+def test_resumes_on_another_number_of_ranks(two_ranks, tmp_path):
     """Three loops on one rank; two on two ranks and then one on one; one on one and then two on two: one run."""
     common = {"model": str(smooth("toy/sdxl", tmp_path / "model")), "batch_size": 4, "ema": 0.99}
     common |= {"lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5}
@@ -351,13 +353,11 @@ def test_resumes_on_another_number_of_ranks(tmp_path):
     for first, ranks in ((2, 2), (1, 1)):
         out = tmp_path / f"{ranks} first"
         for loops, n in ((first, ranks), (3, 3 - ranks)):
-            argv = flags(**common, iterations=loops, out=out, resume=True)
-            if n == 1:
-                train.train(train.read(argv))
-                continue
-            p = launch(*argv, ranks=n)
-            printed, _ = p.communicate(timeout=200)
-            assert p.returncode == 0, printed[-3000:]
+            settings = common | {"iterations": loops, "out": out, "resume": True}
+            if n == 2:
+                train_on_two(two_ranks, **settings)
+            else:
+                train.train(train.read(flags(**settings)))
         other = metrics_of(out)
         assert [m["loops"] for m in other] == [1, 2, 3]
         for a, b in zip(one, other):
@@ -365,6 +365,7 @@ def test_resumes_on_another_number_of_ranks(tmp_path):
                 assert b[key] == pytest.approx(a[key], rel=1e-3), (a["loops"], key)
 
 
+@pytest.mark.xdist_group("ranks")
 def test_eq_11_on_shards(two_ranks):
     """psi <- lam psi + (1 - lam) theta on FSDP2 shards of 2 ranks, after a forward pass, against whole weights."""
     two_ranks(PULL_ON_SHARDS)
@@ -377,7 +378,6 @@ from engine import distributed
 from engine.distributed import shard
 from engine.models import load_denoiser
 
-dist.init_process_group("gloo")
 nets = []
 for scale in (1.0, 1.5):
     net = load_denoiser("toy/sdxl").net
@@ -397,25 +397,24 @@ score_estimator.pull(psi.parameters(), theta.parameters(), 0.9)
 assert all(p.to_local().numel() < p.numel() for p in psi.parameters() if p.shape[0] % 2 == 0)
 for p, w in zip(psi.parameters(), whole):
     torch.testing.assert_close(p.full_tensor(), w)
-distributed.leave()
 """
 
 
+@pytest.mark.xdist_group("ranks")
 def test_8_bit_moments_on_shards(two_ranks):
     """torchao's AdamW on FSDP2 shards of 2 ranks, saved and restored, goes on the same; it is AdamW's to a tenth."""
     pytest.importorskip("torchao")
-    two_ranks(MOMENTS_ON_SHARDS, TORCHDYNAMO_DISABLE="1")  # torchao compiles its step: minutes for the toy
+    two_ranks(MOMENTS_ON_SHARDS)
 
 
 MOMENTS_ON_SHARDS = """
-import sys, torch, torch.distributed as dist
+import torch, torch.distributed as dist
 from engine import checkpoint
 from engine import config
 from engine import distributed
 from engine.distributed import adamw, shard, update, weights
 from engine.models import load_denoiser
 
-dist.init_process_group("gloo")
 
 def fresh(kind):
     net = shard(load_denoiser("toy/sdxl").net, torch.float32)
@@ -432,32 +431,31 @@ for n in range(3):
     step(eight, n), step(plain, n)
 state = eight[1].state[max(weights(eight[1]), key=lambda p: p.numel())]["exp_avg"]
 assert "8bit" in type(getattr(state, "_local_tensor", state)).__name__
-checkpoint.save(sys.argv[1], {"G": eight}, {"loops": 3})
+checkpoint.save(folder, {"G": eight}, {"loops": 3})
 again = fresh("adamw8bit")
-checkpoint.restore(sys.argv[1], {"G": again})
+checkpoint.restore(folder, {"G": again})
 for player in (eight, again, plain):
     step(player, 3)
 for p, q, r, p_0 in zip(*(weights(player[1]) for player in (eight, again, plain)), start):
     p, q, r = (v.full_tensor() for v in (p, q, r))
     assert torch.equal(p, q) and (p - r).norm() < 0.1 * (r - p_0).norm()
-distributed.leave()
 """
 
 
+@pytest.mark.xdist_group("ranks")
 def test_checkpoint_in_the_background(two_ranks):
     """2 ranks train on while a checkpoint is written: it holds the weights and moments of when save was called."""
     two_ranks(IN_THE_BACKGROUND)
 
 
 IN_THE_BACKGROUND = """
-import sys, torch, torch.distributed as dist
+import torch, torch.distributed as dist
 from engine import checkpoint
 from engine import distributed
 from engine import run_folder
 from engine.distributed import shard, update
 from engine.models import load_denoiser
 
-dist.init_process_group("gloo")
 net = shard(load_denoiser("toy/sdxl").net, torch.float32)
 optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
 
@@ -468,37 +466,39 @@ def step(gradient):
 
 step(1.0)
 asked_for = [p.full_tensor().clone() for p in net.parameters()]
-checkpoint.save(sys.argv[1], {"G": (net, optimizer)}, {"loops": 1}, background=True)
+checkpoint.save(folder, {"G": (net, optimizer)}, {"loops": 1}, background=True)
 for _ in range(3):
     step(-1.0)
-checkpoint.save(sys.argv[1], {"G": (net, optimizer)}, {"loops": 4}, keep=2, background=True)
+checkpoint.save(folder, {"G": (net, optimizer)}, {"loops": 4}, keep=2, background=True)
 checkpoint.settle()
 dist.barrier()
-assert [p.name for p in run_folder.checkpoints(sys.argv[1])] == ["checkpoint-000001", "checkpoint-000004"]
-assert checkpoint.load(run_folder.checkpoints(sys.argv[1])[0], {"G": (net, optimizer)}) == {"loops": 1}
+assert [p.name for p in run_folder.checkpoints(folder)] == ["checkpoint-000001", "checkpoint-000004"]
+assert checkpoint.load(run_folder.checkpoints(folder)[0], {"G": (net, optimizer)}) == {"loops": 1}
 assert all(torch.equal(p.full_tensor(), q) for p, q in zip(net.parameters(), asked_for))
 moments = [optimizer.state[p]["exp_avg"] for p in net.parameters()]
 tenth = lambda m: torch.full(m.shape, 0.1)  # (1 - beta_1) times the first gradient
 assert all(torch.allclose(m.full_tensor(), tenth(m)) for m in moments)
-distributed.leave()
 """
 
 
 def test_resume_after_kill(tmp_path):
     """kill -9 in the middle, then --resume: the same weights as a run that was left alone."""
     settings = {"iterations": 5, "save_every": 2}
-    whole = launch(*flags(**settings, out=tmp_path / "whole"))
     broken = launch(*flags(**{**settings, "iterations": 500}, out=tmp_path / "broken"))
+    whole = train.train(train.read(flags(**settings, out=tmp_path / "whole")))
     wait_for(tmp_path / "broken" / "checkpoint-000002")
     broken.send_signal(signal.SIGKILL)
     broken.communicate()
-    assert whole.communicate(timeout=300) and whole.returncode == 0
-    resumed = launch(*flags(**settings, out=tmp_path / "broken", resume=True))
-    out, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, out[-3000:]
-    a, b = student(tmp_path / "whole"), student(tmp_path / "broken")
+    train.train(train.read(flags(iterations=run_loops(tmp_path / "broken") + 3, out=tmp_path / "broken", resume=True)))
+    longer = train.train(train.read(flags(iterations=run_loops(tmp_path / "broken"), out=whole, resume=True)))
+    a, b = student(longer), student(tmp_path / "broken")
     assert all(torch.equal(a[k], b[k]) for k in a)
-    assert [m["loops"] for m in metrics_of(tmp_path / "broken")] == list(range(1, 6))
+    assert [m["loops"] for m in metrics_of(tmp_path / "broken")] == list(range(1, run_loops(longer) + 1))
+
+
+def run_loops(run):
+    """How many loops a run's newest checkpoint has."""
+    return json.loads((run_folder.newest(run) / "progress.json").read_text())["loops"]
 
 
 def test_torn_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
@@ -530,6 +530,7 @@ def test_sigterm_saves_and_ends(ranks, tmp_path):
     assert ended.returncode == ranks - 1 and 0 < saved["loops"] < 500, out[-3000:]
 
 
+@pytest.mark.xdist_group("ranks")
 def test_sigterm_while_ranks_ask(two_ranks):
     """Heard by one rank while it waits for the other: both give the same answer, and yes the next time."""
     two_ranks(ASK)
@@ -553,7 +554,6 @@ else:
 answers = [None, None]
 dist.all_gather_object(answers, [ending.asked(), ending.asked()])
 assert answers == [[False, True]] * 2, answers
-distributed.leave()
 """
 
 
@@ -572,12 +572,11 @@ def kill_a_rank(torchrun):
 
 
 @pytest.mark.xdist_group("ranks")
-def test_a_killed_rank_restarts_the_run(tmp_path):
+def test_a_killed_rank_restarts_the_run(two_ranks, tmp_path):
     """kill -9 on one of two ranks: torchrun restarts both, and they go on to an unbroken run's weights."""
     settings = {"gan_weight": 0, "iterations": 8, "save_every": 2}
-    whole = launch(*flags(**settings, out=tmp_path / "whole"), ranks=2)
-    assert whole.communicate(timeout=300) and whole.returncode == 0
     broken = launch(*flags(**settings, out=tmp_path / "broken"), ranks=2, restarts=1)
+    train_on_two(two_ranks, **settings, out=tmp_path / "whole")
     wait_for(tmp_path / "broken" / "checkpoint-000002")
     kill_a_rank(broken)
     out, _ = broken.communicate(timeout=240)
