@@ -5,10 +5,10 @@
 
     D      SAM encoder (frozen) -> a small head per feature level (ω, trained) -> maps of logits
     V      VAE decoder (frozen)
-    x_adv  the generator's clean estimate at the last, least noisy student step; by default no other loss trains it
+    x_adv  the generator's clean estimate at the last, least noisy student step; by default only this loss trains that step
 
-NOTE: the paper prints Eq. 9 as an ascent direction, and the second term of Eq. 10 as +log D(fake). Ours are the
-logistic losses they stand for. Algorithm 1, line 25 has the hinge pair, which is the default here.
+NOTE: the paper prints Eq. 9 as an ascent direction, and the second term of Eq. 10 as +log D(fake). kind =
+"logistic" is what they stand for; the default, "hinge", is the pair of Algorithm 1, line 25.
 ASSUMPTION: D sees no prompt (the paper names none). Heads: spectral-norm convolutions, group norm, leaky ReLU, a logit
 MAP per level, after the 2-D heads that the paper takes from ADM; their sizes are ours.
 """

@@ -7,7 +7,8 @@
     t    uniform over the whole range;  x_t = α_t x + σ_t ε
     ψ    the estimator's weights;  θ the generator's
 
-TTUR (how often Eq. 6 runs per generator update) is a line of train.py. Left out: DMD2's second task, Eq. 7.
+How often Eq. 6 runs (TTUR) is in train.py: in every distillation loop, in no preference update.
+Left out: DMD2's second task, Eq. 7.
 """
 
 import torch

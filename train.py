@@ -58,12 +58,13 @@ def train(config):
     nets = assemble(config, ranks, device, prepare_method)  # 1-3
     run = Run(config, nets, source, rank)
     for batch in run.batches():  # 4, 7
-        # NOTE: Algorithm 1 runs lines 5-26 and 27-31 in every iteration of stage 2. Table 4's ratios say r to 1.
+        # NOTE: Algorithm 1 does lines 5-26 and 27-31 in every iteration of stage 2. Table 4 has ratios r:1: here r
+        # preference updates and one distillation loop alternate.
         period = config.rl_ratio + 1 if config.stage == 2 else 1
         distils = not config.rl_only and batch.loop % period == 0
         kind = "generator_updates" if distils else "rl_updates"
-        batch.watched = run.watches(kind, batch.loop)
-        nets.pace(batch.loop)
+        batch.watched = run.watches(kind, batch.loop)  # whether its health signals are due
+        nets.pace(batch.loop)  # learning rates
         if distils:
             logged = iterate(nets, batch, batch.loop // period)  # 5-26
         else:
@@ -93,31 +94,33 @@ def prepare(nets):
 
 
 def flash(nets, batch, n):
-    """Lines 5-26: one loop of distribution matching and Pixel-GAN, the n-th -> what to log, {name: value}.
+    """Lines 5-26: the n-th loop of distribution matching and Pixel-GAN -> what to log, {name: value}.
 
     Nothing is sampled twice: the DM loss (Eq. 4) and the score estimator (Eq. 6) use the same x, G's adversarial loss
-    (Eq. 9) and D (Eq. 10) the same x_adv. Gradients of micro-batches add up.
+    (Eq. 9) and D (Eq. 10) the same x_adv. Each loss runs backward at once, so that one graph of G lives at a time: hence
+    the order 13, 14, 20, 9, 11, 15, 16. Gradients of micro-batches add up, weighted by b.weight, their part of the batch.
     """
     config, G, fake, D, S = nets.config, nets.G, nets.fake, nets.D, nets.S
     parts = micro_batches(batch, config.micro_batch)
     logged = monitor.Means()
-    moves_G = n % config.ttur == 0  # 12. ASSUMPTION: an iteration is a loop, so G moves in every TTUR-th
+    moves_G = n % config.ttur == 0  # 12. ASSUMPTION: iterations are loops; fake and D move in each
     i = dmd.student_step(S, config.dm_steps, config.seed, batch.loop)  # 6
-    latents, pixels = pixel_gan.window(config.gan_crop, nets.latent, nets.vae.factor, config.seed, batch.loop)
+    seen, seen_pixels = pixel_gan.window(config.gan_crop, nets.latent, nets.vae.factor, config.seed, batch.loop)
     loss_G = 0.0
-    made = []  # of each micro-batch: x, x_adv, D's features of V(x_adv), and the generators of its rollout
+    made = []  # of each micro-batch: x, x_adv, D's features of V(x_adv), and its rollout's random generators
 
     for b in parts:
-        rollout = b.generators("rollout")
-        z = randn(rollout, nets.like(b))  # 5
-        x_tau = backward_simulation(G, z, b.c, S, rollout, 0, i)  # 8
+        rng = b.generators("rollout")  # one random generator per sample; a second call of this begins anew
+        z = randn(rng, nets.like(b))  # 5
+        x_tau = backward_simulation(G, z, b.c, S, rng, 0, i)  # 8
         with torch.set_grad_enabled(moves_G):
             x = G(x_tau, times(S[i], x_tau), b.c)  # 10
         if moves_G:
-            # NOTE: line 14 writes the scores' difference as a loss; its gradient is meant, as in Eq. 4.
-            noise = b.generators("renoise")
-            t = dmd.renoise_time(G.schedule, config.renoise, noise, x.device)  # 13
-            eps = randn(noise, x)
+            # NOTE: line 14 writes the scores' difference as a loss; its gradient is meant, as in Eq. 4. Lines 14 and 15
+            # print "Eq. 9" and "Eq. 10" for 4 and 9.
+            rng_t = b.generators("renoise")
+            t = dmd.renoise_time(G.schedule, config.renoise, rng_t, x.device)  # 13
+            eps = randn(rng_t, x)
             L_dmd = dmd.loss(x, dmd.gradient(nets.guided_teacher, fake, x, t, eps, b.c))  # 14, Eq. 4
             (b.weight * L_dmd).backward()
             loss_G += b.weight * L_dmd.detach()
@@ -125,10 +128,10 @@ def flash(nets, batch, n):
         x = x.detach()  # 20
         x_adv = features = None
         if D is not None:
-            x_last = pixel_gan.last_input(G, x_tau, x, b.c, S, i, rollout, config.adv_reading)  # 9, Eq. 8
+            x_last = pixel_gan.last_input(G, x_tau, x, b.c, S, i, rng, config.adv_reading)  # 9, Eq. 8
             with torch.set_grad_enabled(moves_G):
-                x_adv = G(x_last, times(S[-1], x_last), b.c)  # 9: the rollout's last step
-                features = D.features(nets.vae.decode(x_adv[latents]))  # 11
+                x_adv = G(x_last, times(S[-1], x_last), b.c)  # 9: G at the last student step
+                features = D.features(nets.vae.decode(x_adv[seen]))  # 11
             if moves_G:
                 D.requires_grad_(False)
                 L_adv = pixel_gan.generator_loss(D(features), config.gan_loss)  # 15, Eq. 9
@@ -138,11 +141,11 @@ def flash(nets, batch, n):
                 logged.add(b.weight, adv_loss=L_adv)
             x_adv = x_adv.detach()
             features = [f.detach() for f in features]
-        made.append((x, x_adv, features, rollout))
+        made.append((x, x_adv, features, rng))
 
     if moves_G:
         logged["g_norm"], moved = nets.step("G", loss_G, config.clip_grad)  # 17
-        if moved:
+        if moved:  # not where the loss or a gradient is not finite
             score_estimator.pull(nets.weights("fake"), nets.weights("G"), config.ema)  # 18, Eq. 11
 
     for b, (x, *_) in zip(parts, made):
@@ -154,7 +157,7 @@ def flash(nets, batch, n):
 
     if D is not None:
         for b, (_, _, fake_features, _) in zip(parts, made):  # 25
-            real = b.x_real[pixels] if config.gan_reals == "raw" else nets.vae.decode(nets.latents(b.x_real)[latents])
+            real = b.x_real[seen_pixels] if config.gan_reals == "raw" else nets.vae.decode(nets.latents(b.x_real)[seen])
             real_logits = D(D.features(real))
             fake_logits = D(fake_features)
             L_D = pixel_gan.discriminator_loss(real_logits, fake_logits, config.gan_loss)  # Eq. 10
@@ -163,43 +166,44 @@ def flash(nets, batch, n):
         nets.step("D", logged["d_loss"])  # 26
 
     if batch.watched:
-        for b, (x, x_adv, _, rollout) in zip(parts, made):
-            t, eps = score_estimator.draw(G.schedule, b.generators("fake"), x)
-            x_0 = monitor.finish(G, x, i, b.c, S, rollout) if D is None else x_adv
+        for b, (x, x_adv, _, rng) in zip(parts, made):
+            t, eps = score_estimator.draw(G.schedule, b.generators("fake"), x)  # those of Eq. 6
+            x_0 = monitor.finish(G, x, i, b.c, S, rng) if D is None else x_adv
             logged.add(b.weight, **monitor.health(nets, b, x_0, logged["fake_loss"], t, eps))
     return logged
 
 
 def prefer(nets, batch):
-    """Lines 27-31: one update of G by preference (Eq. 12, 13) -> what to log, {name: value}."""
+    """Lines 27-31: one update of G by preference (Eq. 12, 13) -> what to log, {name: value}.
+
+    G moves by an optimizer of its own ("G, RL"); the score estimator follows by Eq. 11 alone, D stands still.
+    """
     config, G, R, S = nets.config, nets.G, nets.R, nets.S
-    transitions = 2 if config.rl_steps == "high" else len(S) - 1  # the last transition, to x_0, has no density
+    transitions = 2 if config.rl_steps == "high" else len(S) - 1  # the last one, to x_0, has no density
     pairs, every_score = [], []
     for b in micro_batches(batch, config.micro_batch):
-        noise = b.generators("rl")
-        z = randn(noise, nets.like(b))
+        rng = b.generators("rl")
+        z = randn(rng, nets.like(b))
         c_R = R.encoder.encode(b.prompts)
-        steps = latent_reward.rollout(G, R, z, b.c, c_R, S, transitions, config.candidates, config.carry, noise)  # 28
+        steps = latent_reward.rollout(G, R, z, b.c, c_R, S, transitions, config.candidates, config.carry, rng)  # 28
         for i, z_t, z_s, scores in steps:
             win, lose, kept = latent_reward.choose(scores, config.pair_threshold)  # 29
             rows = torch.arange(len(z_t), device=z_t.device)
             pairs.append((b.c, i, z_t, z_s[rows, win], z_s[rows, lose], kept))
             every_score.append(scores)
 
-    kept_pairs = total(torch.stack([kept for *_, kept in pairs]).sum().float())  # over all ranks
+    n_kept = total(torch.stack([kept for *_, kept in pairs]).sum().float())  # over all ranks
     loss = agreed = divergence = 0.0
     for c, i, z_t, z_win, z_lose, kept in pairs:  # 30
-        H, kl = latent_reward.pair_terms(
-            G, nets.ref, z_t, z_win, z_lose, S[i], S[i + 1], c, config.ratio_clip
-        )  # Eq. 13
-        L = (
-            (latent_reward.loss(H, config.beta) * kept).sum() * nets.ranks / kept_pairs.clamp(min=1)
-        )  # Eq. 12; FSDP2 averages
+        t, s = S[i], S[i + 1]
+        H, kl = latent_reward.pair_terms(G, nets.ref, z_t, z_win, z_lose, t, s, c, config.ratio_clip)  # Eq. 13
+        L = (latent_reward.loss(H, config.beta) * kept).sum()  # Eq. 12
+        L = L * nets.ranks / n_kept.clamp(min=1)  # the mean over all ranks' pairs: FSDP2 averages over ranks
         L.backward()  # a rank without a pair takes part with weight zero
         loss = loss + L.detach()
         agreed = agreed + (latent_reward.agrees(H) & kept).sum()
         divergence = divergence + kl / len(pairs)
-    norm, moved = nets.step("G, RL", loss, config.clip_grad)  # 31; without one pair the gradient is 0
+    norm, moved = nets.step("G, RL", loss, config.clip_grad)  # 31
     if moved:
         score_estimator.pull(nets.weights("fake"), nets.weights("G"), config.ema)  # Eq. 11, as after line 17
     scores = torch.cat(every_score)
@@ -207,8 +211,8 @@ def prefer(nets, batch):
         "rl_loss": loss,
         "reward": scores.mean(),
         "reward_gap": (scores.amax(1) - scores.amin(1)).mean(),
-        "kept_pairs": kept_pairs / (nets.ranks * transitions * len(batch.samples)),
-        "implicit_accuracy": agreed * nets.ranks / kept_pairs.clamp(min=1),
+        "kept_pairs": n_kept / (nets.ranks * transitions * len(batch.samples)),
+        "implicit_accuracy": agreed * nets.ranks / n_kept.clamp(min=1),
         "kl_to_reference": divergence,
         "rl_norm": norm,
     }

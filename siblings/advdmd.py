@@ -209,23 +209,23 @@ def iterate(nets, batch, n):
     k = (n - 1) // config.ttur
     i = dmd.student_step(S, config.dm_steps, config.seed, batch.loop)
     loss_G = 0.0
-    made = []  # of each micro-batch: x, the states of its rollout, and the rollout's generators
+    made = []  # of each micro-batch: x, the states of its rollout, and its random generators
 
     for b in parts:
-        rollout = b.generators("rollout")
-        states = simulate(G, randn(rollout, nets.like(b)), b.c, S, rollout)  # one simulation for DM and RL
+        rng = b.generators("rollout")
+        states = simulate(G, randn(rng, nets.like(b)), b.c, S, rng)  # one simulation for DM and RL
         x_tau = states[i]  # line 8
         with torch.set_grad_enabled(moves_G):
             x = G(x_tau, times(S[i], x_tau), b.c)  # line 10
         if moves_G:
-            noise = b.generators("renoise")
-            t = dmd.renoise_time(G.schedule, config.renoise, noise, x.device)
-            eps = randn(noise, x)
+            rng_t = b.generators("renoise")
+            t = dmd.renoise_time(G.schedule, config.renoise, rng_t, x.device)
+            eps = randn(rng_t, x)
             L_dmd = dmd.loss(x, dmd.gradient(nets.guided_teacher, fake, x, t, eps, b.c))  # Eq. 4
             (b.weight * L_dmd).backward()
             loss_G += b.weight * L_dmd.detach()
             logged.add(b.weight, dm_loss=L_dmd)
-        made.append((x.detach(), states, rollout))
+        made.append((x.detach(), states, rng))
     if moves_G and D is not None and k >= config.rl_after:
         for b, (_, states, _) in zip(parts, made):
             L_rl, seen = reinforce(nets, b, states)
@@ -252,8 +252,8 @@ def iterate(nets, batch, n):
         nets.step("head", logged["d_loss"])
 
     if batch.watched:
-        for b, (x, _, rollout) in zip(parts, made):
+        for b, (x, _, rng) in zip(parts, made):
             t, eps = score_estimator.draw(G.schedule, b.generators("fake"), x)
-            x_0 = monitor.finish(G, x, i, b.c, S, rollout)
+            x_0 = monitor.finish(G, x, i, b.c, S, rng)
             logged.add(b.weight, **monitor.health(nets, b, x_0, logged["fake_loss"], t, eps))
     return logged

@@ -112,18 +112,18 @@ def iterate(nets, batch, n):
     moves_G = n % config.ttur == 0  # line 12
     i = dmd.student_step(S, config.dm_steps, config.seed, batch.loop)
     loss_G = 0.0
-    made = []  # of each micro-batch: x, and the generators of its rollout
+    made = []  # of each micro-batch: x, and the random generators of its rollout
 
     for b in parts:
-        rollout = b.generators("rollout")
-        z = randn(rollout, nets.like(b))
-        x_tau = backward_simulation(G, z, b.c, S, rollout, 0, i)  # line 8
+        rng = b.generators("rollout")
+        z = randn(rng, nets.like(b))
+        x_tau = backward_simulation(G, z, b.c, S, rng, 0, i)  # line 8
         with torch.set_grad_enabled(moves_G):
             x = G(x_tau, times(S[i], x_tau), b.c)  # line 10
         if moves_G:
-            noise = b.generators("renoise")
-            t = dmd.renoise_time(G.schedule, config.renoise, noise, x.device)
-            eps = randn(noise, x)
+            rng_t = b.generators("renoise")
+            t = dmd.renoise_time(G.schedule, config.renoise, rng_t, x.device)
+            eps = randn(rng_t, x)
             L = L_dmd = dmd.loss(x, dmd.gradient(nets.guided_teacher, fake, x, t, eps, b.c))  # Eq. 4
             logged.add(b.weight, dm_loss=L_dmd)
             if D is not None:
@@ -135,7 +135,7 @@ def iterate(nets, batch, n):
             if D is not None:  # Eq. 5 trains G alone
                 nets.forget("fake")
                 nets.forget("head")
-        made.append((x.detach(), rollout))
+        made.append((x.detach(), rng))
 
     if moves_G:  # lines 17-18
         logged["g_norm"], moved = nets.step("G", loss_G, config.clip_grad)
@@ -156,8 +156,8 @@ def iterate(nets, batch, n):
         nets.step("head", logged["d_loss"])
 
     if batch.watched:
-        for b, (x, rollout) in zip(parts, made):
+        for b, (x, rng) in zip(parts, made):
             t, eps = score_estimator.draw(G.schedule, b.generators("fake"), x)
-            x_0 = monitor.finish(G, x, i, b.c, S, rollout)
+            x_0 = monitor.finish(G, x, i, b.c, S, rng)
             logged.add(b.weight, **monitor.health(nets, b, x_0, logged["fake_loss"], t, eps))
     return logged

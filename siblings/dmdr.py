@@ -156,18 +156,18 @@ def iterate(nets, batch, n):
     i = dmd.student_step(S, config.dm_steps, config.seed, batch.loop)
     low, high = config.renoise
     loss_G = 0.0
-    made = []  # of each micro-batch: x, and the generators of its rollout
+    made = []  # of each micro-batch: x, and the random generators of its rollout
 
     for b in parts:
-        rollout = b.generators("rollout")
-        z = randn(rollout, nets.like(b))
-        x_tau = backward_simulation(G, z, b.c, S, rollout, 0, i)  # line 8
+        rng = b.generators("rollout")
+        z = randn(rng, nets.like(b))
+        x_tau = backward_simulation(G, z, b.c, S, rng, 0, i)  # line 8
         with torch.set_grad_enabled(moves_G):
             x = G(x_tau, times(S[i], x_tau), b.c)  # line 10
         if moves_G:
-            noise = b.generators("renoise")
-            t = schedule.t_at(low + (high - low) * noise_level(noise, k, K, x.device))  # DynaRS
-            eps = randn(noise, x)
+            rng_t = b.generators("renoise")
+            t = schedule.t_at(low + (high - low) * noise_level(rng_t, k, K, x.device))  # DynaRS
+            eps = randn(rng_t, x)
             L = L_dmd = dmd.loss(x, dmd.gradient(teacher, fake, x, t, eps, b.c))  # Eq. 4
             logged.add(b.weight, dm_loss=L_dmd)
             if rewarded:
@@ -176,7 +176,7 @@ def iterate(nets, batch, n):
                 logged.add(b.weight, reward=scores.mean())
             (b.weight * L).backward()
             loss_G += b.weight * L.detach()
-        made.append((x.detach(), rollout))
+        made.append((x.detach(), rng))
 
     if moves_G:  # lines 17-18
         logged["g_norm"], moved = nets.step("G", loss_G, config.clip_grad)
@@ -185,9 +185,9 @@ def iterate(nets, batch, n):
 
     drawn = []  # of each micro-batch: t and ε of Eq. 6
     for b, (x, _) in zip(parts, made):  # lines 20-23
-        noise = b.generators("fake")
-        t = schedule.t_at(noise_level(noise, k, K, x.device))  # DynaRS
-        eps = randn(noise, x)
+        rng_t = b.generators("fake")
+        t = schedule.t_at(noise_level(rng_t, k, K, x.device))  # DynaRS
+        eps = randn(rng_t, x)
         L_fake = score_estimator.loss(fake, x, t, eps, b.c)  # Eq. 6
         (b.weight * L_fake).backward()
         logged.add(b.weight, fake_loss=L_fake)
@@ -195,7 +195,7 @@ def iterate(nets, batch, n):
     logged["fake_norm"], _ = nets.step("fake", logged["fake_loss"], config.clip_grad)  # line 24
 
     if batch.watched:
-        for b, (x, rollout), (t, eps) in zip(parts, made, drawn):
-            x_0 = monitor.finish(G, x, i, b.c, S, rollout)
+        for b, (x, rng), (t, eps) in zip(parts, made, drawn):
+            x_0 = monitor.finish(G, x, i, b.c, S, rng)
             logged.add(b.weight, **monitor.health(nets, b, x_0, logged["fake_loss"], t, eps))
     return logged

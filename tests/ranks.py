@@ -1,4 +1,4 @@
-"""Two gloo ranks that wait for programs: torchrun starts this file once a session, for starting takes longer than most programs.
+"""Two gloo ranks that wait for programs: torchrun starts this file once a session, which saves many starts.
 
 A program is box/N.py; each rank runs it with `folder`, the text of box/N.folder, and writes "ok" or what went wrong to
 box/N.RANK. box/stop ends the ranks.

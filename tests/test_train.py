@@ -346,20 +346,20 @@ def test_two_ranks_are_one_in_stage_2(two_ranks, tmp_path):
 
 @pytest.mark.xdist_group("ranks")
 def test_resumes_on_another_number_of_ranks(two_ranks, tmp_path):
-    """Three loops on one rank; two on two ranks and then one on one; one on one and then two on two: one run."""
+    """Two loops on one rank; one on two ranks and then one on one; one on one and then one on two: one run."""
     common = {"model": str(smooth("toy/sdxl", tmp_path / "model")), "batch_size": 4, "ema": 0.99}
     common |= {"lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5}
-    one = metrics_of(train.train(Config(**SMALL | common | {"iterations": 3}, out=str(tmp_path / "one"))))
-    for first, ranks in ((2, 2), (1, 1)):
+    one = metrics_of(train.train(Config(**SMALL | common | {"iterations": 2}, out=str(tmp_path / "one"))))
+    for ranks in (2, 1):
         out = tmp_path / f"{ranks} first"
-        for loops, n in ((first, ranks), (3, 3 - ranks)):
+        for loops, n in ((1, ranks), (2, 3 - ranks)):
             settings = common | {"iterations": loops, "out": out, "resume": True}
             if n == 2:
                 train_on_two(two_ranks, **settings)
             else:
                 train.train(train.read(flags(**settings)))
         other = metrics_of(out)
-        assert [m["loops"] for m in other] == [1, 2, 3]
+        assert [m["loops"] for m in other] == [1, 2]
         for a, b in zip(one, other):
             for key in ("dm_loss", "fake_loss", "d_loss", "g_norm", "fake_norm"):
                 assert b[key] == pytest.approx(a[key], rel=1e-3), (a["loops"], key)
