@@ -40,7 +40,9 @@ def call(main, capsys, *argv):
     text = capsys.readouterr()
     assert "Traceback" not in text.err
     lines = (text.err if status else text.out).strip().splitlines()
-    return status, next((line for line in lines if line.startswith("error:")), lines[-1])  # a progress bar may end below it
+    return status, next(
+        (line for line in lines if line.startswith("error:")), lines[-1]
+    )  # a progress bar may end below it
 
 
 @pytest.fixture
@@ -94,7 +96,9 @@ def test_bad_numbers(main, argv, capsys):
     assert status == 2 and f"{argv[0]}: " in line and argv[1] in line
 
 
-@pytest.mark.parametrize("lost", ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae", "model_index.json", "tokenizer_2"])
+@pytest.mark.parametrize(
+    "lost", ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae", "model_index.json", "tokenizer_2"]
+)
 def test_half_written_model_folder(lost, capsys, tmp_path):
     model = shutil.copytree("toy/sdxl", tmp_path / "model")
     shutil.rmtree(model / lost) if (model / lost).is_dir() else (model / lost).unlink()
@@ -102,7 +106,10 @@ def test_half_written_model_folder(lost, capsys, tmp_path):
     assert status == 2 and lost.split("/")[0] in line and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name, words", [("model_index.json", "only StableDiffusion"), ("scheduler/scheduler_config.json", "scheduler_config.json")])
+@pytest.mark.parametrize(
+    "name, words",
+    [("model_index.json", "only StableDiffusion"), ("scheduler/scheduler_config.json", "scheduler_config.json")],
+)
 def test_emptied_config(name, words, capsys, tmp_path):
     model = shutil.copytree("toy/sdxl", tmp_path / "model")
     (model / name).write_text("{}")
@@ -121,7 +128,12 @@ def test_cut_short_weights(capsys, tmp_path):
 def test_hub_out_of_reach(capsys, tmp_path):
     """A hub name without the hub: the line says to give a folder."""
     status, line = call(train.main, capsys, *SMALL, "--model", "nobody/no-such-model", "--out", tmp_path / "run")
-    assert status == 2 and "nobody/no-such-model from the hub" in line and "give its folder" in line and not (tmp_path / "run").exists()
+    assert (
+        status == 2
+        and "nobody/no-such-model from the hub" in line
+        and "give its folder" in line
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_pickled_weights_are_not_run(capsys, tmp_path):
@@ -129,7 +141,12 @@ def test_pickled_weights_are_not_run(capsys, tmp_path):
     path = tmp_path / "sam_vit_b_01ec64.pth"
     torch.save({"weights": Malicious(tmp_path / "run by torch.load")}, path)
     status, line = call(train.main, capsys, *SMALL, "--sam", path, "--out", tmp_path / "run")
-    assert status == 2 and str(path) in line and not (tmp_path / "run by torch.load").exists() and not (tmp_path / "run").exists()
+    assert (
+        status == 2
+        and str(path) in line
+        and not (tmp_path / "run by torch.load").exists()
+        and not (tmp_path / "run").exists()
+    )
 
 
 @pytest.mark.parametrize("rank", ["", "__0"])
@@ -152,7 +169,9 @@ def test_pickled_checkpoints_are_not_run(rank, tmp_path):
     assert not proof.exists()
 
 
-@pytest.mark.parametrize("kind, name, read", [(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT", True), (Path, "touch", False)])
+@pytest.mark.parametrize(
+    "kind, name, read", [(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT", True), (Path, "touch", False)]
+)
 def test_enums_in_a_checkpoint_of_python_3_11_2(kind, name, read):
     """Which pickles an enum's member as getattr of the enum: read, where it is that; any other attribute is refused."""
     table = pickle.dumps(Attribute(kind, name))
@@ -205,17 +224,27 @@ def test_out_of_memory_is_named(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "assemble", lambda *args, real=train.assemble: casts.append(real(*args)) or casts[-1])
 
     def full(self, *args, **kwargs):
-        owners = {id(casts[-1].fake.net): "fake", id(casts[-1].teacher.net): "teacher", id(casts[-1].players["D"][1]): "D"} if casts else {}
+        owners = (
+            {id(casts[-1].fake.net): "fake", id(casts[-1].teacher.net): "teacher", id(casts[-1].players["D"][1]): "D"}
+            if casts
+            else {}
+        )
         if owners.get(id(self)) == failing:
             return torch.empty(2**50)
         return (real if isinstance(self, UNet2DConditionModel) else real_step)(self, *args, **kwargs)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", full)
     monkeypatch.setattr(torch.optim.AdamW, "step", full)
-    named = {"fake": "the score estimator, in generator_turn", "teacher": "the teacher, in generator_turn", "D": "the optimizer step of D, in distil"}
+    named = {
+        "fake": "the score estimator, in generator_turn",
+        "teacher": "the teacher, in generator_turn",
+        "D": "the optimizer step of D, in distil",
+    }
     for failing in named:
         status, line = call(train.main, capsys, *SMALL, "--out", tmp_path / "run", "--overwrite")
-        assert status == 2 and all(word in line for word in (named[failing], "2 samples", "--micro-batch", "--checkpointing", "--gan-crop")), line
+        assert status == 2 and all(
+            word in line for word in (named[failing], "2 samples", "--micro-batch", "--checkpointing", "--gan-crop")
+        ), line
 
 
 def test_batch_not_divisible_by_ranks(capsys, tmp_path, monkeypatch):
@@ -261,7 +290,9 @@ def test_run_folder_is_never_overwritten_unasked(capsys, tmp_path):
     assert status == 2 and "--resume" in line and "--overwrite" in line
     for keep in (tmp_path, tmp_path / "file.txt"):  # not run folders: --overwrite must not delete them
         (tmp_path / "file.txt").write_text("mine")
-        assert call(train.main, capsys, *SMALL, "--out", keep, "--overwrite")[0] == 2 and (tmp_path / "file.txt").exists()
+        assert (
+            call(train.main, capsys, *SMALL, "--out", keep, "--overwrite")[0] == 2 and (tmp_path / "file.txt").exists()
+        )
     model = shutil.copytree("toy/sdxl", tmp_path / "other")
     status, line = call(train.main, capsys, *SMALL, "--out", out, "--resume", "--model", model)
     assert status == 2 and "--model" in line and "toy/sdxl" in line
@@ -269,7 +300,9 @@ def test_run_folder_is_never_overwritten_unasked(capsys, tmp_path):
 
     status, line = call(sample.main, capsys, "--run", out, "--prompt", " ")
     assert status == 2 and "empty" in line
-    status, line = call(sample.main, capsys, "--run", out, "--prompt", "a red circle " * 30, "--out", tmp_path / "pictures")
+    status, line = call(
+        sample.main, capsys, "--run", out, "--prompt", "a red circle " * 30, "--out", tmp_path / "pictures"
+    )
     assert status == 0 and (tmp_path / "pictures" / "00000.png").exists() and "seconds per image" in line
     status, line = call(sample.main, capsys, "--run", out, "--out", tmp_path / "pictures")
     assert status == 2 and "holds something" in line
@@ -292,14 +325,31 @@ def test_bare_commands_take_the_newest_run(capsys, tmp_path, monkeypatch):
     for main, argv in ((sample.main, ["--run", "runs/torn"]), (train.main, ["--resume", "--out", "runs/torn"])):
         status, line = call(main, capsys, *argv)
         assert status == 2 and "config.json" in line and "torn" in line
-    stage_2 = ["--stage", "2", "--gan-weight", "0", "--init", "runs/old", "--out", "runs/new", "--overwrite", "--clip", "toy/nothing"]
+    stage_2 = [
+        "--stage",
+        "2",
+        "--gan-weight",
+        "0",
+        "--init",
+        "runs/old",
+        "--out",
+        "runs/new",
+        "--overwrite",
+        "--clip",
+        "toy/nothing",
+    ]
     status, line = call(train.main, capsys, *stage_2)
-    assert status == 2 and "toy/nothing" in line and Path("runs/new/metrics.jsonl").exists()  # not replaced by a run that cannot start
+    assert (
+        status == 2 and "toy/nothing" in line and Path("runs/new/metrics.jsonl").exists()
+    )  # not replaced by a run that cannot start
 
 
 def test_resume_keeps_the_runs_settings(capsys, tmp_path):
     out = tmp_path / "run"
-    assert call(train.main, capsys, *SMALL, "--ttur", "2", "--renoise", "0.1,0.9", "--gan-weight", "0", "--out", out)[0] == 0
+    assert (
+        call(train.main, capsys, *SMALL, "--ttur", "2", "--renoise", "0.1,0.9", "--gan-weight", "0", "--out", out)[0]
+        == 0
+    )
     assert call(train.main, capsys, "--resume", "--out", out, "--iterations", "4")[0] == 0
     saved = json.loads((out / "config.json").read_text())
     assert (saved["ttur"], saved["renoise"], saved["gan_weight"], saved["iterations"]) == (2, [0.1, 0.9], 0, 4)
@@ -307,7 +357,10 @@ def test_resume_keeps_the_runs_settings(capsys, tmp_path):
 
 
 def test_evaluate_teacher_and_undistilled(capsys, tmp_path):
-    for argv, nfe in ((["--teacher", "--steps", "3", "--reference", "teacher"], 6), (["--undistilled", "--guidance", "1"], 4)):
+    for argv, nfe in (
+        (["--teacher", "--steps", "3", "--reference", "teacher"], 6),
+        (["--undistilled", "--guidance", "1"], 4),
+    ):
         assert call(evaluate.main, capsys, *argv, "--num", "8", "--json", tmp_path / "new" / "m.json")[0] == 0
         assert json.loads((tmp_path / "new" / "m.json").read_text())["nfe"] == nfe
 
@@ -318,7 +371,17 @@ def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
     pictures, hps = tmp_path / "pictures", tmp_path / "hpsv2.json"
     hps.write_text(json.dumps({"HPSv2": [0.1, 0.2, 0.3, 0.4, 0.5]}))
-    flags = ["--undistilled", "--prompts", tmp_path / "prompts.txt", "--images", pictures, "--pick", "toy/clip", "--scores", hps]
+    flags = [
+        "--undistilled",
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--images",
+        pictures,
+        "--pick",
+        "toy/clip",
+        "--scores",
+        hps,
+    ]
     status, _ = call(evaluate.main, capsys, *flags, "--json", tmp_path / "a.json")
     assert status == 0
     found = json.loads((tmp_path / "a.json").read_text())
@@ -334,7 +397,9 @@ def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
     (pictures / "00003.png").unlink()
     (pictures / "00001.png").write_bytes(before["00000.png"])  # not lost: left as it is
     assert call(evaluate.main, capsys, *flags)[0] == 0
-    assert (pictures / "00003.png").read_bytes() == before["00003.png"] and (pictures / "00001.png").read_bytes() == before["00000.png"]
+    assert (pictures / "00003.png").read_bytes() == before["00003.png"] and (
+        pictures / "00001.png"
+    ).read_bytes() == before["00000.png"]
     for extra, words in [
         (["--seed", "1"], "another --images"),
         (["--scores", tmp_path / "prompts.txt"], "--scores"),
@@ -343,7 +408,9 @@ def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
         status, line = call(evaluate.main, capsys, *flags, *extra)
         assert status == 2 and words in line
     table = benchmark.table("ours", 4, {"CLIP": 0.5}).splitlines()
-    assert table[-1] == "| **ours** | 4 |  | 0.5000 |  |  |  |  |" and any(line.startswith("| DMD2-SDXL | 4 | 0.8748 | 0.3302 |") for line in table)
+    assert table[-1] == "| **ours** | 4 |  | 0.5000 |  |  |  |  |" and any(
+        line.startswith("| DMD2-SDXL | 4 | 0.8748 | 0.3302 |") for line in table
+    )
 
 
 def test_missing_runs_and_prompts(capsys, tmp_path):
@@ -383,23 +450,47 @@ def test_photographs_train_preview_and_resume(capsys, tmp_path):
         photograph.crop((left, top, left + 200, top + 240)).save(views / f"{i}.jpg")
     rows = [{"file_name": f"{i}.jpg", "text": f"a photograph of an admiral, view {i}"} for i in range(20)]
     (views / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--data", views, "--batch-size", "4", "--preview-every", "4", "--save-every", "2", "--log-every", "1", "--lr-schedule", "constant"]
-    for name, *more in (("whole", "--iterations", 4), ("halves", "--iterations", 2), ("halves", "--iterations", 4, "--resume")):
+    flags = [
+        "--data",
+        views,
+        "--batch-size",
+        "4",
+        "--preview-every",
+        "4",
+        "--save-every",
+        "2",
+        "--log-every",
+        "1",
+        "--lr-schedule",
+        "constant",
+    ]
+    for name, *more in (
+        ("whole", "--iterations", 4),
+        ("halves", "--iterations", 2),
+        ("halves", "--iterations", 4, "--resume"),
+    ):
         assert call(train.main, capsys, *flags, "--out", tmp_path / name, *more)[0] == 0
-    whole, halves = (load_file(run_folder.newest(tmp_path / name) / "unet/diffusion_pytorch_model.safetensors") for name in ("whole", "halves"))
+    whole, halves = (
+        load_file(run_folder.newest(tmp_path / name) / "unet/diffusion_pytorch_model.safetensors")
+        for name in ("whole", "halves")
+    )
     assert all(torch.equal(whole[k], halves[k]) for k in whole)
     grid = Image.open(tmp_path / "halves" / "preview-000004.png")
     assert grid.width > 8 * 128 and len(set(grid.resize((64, 64)).getdata())) > 100
 
 
-@pytest.mark.parametrize("gan", [("--gan", "latent"), ("--gan-reals", "vae"), ("--gan", "online", "--candidates", "2")], ids=lambda g: g[1])
+@pytest.mark.parametrize(
+    "gan", [("--gan", "latent"), ("--gan-reals", "vae"), ("--gan", "online", "--candidates", "2")], ids=lambda g: g[1]
+)
 def test_training_on_cached_latents_is_training_on_pictures(gan, photos, capsys, tmp_path):
     """The losses of two loops, to the precision of fp16 latents; what was kept of other pictures costs no run that is there already."""
     losses, out = [], tmp_path / "run"
     for more in ((), ("--cache-latents", tmp_path / "kept", "--workers", "1")):
         assert call(train.main, capsys, *SMALL, "--data", photos, "--out", out, "--overwrite", *gan, *more)[0] == 0
         losses.append([json.loads(line)["d_loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(list((tmp_path / "kept").glob("*.safetensors"))) == 10
+    assert (
+        losses[0] == pytest.approx(losses[1], rel=1e-3) and len(list((tmp_path / "kept").glob("*.safetensors"))) == 10
+    )
     status, line = call(train.main, capsys, *SMALL, "--data", tmp_path, "--out", out, "--overwrite", *gan, *more)
     assert status == 2 and (out / "metrics.jsonl").exists()
 
@@ -407,10 +498,22 @@ def test_training_on_cached_latents_is_training_on_pictures(gan, photos, capsys,
 def test_original_sizes_reach_every_network(photos, capsys, tmp_path, monkeypatch):
     """Pictures 96 wide and 80 high, resized to 77 x 64, 6 cut off at the left; under guidance the null prompt's half is told the same."""
     seen, forward = [], UNet2DConditionModel.forward
-    told = lambda net, *args, **kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"]) or forward(net, *args, **kwargs)  # noqa: E731
+    told = lambda net, *args, **kwargs: (
+        seen.append(kwargs["added_cond_kwargs"]["time_ids"]) or forward(net, *args, **kwargs)
+    )  # noqa: E731
     monkeypatch.setattr(UNet2DConditionModel, "forward", told)
     for condition in ("original", "square"):
-        flags = [*SMALL, "--data", photos, "--out", tmp_path / condition, "--gan-weight", "0", "--size-condition", condition]
+        flags = [
+            *SMALL,
+            "--data",
+            photos,
+            "--out",
+            tmp_path / condition,
+            "--gan-weight",
+            "0",
+            "--size-condition",
+            condition,
+        ]
         assert call(train.main, capsys, *flags)[0] == 0
         sizes, seen[:] = torch.cat(seen).unique(dim=0).tolist(), []
         assert sizes == ([[80, 96, 0, 6, 64, 64]] if condition == "original" else [[64, 64, 0, 0, 64, 64]])
@@ -430,7 +533,12 @@ def test_unreadable_picture_is_skipped_counted_and_named(photos, capsys):
 
 @pytest.mark.parametrize(
     "text, words",
-    [("", "names no image"), ('{"file_name": "0.png"}\n', "line 1"), ('{"file_name": "0.png", "text": " "}\n', "empty"), ("{oops\n", "line 1")],
+    [
+        ("", "names no image"),
+        ('{"file_name": "0.png"}\n', "line 1"),
+        ('{"file_name": "0.png", "text": " "}\n', "empty"),
+        ("{oops\n", "line 1"),
+    ],
 )
 def test_bad_metadata(text, words, photos, capsys, tmp_path):
     (photos / "metadata.jsonl").write_text(text)

@@ -40,7 +40,9 @@ def shards(tmp_path):
         for i in range(12):
             value = 100 * s + i
             members[f"part/{value:03d}.png"] = picture(value)
-            members[f"part/{value:03d}." + ("json" if s else "txt")] = (json.dumps({"text": f"gray {value}"}) if s else f"gray {value}\n").encode()
+            members[f"part/{value:03d}." + ("json" if s else "txt")] = (
+                json.dumps({"text": f"gray {value}"}) if s else f"gray {value}\n"
+            ).encode()
         write(tmp_path / f"shard-{s:02d}.tar", members)
     return tmp_path
 
@@ -50,7 +52,9 @@ def test_shards_give_every_image_with_its_own_caption_once_an_epoch(shards, patt
     source = data.source(f"{shards}/{pattern}", 16, seed=3)
     epochs = [[source[i] for i in range(24 * e, 24 * e + 24)] for e in range(2)]
     for epoch in epochs:
-        assert sorted(text for _, text, _ in epoch) == sorted(f"gray {100 * s + i}" for s in range(2) for i in range(12))
+        assert sorted(text for _, text, _ in epoch) == sorted(
+            f"gray {100 * s + i}" for s in range(2) for i in range(12)
+        )
         for image, text, _ in epoch:
             assert image.shape == (3, 16, 16)
             torch.testing.assert_close(image, torch.full_like(image, int(text.split()[1]) / 127.5 - 1))
@@ -61,24 +65,33 @@ def test_shards_of_any_url_and_kind_of_picture(shards):
     """From fsspec's memory file system; JPEG and WebP beside PNG, with endings in capitals too."""
     kinds = {"a.jpg": "jpeg", "b.jpeg": "jpeg", "c.webp": "webp", "d.PNG": "png", "e.JPG": "jpeg"}
     members = {name: picture(50 + 10 * i, kind) for i, (name, kind) in enumerate(kinds.items())}
-    write(shards / "kinds.tar", members | {f"{name[0]}.txt": f"gray {50 + 10 * i}".encode() for i, name in enumerate(kinds)})
+    write(
+        shards / "kinds.tar",
+        members | {f"{name[0]}.txt": f"gray {50 + 10 * i}".encode() for i, name in enumerate(kinds)},
+    )
     memory = fsspec.filesystem("memory")
     memory.pipe({f"/test_data/{path.name}": path.read_bytes() for path in shards.glob("*.tar")})
     for name, count in (("kinds.tar", 5), ("shard-{00..01}.tar", 24), ("*.tar", 29), ("simplecache", 29)):
-        source = data.source(f"simplecache::file://{shards}/*.tar" if name == "simplecache" else f"memory://test_data/{name}", 16)
+        source = data.source(
+            f"simplecache::file://{shards}/*.tar" if name == "simplecache" else f"memory://test_data/{name}", 16
+        )
         loaded = [text for _, texts, *_ in data.batches(source, [list(range(count))], workers=1) for text in texts]
         assert loaded == [source[i][1] for i in range(count)]
         drawn = [source[i] for i in range(count)]
         assert len({text for _, text, _ in drawn}) == len(source.rows) == count and not source.bad
         for image, text, _ in drawn:
-            torch.testing.assert_close(image, torch.full_like(image, int(text.split()[1]) / 127.5 - 1), rtol=0, atol=2.1 / 127.5)
+            torch.testing.assert_close(
+                image, torch.full_like(image, int(text.split()[1]) / 127.5 - 1), rtol=0, atol=2.1 / 127.5
+            )
     memory.rm("/test_data", recursive=True)
 
 
 def test_shards_are_the_same_for_workers_ranks_and_a_resumed_run(shards):
     """Batches by two loading processes, and from the middle on, are those of one process."""
     name, whole = f"{shards}/shard-*.tar", [list(range(i, i + 4)) for i in range(0, 24, 4)]
-    texts = lambda indices, workers: [t for _, prompts, *_ in data.batches(data.source(name, 16), indices, workers) for t in prompts]  # noqa: E731
+    texts = lambda indices, workers: [
+        t for _, prompts, *_ in data.batches(data.source(name, 16), indices, workers) for t in prompts
+    ]  # noqa: E731
     straight = texts(whole, 0)
     assert texts(whole, 2) == straight and texts(whole[3:], 0) == straight[12:]
     ranks = [texts([part[2 * r : 2 * r + 2] for part in whole], 0) for r in range(2)]
@@ -88,7 +101,10 @@ def test_shards_are_the_same_for_workers_ranks_and_a_resumed_run(shards):
 def test_torn_shards_and_bare_images_are_named_and_left_out(shards, capsys):
     torn, good = shards / "shard-01.tar", shards / "shard-00.tar"
     torn.write_bytes(torn.read_bytes()[:18000])
-    write(shards / "shard-02.tar", {"a.png": picture(7), "a.txt": b"gray 7", "b.png": picture(8), "c.png": b"not a picture", "c.txt": b"broken"})
+    write(
+        shards / "shard-02.tar",
+        {"a.png": picture(7), "a.txt": b"gray 7", "b.png": picture(8), "c.png": b"not a picture", "c.txt": b"broken"},
+    )
     source = data.source(f"{shards}/shard-*.tar", 16)
     told = capsys.readouterr().out
     assert "shard-01.tar is torn" in told and "1 images of" in told and "shard-02" in told and "b.png" in told
@@ -96,7 +112,11 @@ def test_torn_shards_and_bare_images_are_named_and_left_out(shards, capsys):
     drawn = [source[i][1] for i in range(len(source.rows))]
     assert "broken" not in drawn and "c.png (1 so far)" in capsys.readouterr().out
     good.write_bytes(b"nothing of a tar")
-    for pattern, why in [("shard-00.tar", "cannot read the shard"), ("none-*.tar", "matches no file"), ("none.tar", "cannot read the shard")]:
+    for pattern, why in [
+        ("shard-00.tar", "cannot read the shard"),
+        ("none-*.tar", "matches no file"),
+        ("none.tar", "cannot read the shard"),
+    ]:
         with pytest.raises(UserError, match=why):
             data.source(f"{shards}/{pattern}", 16)
 
@@ -111,8 +131,16 @@ def test_a_broken_header_is_not_the_end(damage, shards, capsys):
     path.write_bytes(whole[:at] + damage + whole[at + len(damage) :])
     assert len(data.source(path, 16).rows) == 6
     told = capsys.readouterr().out
-    assert "shard-00.tar is torn" in told and f"no header at byte {at}" in told and "what follows part/005.png is left out" in told
-    for content in (whole.rstrip(b"\0"), whole, whole + bytes(1 << 20)):  # the last caption ends in "\n": its own padding goes first
+    assert (
+        "shard-00.tar is torn" in told
+        and f"no header at byte {at}" in told
+        and "what follows part/005.png is left out" in told
+    )
+    for content in (
+        whole.rstrip(b"\0"),
+        whole,
+        whole + bytes(1 << 20),
+    ):  # the last caption ends in "\n": its own padding goes first
         path.write_bytes(content + bytes(-len(content) % 512))
         assert len(data.source(path, 16).rows) == 12
         assert ("is torn (it has no end)" in capsys.readouterr().out) == (content < whole)
@@ -200,16 +228,23 @@ distributed.leave()
 def test_an_unreadable_picture_is_not_cached(shards, capsys):
     write(shards / "shard-02.tar", {"c.png": b"not a picture", "c.txt": b"broken"})
     source = data.source(f"{shards}/shard-*.tar", 16)
-    latent_cache.fill(source, load_vae("toy/sdxl"), Config(data="shards", resolution=16, cache_latents=str(shards / "kept")))
+    latent_cache.fill(
+        source, load_vae("toy/sdxl"), Config(data="shards", resolution=16, cache_latents=str(shards / "kept"))
+    )
     assert "c.png (1 so far)" in capsys.readouterr().out
     assert "broken" not in [source[i][1] for i in range(25)]
 
 
 def test_sizes_reach_the_network_unrounded():
     """SDXL's size conditions stay fp32 where the network computes in bf16, which knows no 1365."""
-    denoiser, c = load_denoiser("toy/sdxl"), PromptEncoder("toy/sdxl", 64, dtype=torch.bfloat16).encode(["a red circle"])
+    denoiser, c = (
+        load_denoiser("toy/sdxl"),
+        PromptEncoder("toy/sdxl", 64, dtype=torch.bfloat16).encode(["a red circle"]),
+    )
     seen, c["size"] = [], torch.tensor([[1365.0, 2731.0, 0, 683, 1024, 1024]])
     net = denoiser.net.bfloat16()
-    net.register_forward_pre_hook(lambda net, args, given: seen.append(given["added_cond_kwargs"]["time_ids"]), with_kwargs=True)
+    net.register_forward_pre_hook(
+        lambda net, args, given: seen.append(given["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+    )
     x_0 = Denoiser(net, denoiser.schedule, torch.bfloat16)(torch.randn(1, 4, 16, 16), torch.tensor([500]), c)
     assert torch.equal(seen[0], c["size"]) and x_0.isfinite().all()

@@ -34,9 +34,19 @@ def test_dry_run_knows_the_memory(preset, flags, tmp_path):
     model, sam = random_models.write(kind, tmp_path)
     random_models.pictures(tmp_path / "pictures", 1024)
     paths = {"--model": model, "--sam": sam, "--clip": "toy/clip", "--data": tmp_path / "pictures"}
-    flags += [*(str(v) for pair in paths.items() for v in pair), "--preview-every", "0", "--save-every", "100", "--log-every", "100"]
+    flags += [
+        *(str(v) for pair in paths.items() for v in pair),
+        "--preview-every",
+        "0",
+        "--save-every",
+        "100",
+        "--log-every",
+        "100",
+    ]
     if preset == "sdxl-stage2":
-        before = train.train(parse(["--preset", "sdxl-4step", *flags, "--iterations", "1", "--out", str(tmp_path / "before")]))
+        before = train.train(
+            parse(["--preset", "sdxl-4step", *flags, "--iterations", "1", "--out", str(tmp_path / "before")])
+        )
         untrained_reward_model(str(model), 1024).save_pretrained(tmp_path / "lrm", str(model), half=True)
         flags += ["--init", str(before)]
     gc.collect()

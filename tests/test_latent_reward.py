@@ -52,7 +52,9 @@ def test_eq_12_gradient():
     for index in [(0, 0, 0, 0), (2, 1, 3, 4), (4, 3, 7, 7)]:
         step = torch.zeros(SHAPE, dtype=torch.float64)
         step[index] = 1e-4
-        assert found[index].item() == pytest.approx(((value(theta + step) - value(theta - step)) / 2e-4).item(), rel=1e-5)
+        assert found[index].item() == pytest.approx(
+            ((value(theta + step) - value(theta - step)) / 2e-4).item(), rel=1e-5
+        )
 
     policy, w, low, a, s, b = torch.tensor(0.3, dtype=torch.float64, requires_grad=True), 1.7, -0.4, 0.6, 0.8, 0.5
     scalar = lambda v: torch.as_tensor(v, dtype=torch.float64).view(1, 1, 1, 1)  # noqa: E731
@@ -71,7 +73,9 @@ def test_at_the_reference_the_loss_is_log_2_and_a_step_parts_the_pair():
     loss = latent_reward.loss(H, 0.02)
     torch.testing.assert_close(loss, torch.full((5,), math.log(2), dtype=torch.float64))
     (slope,) = torch.autograd.grad(loss.mean(), theta)
-    margin = lambda x: latent_reward.log_density(z_win, x, alpha, sigma) - latent_reward.log_density(z_lose, x, alpha, sigma)  # noqa: E731
+    margin = lambda x: (
+        latent_reward.log_density(z_win, x, alpha, sigma) - latent_reward.log_density(z_lose, x, alpha, sigma)
+    )  # noqa: E731
     assert (margin(theta - 0.1 * slope) > margin(theta)).all()
 
 
@@ -83,7 +87,10 @@ def test_ratio_clip_stops_a_pair_whose_ratios_are_past_it():
     arguments = (z_win, z_lose, near, ref, alpha, sigma)
     torch.testing.assert_close(latent_reward.advantage(*arguments, clip=0.1), latent_reward.advantage(*arguments))
     H = latent_reward.advantage(z_win, z_lose, far, ref, alpha, sigma, clip=0.1)
-    ratio = lambda z: torch.distributions.Normal(alpha * far, sigma).log_prob(z) - torch.distributions.Normal(alpha * ref, sigma).log_prob(z)  # noqa: E731
+    ratio = lambda z: (
+        torch.distributions.Normal(alpha * far, sigma).log_prob(z)
+        - torch.distributions.Normal(alpha * ref, sigma).log_prob(z)
+    )  # noqa: E731
     bounded = lambda z: ratio(z).flatten(1).mean(1).exp().clamp(0.9, 1.1).log() * z[0].numel()  # noqa: E731
     torch.testing.assert_close(H, bounded(z_win) - bounded(z_lose))
     both_past = (ratio(z_win).flatten(1).mean(1) > math.log(1.1)) & (ratio(z_lose).flatten(1).mean(1) < math.log(0.9))
@@ -147,7 +154,9 @@ def test_joint_training_holds_where_rl_alone_drifts():
             z_s = alpha[:, None] * theta.detach() + sigma[:, None] * torch.randn(64, 4, 4, 2, 2, generator=generator)
             win, lose, kept = latent_reward.choose((z_s * v).flatten(2).sum(2), 0.45)
             rows = torch.arange(64)
-            H = latent_reward.advantage(z_s[rows, win], z_s[rows, lose], theta.expand(64, -1, -1, -1), ref, alpha, sigma)
+            H = latent_reward.advantage(
+                z_s[rows, win], z_s[rows, lose], theta.expand(64, -1, -1, -1), ref, alpha, sigma
+            )
             (slope,) = torch.autograd.grad((latent_reward.loss(H, beta) * kept).sum() / kept.sum(), theta)
             theta = (theta - lr * slope).detach()
             if joint:
@@ -197,7 +206,11 @@ def test_published_layout(small):
     path, weight = small
     R = load_reward_model(path, 64, tokenizers="toy/sdxl")
     assert torch.equal(R.visual_projection.weight, weight) and R.logit_scale == 2.0
-    z_t, t, prompts = torch.randn(3, 4, 16, 16), torch.tensor([749, 499, 20]), ["a red circle", "a ring", "a large blue cross"]
+    z_t, t, prompts = (
+        torch.randn(3, 4, 16, 16),
+        torch.tensor([749, 499, 20]),
+        ["a red circle", "a ring", "a large blue cross"],
+    )
     c = R.encoder.encode(prompts)
 
     whole, seen = UNet2DConditionModel.from_pretrained(path / "unet").eval(), []
@@ -213,7 +226,9 @@ def test_published_layout(small):
         scores = R.score(z_t, t, prompts)
         order = [2, 0, 1]
         torch.testing.assert_close(R.score(z_t[order], t[order], [prompts[i] for i in order]), scores[order])
-        torch.testing.assert_close(torch.cat([R.score(z_t[i : i + 1], t[i : i + 1], prompts[i : i + 1]) for i in range(3)]), scores)
+        torch.testing.assert_close(
+            torch.cat([R.score(z_t[i : i + 1], t[i : i + 1], prompts[i : i + 1]) for i in range(3)]), scores
+        )
     assert scores.abs().max() <= math.exp(2.0)
 
 
@@ -236,12 +251,22 @@ def test_stage_2_alternates_and_resumes(small, tmp_path, monkeypatch):
     few = {"batch_size": 2, "preview_every": 0, "log_every": 1, "gan_weight": 0.0, "lr_schedule": "constant"}
     first = train.train(Config(iterations=2, out=str(tmp_path / "first"), **few))
     student = load_file(run_folder.newest(first) / "unet" / "diffusion_pytorch_model.safetensors")
-    settings = {**few, "stage": 2, "init": str(first), "reward": str(small[0]), "rl_ratio": 2, "pair_threshold": 0.0, "rl_lr": 1e-4}
+    settings = {
+        **few,
+        "stage": 2,
+        "init": str(first),
+        "reward": str(small[0]),
+        "rl_ratio": 2,
+        "pair_threshold": 0.0,
+        "rl_lr": 1e-4,
+    }
 
     kept, real = [], train.assemble
     monkeypatch.setattr(train, "assemble", lambda *a: kept.append(real(*a)) or kept[-1])
     pulls, pull = [], train.score_estimator.pull
-    monkeypatch.setattr(train.score_estimator, "pull", lambda psi, theta, lam: pulls.append(lam) or pull(psi, theta, lam))
+    monkeypatch.setattr(
+        train.score_estimator, "pull", lambda psi, theta, lam: pulls.append(lam) or pull(psi, theta, lam)
+    )
     whole = train.train(Config(iterations=6, out=str(tmp_path / "whole"), **settings))
     assert pulls == [Config.ema] * 6  # Eq. 11 follows updates of either kind
     assert all(torch.equal(p, student[k]) for k, p in kept[0].ref.net.state_dict().items())
@@ -263,9 +288,20 @@ def test_stage_2_alternates_and_resumes(small, tmp_path, monkeypatch):
 
 def test_both_kinds_of_update_are_logged(small, tmp_path):
     """At 1:1 every second loop is a distillation update, and so is every loop that --log-every 2 names: preference is logged by the next one."""
-    first = train.train(Config(iterations=1, out=str(tmp_path / "first"), batch_size=2, preview_every=0, gan_weight=0.0))
-    settings = {"stage": 2, "init": str(first), "reward": str(small[0]), "rl_ratio": 1, "pair_threshold": 0.0, "gan_weight": 0.0}
-    run = train.train(Config(iterations=6, out=str(tmp_path / "run"), batch_size=2, preview_every=0, log_every=2, **settings))
+    first = train.train(
+        Config(iterations=1, out=str(tmp_path / "first"), batch_size=2, preview_every=0, gan_weight=0.0)
+    )
+    settings = {
+        "stage": 2,
+        "init": str(first),
+        "reward": str(small[0]),
+        "rl_ratio": 1,
+        "pair_threshold": 0.0,
+        "gan_weight": 0.0,
+    }
+    run = train.train(
+        Config(iterations=6, out=str(tmp_path / "run"), batch_size=2, preview_every=0, log_every=2, **settings)
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(m["loops"], "rl_loss" in m) for m in lines] == [(2, False), (3, True), (4, False), (5, True), (6, False)]
 
@@ -276,7 +312,9 @@ def test_preference_in_micro_batches(small, tmp_path):
     first = train.train(Config(iterations=1, out=str(tmp_path / "first"), **few))
     settings = {**few, "stage": 2, "init": str(first), "reward": str(small[0]), "pair_threshold": 0.24, "iterations": 2}
     runs = [train.train(Config(micro_batch=n, out=str(tmp_path / str(n)), **settings)) for n in (0, 1)]
-    for a, b in zip(*([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs), strict=True):
+    for a, b in zip(
+        *([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs), strict=True
+    ):
         assert 0 < a["kept_pairs"] < 1 and a["kept_pairs"] == b["kept_pairs"]
         for key in ("rl_loss", "reward", "reward_gap", "implicit_accuracy", "kl_to_reference", "rl_norm"):
             assert b[key] == pytest.approx(a[key], rel=0.05 if key == "rl_norm" else 1e-3, abs=1e-6), key
@@ -286,7 +324,9 @@ def test_a_reward_run_ends_on_sigterm(preferences, tmp_path, monkeypatch):
     """Asked to end in its second loop, --stage reward saves there and leaves."""
     loops = []
     monkeypatch.setattr(Ending, "asked", lambda self: loops.append(1) or len(loops) == 2)
-    run = train_reward(Config(stage="reward", pairs=str(preferences), batch_size=4, preview_every=0, out=str(tmp_path / "run")))
+    run = train_reward(
+        Config(stage="reward", pairs=str(preferences), batch_size=4, preview_every=0, out=str(tmp_path / "run"))
+    )
     assert [path.name for path in run_folder.checkpoints(run)] == ["checkpoint-000002"]
 
 
@@ -305,7 +345,14 @@ def test_reward_model_of_another_width(small, tmp_path):
     shutil.copytree(small[0], other)
     config = dict(UNet2DConditionModel.load_config(other / "unet")) | {"in_channels": 16}
     UNet2DConditionModel.from_config(config).save_pretrained(other / "unet")
-    settings = {"stage": 2, "init": str(first), "reward": str(other), "gan_weight": 0, "batch_size": 2, "preview_every": 0}
+    settings = {
+        "stage": 2,
+        "init": str(first),
+        "reward": str(other),
+        "gan_weight": 0,
+        "batch_size": 2,
+        "preview_every": 0,
+    }
     with pytest.raises(UserError, match="latents of 16 channels"):
         train.train(Config(**settings, out=str(tmp_path / "second")))
     assert not (tmp_path / "second").exists()
@@ -317,7 +364,9 @@ def test_reward_model_of_another_width(small, tmp_path):
 def test_reward_hacking_is_named():
     """Reward up and a held-out judge down by more than its standard error three times running; once within it, or a flat reward, is no alarm."""
     rises = [1.0, 1.2, 1.4, 1.6]
-    history = lambda rewards, judged: [{"reward": (r, 0.1), "prompt_accuracy": (j, 0.05)} for r, j in zip(rewards, judged)]  # noqa: E731
+    history = lambda rewards, judged: [
+        {"reward": (r, 0.1), "prompt_accuracy": (j, 0.05)} for r, j in zip(rewards, judged)
+    ]  # noqa: E731
     line = hacking(history(rises, [0.7, 0.6, 0.5, 0.4]))
     assert "1.600" in line and "0.400" in line and "prompt_accuracy" in line
     assert hacking(history(rises, [0.7, 0.6, 0.57, 0.4])) is None
@@ -335,7 +384,9 @@ def preferences(tmp_path_factory):
         for name, image in zip(names, (world.render(scene), torch.zeros(3, 64, 64))):
             pictures.to_pil(image).save(folder / name)
         first, second = names if i % 3 else names[::-1]
-        rows.append({"caption": "a picture", "jpg_0_file_name": first, "jpg_1_file_name": second, "label_0": 1 if i % 3 else 0})
+        rows.append(
+            {"caption": "a picture", "jpg_0_file_name": first, "jpg_1_file_name": second, "label_0": 1 if i % 3 else 0}
+        )
     rows.append(rows[0] | {"label_0": 0.5})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
@@ -343,7 +394,14 @@ def preferences(tmp_path_factory):
 
 def test_stage_reward_learns_a_preference_and_resumes(preferences, tmp_path):
     """R ranks held-out pairs right after 20 updates; a run stopped after 12 and resumed ends with the weights of one that was not."""
-    settings = {"stage": "reward", "pairs": str(preferences), "batch_size": 8, "reward_lr": 1e-4, "preview_every": 0, "save_every": 12}
+    settings = {
+        "stage": "reward",
+        "pairs": str(preferences),
+        "batch_size": 8,
+        "reward_lr": 1e-4,
+        "preview_every": 0,
+        "save_every": 12,
+    }
     whole = train_reward(Config(**settings, iterations=20, out=str(tmp_path / "whole")))
     train_reward(Config(**settings, iterations=12, out=str(tmp_path / "halves")))
     halves = train_reward(Config(**settings, iterations=20, out=str(tmp_path / "halves"), resume=True))

@@ -31,7 +31,11 @@ both = pytest.mark.parametrize("model", ["toy/sdxl", "toy/sd3"])
 @both
 def test_gradient_reaches_the_lora_that_was_worn(model):
     """Though the score estimator's and the teacher's passes come between forward and backward; with recomputation too."""
-    x, t, c = torch.randn(2, 4, 16, 16), torch.tensor([300, 700]), load_encoder(model, 64).encode(["a red circle", "a blue ring"])
+    x, t, c = (
+        torch.randn(2, 4, 16, 16),
+        torch.tensor([300, 700]),
+        load_encoder(model, 64).encode(["a red circle", "a blue ring"]),
+    )
     grads = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -54,22 +58,30 @@ def test_gradient_reaches_the_lora_that_was_worn(model):
     assert all("lora_" in name for name in plain) and plain.keys() == again.keys()
     for name in plain:
         torch.testing.assert_close(plain[name], again[name], rtol=1e-4, atol=1e-6)
-        unused = "transformer_blocks.5.attn.add_q_proj" in name  # SD3's last block makes nothing of its text tokens' queries
+        unused = (
+            "transformer_blocks.5.attn.add_q_proj" in name
+        )  # SD3's last block makes nothing of its text tokens' queries
         assert (plain[name].abs().max() > 0) == (".student." in name and not unused), name
 
 
 @both
 def test_students_lora_trains_resumes_and_loads_back(model, tmp_path, monkeypatch, capsys):
     """Of the checkpoint, the LoRAs alone; 2 + 1 loops make the weights of 3; the code on either export's card draws our picture."""
-    whole, logged, weights = run(tmp_path / "whole", "--model", model, "--iterations", "3", "--save-every", "2", "--keep", "2")
+    whole, logged, weights = run(
+        tmp_path / "whole", "--model", model, "--iterations", "3", "--save-every", "2", "--keep", "2"
+    )
     assert all(m["g_norm"] > 0 and m["fake_norm"] > 0 for m in logged) and logged[-1]["skipped_updates"] == 0
     run(tmp_path / "half", "--model", model, "--iterations", "2")
     _, _, again = run(tmp_path / "half", "--iterations", "3", "--resume")
     assert weights.keys() == again.keys() and all(torch.equal(weights[k], again[k]) for k in weights)
     size = sum(p.stat().st_size for p in (run_folder.newest(whole) / "state").iterdir())
-    assert size < load_denoiser(model).net.num_parameters() * 4  # with both optimizers, less than the frozen network alone
+    assert (
+        size < load_denoiser(model).net.num_parameters() * 4
+    )  # with both optimizers, less than the frozen network alone
 
-    monkeypatch.setattr(models, "sample_generators", lambda *_: [torch.default_generator])  # what a pipeline without a generator draws from
+    monkeypatch.setattr(
+        models, "sample_generators", lambda *_: [torch.default_generator]
+    )  # what a pipeline without a generator draws from
     encoder, vae, pictures = load_encoder(model, 64), load_vae(model), []
     for student in (run_folder.newest(whole), None):
         G = load_denoiser(model, student=student)
@@ -86,7 +98,10 @@ def test_students_lora_trains_resumes_and_loads_back(model, tmp_path, monkeypatc
 
     torn = run_folder.newest(whole) / "lora" / "pytorch_lora_weights.safetensors"
     torn.write_bytes(torn.read_bytes()[:5000])
-    for read in (lambda: load_denoiser(model, student=run_folder.newest(whole)), lambda: checkpoint.export(whole, tmp_path / "no", lora=True)):
+    for read in (
+        lambda: load_denoiser(model, student=run_folder.newest(whole)),
+        lambda: checkpoint.export(whole, tmp_path / "no", lora=True),
+    ):
         with pytest.raises(UserError, match="^cannot read lora of .*checkpoint-000003: [^\n]+$"):
             read()
     torn.parent.rename(tmp_path / "lora")
@@ -113,8 +128,14 @@ def drawn_by_card(out):
 
 
 def check_card(text, run, model):
-    metrics, settings = (json.loads(text.split(f"## {title}\n\n```json\n")[1].split("```")[0]) for title in ("Metrics", "Settings"))
-    assert metrics == {"prompt_accuracy": 0.875} and settings == json.loads((run / "config.json").read_text()) and settings["lora_rank"] == 2
+    metrics, settings = (
+        json.loads(text.split(f"## {title}\n\n```json\n")[1].split("```")[0]) for title in ("Metrics", "Settings")
+    )
+    assert (
+        metrics == {"prompt_accuracy": 0.875}
+        and settings == json.loads((run / "config.json").read_text())
+        and settings["lora_rank"] == 2
+    )
     (comfy,) = (line for line in text.splitlines() if "ComfyUI" in line)
     assert 'sampler "lcm", scheduler "sgm_uniform", 4 steps, cfg 1' in comfy
     assert ("ModelSamplingSD3 with shift 3." in comfy) == (model == "toy/sd3") == ("shift" in comfy)
@@ -131,7 +152,11 @@ def test_eq_11_on_the_factors(lam, equal, model, tmp_path):
     dcp_to_torch_save(run_folder.newest(done) / "state", tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)["G"]["model"]
     student = {k: v for k, v in state.items() if ".lora_B.student." in k}
-    assert student and all(torch.allclose(v, state[k.replace(".student.", ".fake.")], atol=1e-8) for k, v in student.items()) == equal
+    assert (
+        student
+        and all(torch.allclose(v, state[k.replace(".student.", ".fake.")], atol=1e-8) for k, v in student.items())
+        == equal
+    )
 
 
 def test_the_frozen_network_in_bf16(two_ranks):

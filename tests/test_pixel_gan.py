@@ -145,4 +145,6 @@ def test_vae_takes_a_few_pictures_at_a_time(parts, monkeypatch):
     latents = vae.encode(pictures)
     vae.decode(z.requires_grad_())  # with gradient all at once
     assert kept == [64, 6, 64, 6, 70] and at_once(1024) == 4
-    assert torch.allclose(pictures[66], vae.decode(z[66:67])[0], atol=1e-5) and torch.allclose(latents[66], vae.encode(pictures[66:67])[0], atol=1e-5)
+    assert torch.allclose(pictures[66], vae.decode(z[66:67])[0], atol=1e-5) and torch.allclose(
+        latents[66], vae.encode(pictures[66:67])[0], atol=1e-5
+    )

@@ -50,7 +50,9 @@ def test_eq_6_is_the_squared_error_of_eps():
     x, eps, eps_hat, t = *torch.randn(3, 4, 4, 8, 8), torch.tensor([50, 300, 600, 999])
     fake = lambda x_t, t, c: schedule.x_0(eps_hat, x_t, t)  # noqa: E731
     fake.schedule = schedule
-    assert score_estimator.loss(fake, x, t, eps, None).item() == pytest.approx((eps_hat - eps).square().mean().item(), rel=1e-3)
+    assert score_estimator.loss(fake, x, t, eps, None).item() == pytest.approx(
+        (eps_hat - eps).square().mean().item(), rel=1e-3
+    )
 
 
 def test_eq_11_elementwise():

@@ -73,7 +73,9 @@ def test_multi_step_sampling_is_diffusers(sd3):
     encoder, vae, denoiser = load_encoder(sd3, 64), load_vae(sd3), load_denoiser(sd3)
     assert denoiser.schedule.prediction == "flow" and denoiser.schedule.shift == 3.0
     ours = generate(guided(denoiser, encoder.null(), 4.0), encoder, vae, PROMPTS, 6, 0, ode=True)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        sd3, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+    )
     theirs = diffusers_picture(pipeline, 6, 4.0, sample_generators(0, 0, range(2), "sample"))
     assert (ours - theirs.clamp(-1, 1)).abs().max() < 2 / 255
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
@@ -105,7 +107,9 @@ def test_stage_1_and_export(sd3, tmp_path):
     assert any(not torch.equal(p, before[name]) for name, p in student.net.state_dict().items())
 
     out = checkpoint.export(run, tmp_path / "student")
-    pipeline = StableDiffusion3Pipeline.from_pretrained(out, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        out, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+    )
     assert pipeline.scheduler.config.stochastic_sampling and pipeline.scheduler.config.shift == 3.0
     assert "sigmas=[1.0, 0.75, 0.5, 0.25], max_sequence_length=32" in (out / "README.md").read_text()
     theirs = diffusers_picture(pipeline, 4, 0, sample_generators(0, 0, range(2), "sample"), seed=5)
@@ -123,7 +127,18 @@ def test_stage_1_and_export(sd3, tmp_path):
 
 
 def test_stage_2_without_a_reward_model_is_refused(sd3, tmp_path):
-    flags = ["--model", str(sd3), "--iterations", "1", "--batch-size", "2", "--preview-every", "0", "--out", str(tmp_path / "run")]
+    flags = [
+        "--model",
+        str(sd3),
+        "--iterations",
+        "1",
+        "--batch-size",
+        "2",
+        "--preview-every",
+        "0",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     run = train.train(config.parse(flags))
     with pytest.raises(UserError, match="no latent reward model for SD3"):
         train.train(config.parse([*flags[:-1], str(tmp_path / "two"), "--stage", "2", "--init", str(run)]))
@@ -131,7 +146,9 @@ def test_stage_2_without_a_reward_model_is_refused(sd3, tmp_path):
 
 def test_latent_gan_is_refused(sd3, tmp_path):
     with pytest.raises(UserError, match="bottleneck"):
-        train.train(config.parse(["--model", str(sd3), "--preset", "dmd2", "--batch-size", "4", "--out", str(tmp_path / "run")]))
+        train.train(
+            config.parse(["--model", str(sd3), "--preset", "dmd2", "--batch-size", "4", "--out", str(tmp_path / "run")])
+        )
 
 
 def test_the_toy_teacher_draws_its_prompts():
@@ -140,9 +157,18 @@ def test_the_toy_teacher_draws_its_prompts():
     encoder, vae, denoiser = load_encoder("toy/sd3", 64), load_vae("toy/sd3"), load_denoiser("toy/sd3")
     pictures = generate(guided(denoiser, encoder.null(), 5.0), encoder, vae, prompts, 10, 0, ode=True)
     assert sum(world.judge(pictures, prompts)[0]) >= 22
-    pipeline = StableDiffusion3Pipeline.from_pretrained("toy/sd3", text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        "toy/sd3", text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+    )
     pipeline.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": 28, "guidance_scale": 5.0, "height": 64, "width": 64, "max_sequence_length": 16, "output_type": "pt"}
+    settings = {
+        "num_inference_steps": 28,
+        "guidance_scale": 5.0,
+        "height": 64,
+        "width": 64,
+        "max_sequence_length": 16,
+        "output_type": "pt",
+    }
     picture = pipeline(prompts[0], generator=torch.Generator().manual_seed(0), **settings).images * 2 - 1
     assert world.judge(picture, prompts[:1])[0] == [True]
 
@@ -165,7 +191,11 @@ def test_unknown_pipeline_is_named(sd3, tmp_path):
     "flags, built, left",
     [
         ([], [], ["vae", "clip", "teacher", "sam", "lrm", "sd3"]),
-        (["--rebuild"], ["vae", "clip", "teacher", "sam", "lrm", "sd3"], ["vae", "clip", "teacher", "sam", "lrm", "sd3"]),
+        (
+            ["--rebuild"],
+            ["vae", "clip", "teacher", "sam", "lrm", "sd3"],
+            ["vae", "clip", "teacher", "sam", "lrm", "sd3"],
+        ),
         (["--only", "vae", "--rebuild"], ["vae"], ["vae", "clip", "sam"]),
         (["--only", "teacher", "--rebuild"], ["teacher"], ["vae", "clip", "teacher", "sam", "sd3"]),
         (["--only", "sd3", "--rebuild"], ["sd3"], ["vae", "clip", "teacher", "sam", "lrm", "sd3"]),
@@ -185,7 +215,9 @@ def test_no_part_outlives_what_it_was_trained_on(flags, built, left, tmp_path, m
         return folder, make, parts
 
     monkeypatch.setattr(build, "HERE", tmp_path)
-    monkeypatch.setattr(build, "PARTS", {name: part(name, folder, parts) for name, (folder, _, parts) in build.PARTS.items()})
+    monkeypatch.setattr(
+        build, "PARTS", {name: part(name, folder, parts) for name, (folder, _, parts) in build.PARTS.items()}
+    )
     quality.write_text("{}")
     build.main([])
     calls.clear()
