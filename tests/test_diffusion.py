@@ -124,7 +124,7 @@ def test_backward_simulation_is_the_lcm_scheduler(k):
 
 
 def test_backward_simulation_is_stochastic_flow_matching():
-    """The same for SD3: FlowMatchEulerDiscreteScheduler with stochastic_sampling, which draws from the global generator."""
+    """The same for SD3: FlowMatchEulerDiscreteScheduler's stochastic_sampling draws from the global generator."""
     schedule, scheduler = (
         Schedule("flow", shift=3.0),
         FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True),

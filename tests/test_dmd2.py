@@ -22,7 +22,9 @@ def scene():
     torch.manual_seed(0)
     head = dmd2.Head(fake.net.config.block_out_channels[-1]).double()
     c = {k: v.double() for k, v in PromptEncoder("toy/sdxl", 64).encode(["a red circle", "a blue ring"]).items()}
-    x, x_real, eps = torch.randn(3, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).unbind()
+    x, x_real, eps = torch.randn(
+        3, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).unbind()
     return fake, head, x, x_real, torch.tensor([200, 700]), eps, c
 
 
@@ -35,7 +37,11 @@ def test_features_are_what_the_mid_block_gives(scene):
     emb = emb + unet.get_aug_embed(emb, c["tokens"], added)
     h = unet.conv_in(x)
     for block in unet.down_blocks:
-        h, _ = block(h, emb, encoder_hidden_states=c["tokens"]) if getattr(block, "has_cross_attention", False) else block(h, emb)
+        h, _ = (
+            block(h, emb, encoder_hidden_states=c["tokens"])
+            if getattr(block, "has_cross_attention", False)
+            else block(h, emb)
+        )
     torch.testing.assert_close(features, unet.mid_block(h, emb, encoder_hidden_states=c["tokens"]))
     assert torch.equal(x_0, fake(x, t, c)) and not fake.net.mid_block._forward_hooks
 
@@ -81,7 +87,9 @@ def test_optimal_logit_is_log_p_over_q():
     pairs = [(a, b) for a in range(2) for b in range(2)]
     for _ in range(3000):
         head = lambda y: y @ logits  # noqa: B023, E731
-        terms = [dmd2.discriminator_loss(Fake(), head, one[b], one[a], 0, zero, None)[0] * p[a] * q[b] for a, b in pairs]
+        terms = [
+            dmd2.discriminator_loss(Fake(), head, one[b], one[a], 0, zero, None)[0] * p[a] * q[b] for a, b in pairs
+        ]
         optimizer.zero_grad()
         sum(terms).backward()
         optimizer.step()
@@ -90,13 +98,21 @@ def test_optimal_logit_is_log_p_over_q():
 
 def test_preset_dmd2_counts_its_passes(tmp_path):
     """Samples: batch x loops, as the paper counts; passes of the UNets by hand, one with gradient as 3."""
-    small = "--preset dmd2 --iterations 6 --save-every 5 --batch-size 4 --preview-every 0 --log-every 100".split()  # loop 6 alone looks at health
+    small = (
+        "--preset dmd2 --iterations 6 --save-every 5 --batch-size 4 --preview-every 0 --log-every 100".split()
+    )  # loop 6 alone looks at health
     run = train.train(config.parse([*small, "--out", str(tmp_path / "run")]))
     progress = json.loads((run / "checkpoint-000005" / "progress.json").read_text())
     steps = [int(np.random.default_rng([0, loop]).integers(4)) for loop in range(1, 6)]  # as train.distil draws them
-    rollout, without_G, with_G = sum(steps), 1, 3 + 2 + 1 + 3  # x; x with gradient, the guided teacher, the fake's score, Eq. 5
+    rollout, without_G, with_G = (
+        sum(steps),
+        1,
+        3 + 2 + 1 + 3,
+    )  # x; x with gradient, the guided teacher, the fake's score, Eq. 5
     assert progress["samples"] == 20
-    assert progress["passes"] == 4 * (rollout + 4 * without_G + with_G + 5 * (3 + 2 * 3))  # Eq. 6, and Eq. 7 on real and made
+    assert progress["passes"] == 4 * (
+        rollout + 4 * without_G + with_G + 5 * (3 + 2 * 3)
+    )  # Eq. 6, and Eq. 7 on real and made
 
 
 def test_preset_dmd2_moves_who_it_should(tmp_path):
@@ -106,7 +122,9 @@ def test_preset_dmd2_moves_who_it_should(tmp_path):
     for weight in ("0.005", "50"):
         run = train.train(config.parse([*small, "--gan-weight", weight, "--out", str(tmp_path / weight)]))
         logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert [m["loops"] for m in logged if "dm_loss" in m and "adv_loss" in m] == [5] and logged[-1]["generator_updates"] == 1
+        assert [m["loops"] for m in logged if "dm_loss" in m and "adv_loss" in m] == [5] and logged[-1][
+            "generator_updates"
+        ] == 1
         assert all("d_loss" in m and "d_accuracy" in m for m in logged)
         last[weight] = logged[-1]
     assert last["50"]["g_norm"] > 2 * last["0.005"]["g_norm"]

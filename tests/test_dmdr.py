@@ -75,7 +75,9 @@ def test_reward_gradient_through_one_step(kind, scene):
             weight += sign * h * direction
             ends.append(value().item())
     assert slope > 0 and (ends[0] - ends[1]) / (2 * h) == pytest.approx(slope, rel=0.02)
-    assert dmdr.reward_loss(lambda x: torch.tensor([3.0, 1.0]), None, 2.0)[0] == 0.5  # a score above the margin asks for no more
+    assert (
+        dmdr.reward_loss(lambda x: torch.tensor([3.0, 1.0]), None, 2.0)[0] == 0.5
+    )  # a score above the margin asks for no more
 
 
 def test_preset_dmdr_moves_who_it_should(tmp_path):
