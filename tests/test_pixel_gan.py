@@ -109,8 +109,8 @@ def test_heads_learn_to_tell_real_from_blurred(parts):
     torch.manual_seed(0)
     D = pixel_gan.PixelDiscriminator(parts[0].encoder[0])
     optimizer = torch.optim.Adam(D.parameters(), lr=Config.d_lr)
-    blur = lambda x: torch.nn.functional.avg_pool2d(x, 5, 1, 2)  # noqa: E731
-    for step in range(60):
+    blur = lambda x: torch.nn.functional.avg_pool2d(x, 13, 1, 6)  # noqa: E731
+    for step in range(80):
         x = images(8, 8 * step)
         optimizer.zero_grad()
         pixel_gan.discriminator_loss(D(D.features(x)), D(D.features(blur(x)))).backward()
