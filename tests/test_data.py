@@ -1,4 +1,4 @@
-"""WebDataset shards and prompt files: every sample once an epoch, the same order on any number of ranks, torn parts named and left out."""
+"""WebDataset shards, prompt files, cached latents: one order on any number of ranks; torn parts are named."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def write(path, members):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Two shards of twelve gray pictures: a .txt caption for the first of them, .json for the second; the caption says the gray value."""
+    """Two shards of twelve gray pictures: captions in .txt and in .json say the gray value."""
     for s in range(2):
         members = {}
         for i in range(12):
@@ -89,9 +89,10 @@ def test_shards_of_any_url_and_kind_of_picture(shards):
 def test_shards_are_the_same_for_workers_ranks_and_a_resumed_run(shards):
     """Batches by two loading processes, and from the middle on, are those of one process."""
     name, whole = f"{shards}/shard-*.tar", [list(range(i, i + 4)) for i in range(0, 24, 4)]
-    texts = lambda indices, workers: [
-        t for _, prompts, *_ in data.batches(data.source(name, 16), indices, workers) for t in prompts
-    ]  # noqa: E731
+
+    def texts(indices, workers):
+        return [t for _, prompts, *_ in data.batches(data.source(name, 16), indices, workers) for t in prompts]
+
     straight = texts(whole, 0)
     assert texts(whole, 2) == straight and texts(whole[3:], 0) == straight[12:]
     ranks = [texts([part[2 * r : 2 * r + 2] for part in whole], 0) for r in range(2)]
@@ -123,7 +124,10 @@ def test_torn_shards_and_bare_images_are_named_and_left_out(shards, capsys):
 
 @pytest.mark.parametrize("damage", [b"\xff" * 512, bytes(512), bytes(1024), bytes(4096)])
 def test_a_broken_header_is_not_the_end(damage, shards, capsys):
-    """Garbage or zeros where the seventh picture's header was: tarfile stops there without a word. A whole shard ends in any number of zeros."""
+    """Garbage or zeros where the seventh picture's header was: tarfile stops there without a word.
+
+    A whole shard ends in any number of zeros.
+    """
     path = shards / "shard-00.tar"
     with tarfile.open(path) as tar:
         at = tar.getmember("part/006.png").offset
@@ -159,7 +163,7 @@ def test_prompt_file_replaces_the_captions(shards, tmp_path):
 
 
 def test_sizes_are_those_of_the_original_and_its_crop(shards):
-    """Of a picture 40 wide and 30 high, shown at 16: resized to 21 x 16, 2 cut off at the left. The text encoder's c carries them."""
+    """Of a picture 40 wide and 30 high, at 16: resized to 21 x 16, 2 cut off at the left. c carries them."""
     source = data.source(f"{shards}/shard-*.tar", 16)
     assert source[0][2].tolist() == [30, 40, 0, 2, 16, 16]
     assert data.source("toy", 64)[0][2].tolist() == [64, 64, 0, 0, 64, 64]
@@ -169,7 +173,7 @@ def test_sizes_are_those_of_the_original_and_its_crop(shards):
 
 
 def test_cached_latents_are_those_of_the_vae(shards, capsys):
-    """The cache gives E(picture) to fp16's precision, and the pictures are not looked at again; a torn file and foreign folders are named."""
+    """The cache gives E(picture) in fp16, pictures are not read again; torn files and foreign folders are named."""
     name, folder, vae = f"{shards}/shard-*.tar", shards / "kept", load_vae("toy/sdxl")
     settings = Config(data=name, resolution=32, cache_latents=str(folder))
     plain, cached = data.source(name, 32), data.source(name, 32)
@@ -206,9 +210,7 @@ def test_two_ranks_share_the_encoding(shards, two_ranks):
 
 FILL = """
 import sys, torch, torch.distributed as dist
-from engine import data
-from engine import distributed
-from engine import latent_cache
+from engine import data, distributed, latent_cache
 from engine.config import Config
 from engine.models import load_vae
 
@@ -217,7 +219,8 @@ name, vae, encoded = f"{sys.argv[1]}/shard-*.tar", load_vae("toy/sdxl"), []
 encode = vae.encode
 vae.encode = lambda x: encoded.append(1) or encode(x)
 source = data.source(name, 16)
-latent_cache.fill(source, vae, Config(data=name, resolution=16, cache_latents=f"{sys.argv[1]}/kept"), dist.get_rank(), 2, together=4)
+config = Config(data=name, resolution=16, cache_latents=f"{sys.argv[1]}/kept")
+latent_cache.fill(source, vae, config, dist.get_rank(), 2, together=4)
 assert len(encoded) == (13, 12)[dist.get_rank()]
 assert all(source[i][0].shape == (4, 4, 4) for i in range(25))
 dist.barrier()
