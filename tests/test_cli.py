@@ -77,10 +77,10 @@ def photos(tmp_path):
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--sam", "toy/nothing"], "toy/nothing"),
         (["--renoise", "0.9,0.1"], "renoise"),
-        (["--cache-latents", "kept"], "--gan-reals vae"),
+        (["--cache-latents", "kept", "--data", "a.tar"], "--gan-reals vae"),
         (["--cache-latents", "kept", "--method", "dmd2"], "the toy world"),
         (["--cache-latents", "README.md", "--method", "dmd2", "--data", "a.tar"], "is a file"),
-        (["--size-condition", "original"], "captions of their own"),
+        (["--size-condition", "original"], "their own captions"),
         (["--judge", "runs/none"], "--judge"),
         (["--judge", "runs/none", "--method", "advdmd", "--batch-size", "4"], "runs/none holds no stage-1 checkpoint"),
         (["--gan", "latent"], "--gan"),
@@ -166,7 +166,7 @@ def test_pickled_weights_are_not_run(capsys, tmp_path):
 
 @pytest.mark.parametrize("rank", ["", "__0"])
 def test_pickled_checkpoints_are_not_run(rank, tmp_path):
-    """Neither a checkpoint's table of contents, of all ranks or of one, nor what else torch.distributed.checkpoint pickles."""
+    """Neither a checkpoint's table of contents, of all ranks or of one, nor what else torch pickles there."""
     net = torch.nn.Linear(2, 2)
     player, proof = {"G": (net, torch.optim.AdamW(net.parameters()))}, tmp_path / "run by pickle"
     checkpoint.save(tmp_path, player, {"loops": 1}, write=lambda *_: None)
@@ -271,7 +271,7 @@ def test_8_bit_moments_want_the_same_ranks(tmp_path):
 
 
 def test_restart_by_torchrun_goes_on_with_its_own_run(capsys, monkeypatch, tmp_path):
-    """--max-restarts asks for --out; what this torchrun has begun goes on without --resume, another's run is refused, also at a restart."""
+    """--max-restarts asks for --out; what this torchrun began goes on without --resume, another's run is refused."""
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     status, line = call(train.main, capsys, *SMALL)
     assert status == 2 and "--max-restarts needs --out" in line
@@ -279,7 +279,7 @@ def test_restart_by_torchrun_goes_on_with_its_own_run(capsys, monkeypatch, tmp_p
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     assert not config.parse(out).resume
     config_ = config.parse([*out, "--lr", "1e-3"])
-    (run_folder.open_run(config_, 0) / "config.json").write_text(json.dumps(vars(config_)))
+    run_folder.write_config(run_folder.open_run(config_), config_)
     assert not config.parse(out).resume  # a second command under the same --rdzv-id, as in a Slurm job of two
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     again = config.parse(out)
@@ -358,12 +358,11 @@ def test_a_run_of_before_method_goes_on_as_it_was(capsys, tmp_path):
     saved = json.loads((out / "config.json").read_text())
     assert saved.pop("method") == "dmd2"
     (out / "config.json").write_text(json.dumps(saved | {"gan": "latent"}))
-    head = lambda: safe_state(out)["head"]["model"]  # noqa: E731
-    before = head()
+    before = saved_state(out)["head"]["model"]
     assert call(train.main, capsys, "--resume", "--out", out, "--iterations", "2")[0] == 0
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["loops"] == 2 and "d_loss" in logged[-1]
-    after = head()
+    after = saved_state(out)["head"]["model"]
     assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
     assert json.loads((out / "config.json").read_text())["method"] == "dmd2"
     assert call(sample.main, capsys, "--run", out, "--prompt", "a red circle")[0] == 0
@@ -371,7 +370,7 @@ def test_a_run_of_before_method_goes_on_as_it_was(capsys, tmp_path):
     assert '"method": "dmd2"' in (tmp_path / "student" / "README.md").read_text()
 
 
-def safe_state(out):
+def saved_state(out):
     """The weights and optimizers in a run's newest checkpoint."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -389,7 +388,7 @@ def test_evaluate_teacher_and_undistilled(capsys, tmp_path):
 
 
 def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
-    """Pictures are saved, and drawn again only where one is lost; scores are cosines by another route; the paper's rows stand beside ours."""
+    """Pictures are saved, and drawn again where one is lost; scores are cosines by another route."""
     prompts = [world.scene(i, "test")[1] for i in range(5)]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
     pictures, hps = tmp_path / "pictures", tmp_path / "hpsv2.json"
@@ -467,7 +466,7 @@ def test_folder_of_pictures_trains(photos, capsys, tmp_path):
 
 
 def test_photographs_train_preview_and_resume(capsys, tmp_path):
-    """20 captioned views of matplotlib's photograph: trained on, previewed; a run in two parts ends with the same weights."""
+    """20 captioned views of matplotlib's photograph: trained on, previewed; a run in two parts ends alike."""
     views = tmp_path / "views"
     views.mkdir()
     photograph = Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")  # 512 x 600
