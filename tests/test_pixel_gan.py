@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pixel_gan
+from diffusion import Schedule, sample_generators
 from engine.config import Config
 from engine.models import at_once, load_sam, load_vae
 from toy import world
@@ -148,3 +149,48 @@ def test_vae_takes_a_few_pictures_at_a_time(parts, monkeypatch):
     assert torch.allclose(pictures[66], vae.decode(z[66:67])[0], atol=1e-5) and torch.allclose(
         latents[66], vae.encode(pictures[66:67])[0], atol=1e-5
     )
+
+
+def test_the_square_that_D_sees():
+    """The same square of latents and pixels, anew in every loop, and inside the picture; everything without a crop."""
+    latents = torch.arange(16.0).view(1, 1, 1, 16).expand(2, 4, 16, 16) + 100 * torch.arange(16.0).view(1, 1, 16, 1)
+    pixels = latents.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    corners = set()
+    for loop in range(1, 30):
+        seen, seen_pixels = pixel_gan.window(24, 16, 4, seed=0, loop=loop)
+        square = latents[seen]
+        assert square.shape == (2, 4, 6, 6)
+        assert torch.equal(square.repeat_interleave(4, 2).repeat_interleave(4, 3), pixels[seen_pixels])
+        corners.add(square[0, 0, 0, 0].item())
+    assert len(corners) > 10
+    seen, seen_pixels = pixel_gan.window(0, 16, 4, seed=0, loop=1)
+    assert torch.equal(latents[seen], latents) and torch.equal(pixels[seen_pixels], pixels)
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_readings_of_the_last_input(i):
+    """From student step i on, by hand: b is the rollout's own last input, a its end noised to the last step again."""
+    schedule = Schedule()
+    S, last = schedule.steps(4), 3
+
+    def G(x_t, t, c):
+        return 0.5 * x_t + 0.1
+
+    G.schedule = schedule
+    x_tau = torch.randn(2, 4, 8, 8)
+    found = {}
+    for reading in "ab":
+        generators = sample_generators(0, 1, range(2), "rollout")
+        found[reading] = pixel_gan.last_input(G, x_tau, G(x_tau, None, None), None, S, i, generators, reading)
+    generators = sample_generators(0, 1, range(2), "rollout")
+
+    def noised(x_0, step):
+        t = S[step].expand(2)
+        noise = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
+        return schedule.alpha(t) * x_0 + schedule.sigma(t) * noise
+
+    x_t = x_tau
+    for step in range(i, last):
+        x_t = noised(0.5 * x_t + 0.1, step + 1)
+    torch.testing.assert_close(found["b"], x_t)
+    torch.testing.assert_close(found["a"], noised(0.5 * x_t + 0.1, last))
