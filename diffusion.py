@@ -1,16 +1,17 @@
 """Diffusion in one convention (Flash-DMD 2 "Diffusion Models", 3.3): Eq. 1, 2 and 8.
 
     Eq. 1   x_t = α_t x_0 + σ_t ε                                     forward process, in closed form
-    Eq. 2   x_s = α_s x_0 + σ_s ε̂,  ε̂ = (x_t - α_t x_0)/σ_t           reverse step t -> s, deterministic (DDIM / Euler)
-    Eq. 8   x_{t1} = G(x_t, t);  x_0 = B(x_{t1}, 0)                   backward simulation B: re-noise, denoise, ... down to 0
+    Eq. 2   x_s = α_s x_0 + σ_s ε̂,  ε̂ = (x_t - α_t x_0)/σ_t           reverse step t -> s, deterministic (DDIM, Euler)
+    Eq. 8   x_{t1} = G(x_t, t);  x_0 = B(x_{t1}, 0)                   backward simulation B: re-noise, denoise, ... to 0
 
     x_0, x_t, ε    clean latent, noisy latent, noise, (B, C, h, w)
     α_t, σ_t       amplitudes. Score-based (SDXL, "eps"): sqrt(abar_t), sqrt(1 - abar_t). Flow (SD3, "flow"): 1 - s, s
     t              0 = data, larger = noisier. eps: integers 0 .. 999. flow: 1000 s, s = shift u / (1 + (shift - 1) u)
     S              student steps τ_K > ... > τ_1, noisiest first
 
-NOTE: the paper's Eq. 1 prints one step x_{t-1} -> x_t with α a variance factor, its Eq. 3 uses α_t as an amplitude;
-here α is always the amplitude, and abar_t is the product of Eq. 1's α.
+NOTE: the paper's Eq. 1 prints one step x_{t-1} -> x_t with α a variance factor; its Eq. 3 uses α_t as an amplitude.
+Here α is always the amplitude, and abar_t is the product of Eq. 1's α.
+
 A Denoiser is any callable (x_t, t, c) -> x_0 with a `schedule`; c is a dict of condition tensors, batch first.
 Left out: higher-order samplers, and anything about networks (engine/models.py).
 """
@@ -51,14 +52,18 @@ class Schedule:
         return [a.view(-1, 1, 1, 1) for a in pair]
 
     def t_at(self, u):
-        """The timestep at a fraction u in [0, 1] of the noise range: floor(1000 u) (at most 999), or the shifted 1000 s."""
+        """The timestep at a fraction u in [0, 1] of the noise range.
+
+        eps: floor(1000 u), at most 999; flow: the shifted 1000 s.
+        """
         if self.prediction == "flow":
             return T * self.shift * u / (1 + (self.shift - 1) * u)
         return (T * u).floor().clamp(0, T - 1).long()
 
     def steps(self, n):
-        """The n timesteps of a sampler, noisiest first, (n,): 999, 749, 499, 249 for SDXL and n = 4; s = 1, .9, .75, .5 for SD3.
+        """The n timesteps of a sampler, noisiest first, (n,).
 
+        For n = 4, SDXL: 999, 749, 499, 249; SD3: s = 1, .9, .75, .5.
         NOTE: section 8 prints 629 among the 8 steps, where equal spacing gives 624.
         """
         u = torch.arange(n, 0, -1, dtype=torch.float64) / n
@@ -73,7 +78,10 @@ class Schedule:
         return (x_t.float() - self.sigma(t) * output.float()) / self.alpha(t)
 
     def weight(self, t):
-        """The factor from a squared x_0 error to the network's own squared error: (α_t/σ_t)² for eps, 1/s² for v. (B, 1, 1, 1)."""
+        """The factor from a squared error of x_0 to one of the network's output, (B, 1, 1, 1).
+
+        eps: (α_t/σ_t)²; v: 1/s².
+        """
         alpha, sigma = self._amplitudes(t)
         return sigma**-2 if self.prediction == "flow" else (alpha / sigma) ** 2
 
@@ -100,7 +108,7 @@ def reverse_step(schedule, x_t, x_0, t, s):
 def guided(denoiser, null, w):
     """Classifier-free guidance as a Denoiser: x_0 = x_0(null) + w (x_0(c) - x_0(null)), formed in fp32.
 
-    null: the condition of the null prompt, batch of one; what it says of sizes gives way to c's. w = 1 leaves the denoiser as it is.
+    null: the condition of the null prompt, batch of one; sizes are taken from c. w = 1 returns the denoiser itself.
     """
     if w == 1:
         return denoiser
@@ -117,7 +125,8 @@ def guided(denoiser, null, w):
 @torch.no_grad()
 def sample_ode(denoiser, x_t, c, n):
     """n reverse steps (Eq. 2) from pure noise x_t (B, C, h, w) to x_0: the multi-step teacher's sampler."""
-    schedule, steps = denoiser.schedule, denoiser.schedule.steps(n)
+    schedule = denoiser.schedule
+    steps = schedule.steps(n)
     for i in range(n):
         t = times(steps[i], x_t)
         x_0 = denoiser(x_t, t, c)

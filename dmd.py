@@ -4,7 +4,7 @@
     Eq. 4   ∇_θ L_DMD = -E [ (s_real(x_t) - s_fake(x_t)) dG/dθ ],   x = G_θ(x_τ, τ),  x_t = α_t x + σ_t ε
 
     x                 the generator's clean estimate, (B, C, h, w)
-    x0_real, x0_fake  μ_real, μ_fake: what the teacher (guided) and the generator's score estimator make of x_t
+    x0_real, x0_fake  μ_real, μ_fake: clean estimates of the guided teacher and of the generator's score estimator
     τ                 the generator's own input step, from S without its last: the timestep-aware part (3.3)
     t                 renoise time, drawn per sample
     c                 the prompts' condition
@@ -19,16 +19,17 @@ from diffusion import add_noise, rand
 
 
 def student_step(S, which, seed, loop):
-    """3.3: τ = S[i] for the DM loss of a loop -> i, uniform over S without its last ("high", timestep-aware) or over S ("all").
+    """3.3: the student step τ = S[i] of a loop's DM loss -> i, the same on every rank.
 
-    Every rank draws the same i.
+    which: "high" draws uniformly from S without its last step (timestep-aware), "all" from S.
     """
     return int(np.random.default_rng([seed, loop]).integers(len(S) - (which == "high")))
 
 
 def renoise_time(schedule, between, generators, device="cpu"):
-    """Algorithm 1, line 13: t ~ T_noisy, one per sample, (B,). between: (low, high), the part of the noise range to draw from.
+    """Algorithm 1, line 13: t ~ T_noisy, one per sample, (B,).
 
+    between: (low, high), the part of the noise range to draw from.
     ASSUMPTION: T_noisy is 0.02 to 0.98 of the range by default, as in DMD; 3.1 says U(0, T).
     """
     low, high = between
@@ -44,12 +45,14 @@ def score(x_t, x_0, alpha_t, sigma_t):
 def score_difference(teacher, fake, x, t, eps, c):
     """Eq. 4's bracket with its sign: s_fake(x_t) - s_real(x_t), the direction in x that RAISES the KL divergence.
 
-    teacher (guided), fake: Denoisers. x, eps (B, C, h, w); t (B,). Returns it with x0_real, both (B, C, h, w), fp32.
+    teacher (guided), fake: Denoisers. x, eps (B, C, h, w); t (B,).
+    Returns the difference and x0_real, both (B, C, h, w), fp32.
     """
     schedule = fake.schedule
     alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
     x_t = add_noise(schedule, x.float(), t, eps)
-    x0_real, x0_fake = teacher(x_t, t, c), fake(x_t, t, c)
+    x0_real = teacher(x_t, t, c)
+    x0_fake = fake(x_t, t, c)
     return score(x_t, x0_fake, alpha_t, sigma_t) - score(x_t, x0_real, alpha_t, sigma_t), x0_real
 
 
@@ -57,13 +60,13 @@ def score_difference(teacher, fake, x, t, eps, c):
 def gradient(teacher, fake, x, t, eps, c):
     """Eq. 4 with DMD's weight: g = w_t (s_fake - s_real), w_t = (σ_t²/α_t) / mean|x - x0_real|, per sample.
 
-    That is g = (x0_fake - x0_real) / mean|x - x0_real|: of one size at every noise level. (B, C, h, w).
-    ASSUMPTION: the weight is DMD's (Flash-DMD prints none). Elements of g that are not finite contribute nothing.
+    That is g = (x0_fake - x0_real) / mean|x - x0_real|: the same scale at every noise level. (B, C, h, w).
+    ASSUMPTION: the weight is DMD's (Flash-DMD prints none). Elements of g that are not finite are set to 0.
     """
+    schedule = fake.schedule
     difference, x0_real = score_difference(teacher, fake, x, t, eps, c)
-    w_t = (
-        fake.schedule.sigma(t) ** 2 / fake.schedule.alpha(t) / (x.float() - x0_real).abs().mean((1, 2, 3), keepdim=True)
-    )
+    error = (x.float() - x0_real).abs().mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    w_t = schedule.sigma(t) ** 2 / schedule.alpha(t) / error
     return (w_t * difference).nan_to_num(0, 0, 0)
 
 

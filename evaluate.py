@@ -1,9 +1,9 @@
-"""Metric tables: a student, its teacher, or the teacher at few steps, on the toy's held-out prompts, or on a file of prompts.
+"""Metrics of a student, its teacher, or the teacher at few steps, on the toy's held-out prompts or a file of prompts.
 
 python evaluate.py --run runs/NAME --steps 4
 python evaluate.py --teacher --model toy/sdxl --steps 50
 python evaluate.py --undistilled --model toy/sdxl --steps 4
-python evaluate.py --run runs/NAME --prompts coco10k.txt --images DIR        the paper's tables (engine/benchmark.py)
+python evaluate.py --run runs/NAME --prompts coco10k.txt --images DIR   the paper's tables (engine/benchmark.py)
 """
 
 import json
@@ -59,7 +59,7 @@ def flags(argv=None):
         help='folder of the latent reward model (default: the run\'s, or "lrm" beside the model, if there is one)',
     )
     add("--prompts", help="a text file, one prompt per line: the paper's scores in place of the toy's")
-    add("--images", help="--prompts: folder of the pictures; those that it has are not drawn again")
+    add("--images", help="--prompts: folder of the pictures; those already there are not drawn again")
     add("--pick", help="--prompts: PickScore's folder or hub name (yuvalkirstain/PickScore_v1)")
     add(
         "--scores",
@@ -72,9 +72,9 @@ def flags(argv=None):
 
 
 def check(args):
-    """What flags and folders show before torch is loaded -> the student's checkpoint folder or None, settings as a dict, steps.
+    """Check flags and folders before torch is loaded -> the student's checkpoint folder or None, settings, steps.
 
-    Raises UserError.
+    The settings are a dict. Raises UserError.
     """
     if args.prompts and not args.images:
         raise UserError("--prompts needs --images, a folder for the pictures")
@@ -84,19 +84,21 @@ def check(args):
         config = {"model": args.model, "data": Config.data, "resolution": args.resolution, "clip": Config.clip}
         return None, config, args.steps or (50 if args.teacher else 4)
     run, config = run_folder.find_run(args.run)
-    return run_folder.checkpoint_at(run, args.loops), config, args.steps or config["student_steps"]
+    student = run_folder.checkpoint_at(run, args.loops)
+    return student, config, args.steps or config["student_steps"]
 
 
 def main(argv=None):
     args = flags(argv)
     try:
         student, config, steps = check(args)
-        from engine import evaluation  # it loads torch: mistakes in flags and folders are answered first
+        from engine import evaluation  # it loads torch: flags and folders are checked first
 
         result = evaluation.run(args, student, config, steps)
     except UserError as e:
         fail(e)
-    text = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}, indent=2)
+    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
+    text = json.dumps(rounded, indent=2)
     print(text)
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)

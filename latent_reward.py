@@ -2,15 +2,16 @@
 
     Eq. 12   L_rl = -E [ log σ(β H) ]
     Eq. 13   H(w, l) = log p_θ(z^w|z_t)/p_ref(z^w|z_t) - log p_θ(z^l|z_t)/p_ref(z^l|z_t)
-    p        one step of the LCM scheduler: z_s = α_s G(z_t, t) + σ_s ε, so log p(z_s|z_t) = -||z_s - α_s G(z_t, t)||²/2σ_s² + const
+    p        one step of the LCM scheduler: z_s = α_s G(z_t, t) + σ_s ε,
+             so log p(z_s|z_t) = -||z_s - α_s G(z_t, t)||²/2σ_s² + const
 
     z_t, z_s  noisy latents of one student step and of the next, (B, C, h, w)
-    z^w, z^l  of k candidates z_s drawn from ONE z_t, the one that the reward model R likes best, and least
+    z^w, z^l  of k candidates z_s drawn from ONE z_t, those with the highest and the lowest score of R
     θ, ref    the generator, and the frozen stage-1 student it started from
-    R(z_s, s, prompt)   the latent reward model: a score of a NOISY latent, no decoding
+    R(z_s, s, prompt)   the latent reward model: a score of a NOISY latent, without decoding
 
-First half: R, in the architecture of "Diffusion Model as a Noise-Aware Latent Reward Model for
-Step-Level Preference Optimization" (LPO, arXiv 2502.01051; its SDXL model is the paper's). Second half: Eq. 12, 13.
+First half: R, in the architecture of "Diffusion Model as a Noise-Aware Latent Reward Model for Step-Level Preference
+Optimization" (LPO, arXiv 2502.01051; Flash-DMD uses its SDXL model). Second half: Eq. 12, 13.
 """
 
 import math
@@ -27,9 +28,9 @@ from diffusion import add_noise, noise_to_step, times
 class LatentRewardModel(nn.Module):
     """R(z_t, t, c) -> (B,): how well a noisy latent fits its prompt, and how good it looks. Any SDXL-shaped UNet.
 
-    The denoising UNet without its up blocks is the eye. Four of its features, averaged over space: the last residual output
-    of each down block before its downsampler, and the mid block's; joined (SDXL: 320 + 640 + 1280 + 1280 = 3520) and
-    projected to the width of the pooled text embedding. R = exp(logit_scale) cos(feature, text).
+    The denoising UNet without its up blocks extracts features: the last residual output of each down block before its
+    downsampler, and the mid block's output. They are averaged over space, joined (SDXL: 320 + 640 + 1280 + 1280 = 3520)
+    and projected to the width of the pooled text embedding. R = exp(logit_scale) cos(feature, text).
     Only the mid feature is guided: uncond + w (cond - uncond), uncond from the empty prompt through R's own encoders.
     """
 
@@ -42,14 +43,17 @@ class LatentRewardModel(nn.Module):
         """
         super().__init__()
         unet.up_blocks = unet.conv_norm_out = unet.conv_act = unet.conv_out = None
-        self.unet, self.encoder, self.empty = unet, encoder, None
+        self.unet = unet
+        self.encoder = encoder
+        self.empty = None  # the empty prompt's condition, once it is needed
         widths = unet.config.block_out_channels
         self.visual_projection = nn.Linear(sum(widths) + widths[-1], text_width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1/0.07), CLIP's first guess
 
     def features(self, z_t, t, c):
         """The three down blocks' features and the mid block's, averaged over space: four (B, channels)."""
-        unet, dtype = self.unet, self.visual_projection.weight.dtype
+        unet = self.unet
+        dtype = self.visual_projection.weight.dtype
         added = {"text_embeds": c["pooled"].to(dtype), "time_ids": c["size"].to(dtype)}
         tokens = c["tokens"].to(dtype)
         emb = unet.get_time_embed(z_t.to(dtype), t)
@@ -64,8 +68,8 @@ class LatentRewardModel(nn.Module):
         return [*found, mid.mean((2, 3))]
 
     def forward(self, z_t, t, c):
-        """z_t (B, C, h, w) at timesteps t (B,); c the prompts' condition through R's own encoders -> scores (B,), fp32."""
-        if self.empty is None:  # R's text encoders never learn
+        """z_t (B, C, h, w) at t (B,); c: the prompts' condition from R's own encoders -> scores (B,), fp32."""
+        if self.empty is None:  # R's text encoders are never trained
             self.empty = self.encoder.encode([""])
         null = {k: v.expand_as(c[k]) for k, v in self.empty.items()}
         *down, mid = self.features(z_t, t, c)
@@ -90,7 +94,7 @@ class LatentRewardModel(nn.Module):
 
 
 def pair_scores(R, schedule, win, lose, t, eps_win, eps_lose, c):
-    """R of both latents of every pair, noised to the pair's one t with noise of their own -> scores (B,), (B,).
+    """R of both latents of every pair, noised to the same t, each with its own noise -> scores (B,), (B,).
 
     win, lose, eps_win, eps_lose (B, C, h, w); t (B,); c: the prompts' condition.
     """
@@ -101,7 +105,7 @@ def pair_scores(R, schedule, win, lose, t, eps_win, eps_lose, c):
 
 
 def bradley_terry(score_win, score_lose):
-    """-log σ(R(z^w) - R(z^l)), the mean over pairs: what R is trained with. Scalar."""
+    """-log σ(R(z^w) - R(z^l)), the mean over pairs: R's training loss. Scalar."""
     return -F.logsigmoid(score_win - score_lose).mean()
 
 
@@ -109,37 +113,38 @@ def bradley_terry(score_win, score_lose):
 
 
 def log_ratio_margin(z_win, z_lose, x0_theta, x0_ref, alpha_s, sigma_s, clip=0.0):
-    """Eq. 13: H = <z^w - z^l, α_s (x0_θ - x0_ref)>/σ_s², (B,): how much more than the reference θ prefers z^w to z^l.
+    """Eq. 13: H = <z^w - z^l, α_s (x0_θ - x0_ref)>/σ_s², (B,): how much more θ prefers z^w to z^l than the reference.
 
-    That is what the four log densities come to when the pair shares z_t. z_win, z_lose, x0_theta, x0_ref (B, C, h, w);
-    alpha_s, sigma_s (B, 1, 1, 1). A SUM over dimensions, as densities have it: LPO takes the mean, so its β = 500 at SDXL's
-    65,536 dimensions is β = 0.0076 here.
-    clip > 0: as in LPO, each ratio of MEAN densities, (p_θ/p_ref)^(1/dimensions), is held within 1 ± clip.
+    The four log densities reduce to this because both candidates come from one z_t. z_win, z_lose, x0_theta, x0_ref
+    (B, C, h, w); alpha_s, sigma_s (B, 1, 1, 1). H is a SUM over dimensions, as log densities are; LPO takes the mean:
+    its β = 500 at SDXL's 65,536 dimensions is β = 0.0076 here.
+    clip > 0: as in LPO, each ratio of MEAN densities, (p_θ/p_ref)^(1/dimensions), is clipped to 1 ± clip.
     """
     if clip:
         n = z_win[0].numel()
         apart = alpha_s * (x0_theta - x0_ref) / sigma_s**2
         middle = alpha_s * (x0_theta + x0_ref) / 2
-        low, high = n * math.log(1 - clip), n * math.log(1 + clip)
-        win, lose = (
-            ((z - middle) * apart).flatten(1).sum(1).clamp(low, high) for z in (z_win, z_lose)
-        )  # log p_θ/p_ref
-        return win - lose
+        low = n * math.log(1 - clip)
+        high = n * math.log(1 + clip)
+        log_ratio = lambda z: ((z - middle) * apart).flatten(1).sum(1).clamp(low, high)  # noqa: E731  log p_θ/p_ref
+        return log_ratio(z_win) - log_ratio(z_lose)
     return ((z_win - z_lose) * alpha_s * (x0_theta - x0_ref) / sigma_s**2).flatten(1).sum(1)
 
 
 def loss(H, beta):
-    """Eq. 12: -log σ(β H) per pair, (B,). The mean, over kept pairs, is taken in train.py: it runs over all ranks."""
+    """Eq. 12: -log σ(β H) per pair, (B,). train.py takes the mean over the kept pairs of all ranks."""
     return -F.logsigmoid(beta * H)
 
 
 def pair_terms(G, ref, z_t, z_win, z_lose, t, s, c, clip=0.0):
-    """Eq. 13 of pairs whose candidates were drawn from z_t at t, at level s -> H (B,), and the KL divergence of G from ref.
+    """Eq. 13 of pairs drawn from z_t at t, at level s -> H (B,), and the KL divergence of G from ref (a scalar).
 
-    z_t, z_win, z_lose (B, C, h, w); t, s: scalars of S. The divergence is that of the transition, a mean over numbers. Scalar.
+    z_t, z_win, z_lose (B, C, h, w); t, s: scalars of S. The divergence is that of a transition, a mean over dimensions.
     """
-    t, s = times(t, z_t), times(s, z_t)
-    alpha_s, sigma_s = G.schedule.alpha(s), G.schedule.sigma(s)
+    t = times(t, z_t)
+    s = times(s, z_t)
+    alpha_s = G.schedule.alpha(s)
+    sigma_s = G.schedule.sigma(s)
     x0_theta = G(z_t, t, c)
     with torch.no_grad():
         x0_ref = ref(z_t, t, c)
@@ -149,16 +154,18 @@ def pair_terms(G, ref, z_t, z_win, z_lose, t, s, c, clip=0.0):
 
 
 def agrees(H):
-    """Whether θ prefers z^w by more than rounding (10^-3 nats): at the reference H is 0 but for the order of sums. (B,) bool."""
+    """Whether θ prefers z^w by more than rounding, 10^-3 nats: at the reference H is 0 up to rounding. (B,) bool."""
     return H > 1e-3
 
 
 def choose(scores, threshold):
     """Best and worst of k candidates: scores (B, k) -> win (B,), lose (B,), kept (B,) bool.
 
-    Kept where the softmax over the two extremes is further apart than `threshold` (LPO: 0.45 to 0.6, score gaps 0.97 to 1.39).
+    A pair is kept where the softmax over its two scores is further apart than `threshold` (LPO: 0.45 to 0.6, that is
+    score gaps of 0.97 to 1.39).
     """
-    win, lose = scores.argmax(1), scores.argmin(1)
+    win = scores.argmax(1)
+    lose = scores.argmin(1)
     gap = (scores.amax(1) - scores.amin(1)).float()
     return win, lose, (gap / 2).tanh() > threshold
 
@@ -167,7 +174,7 @@ def choose(scores, threshold):
 def rollout(G, R, z, c, c_R, S, transitions, k, carry, generators):
     """Algorithm 1, lines 28-29: at each step k candidates from one z_t, scored by R at THEIR level s.
 
-    z (B, C, h, w): noise at S[0]; c, c_R: conditions of G and of R; transitions: how many steps, from the noisiest, are scored.
+    z (B, C, h, w): noise at S[0]; c, c_R: conditions of G and of R; transitions: how many steps, noisiest first.
     carry: "random" or "best", the candidate that the next step starts from (ASSUMPTION: random, as in LPO).
     Returns one (i, z_t, candidates (B, k, C, h, w), scores (B, k)) per step. NOTE: LPO gives R the level t of z_t.
     """
@@ -177,14 +184,12 @@ def rollout(G, R, z, c, c_R, S, transitions, k, carry, generators):
     c_many = {key: v.repeat_interleave(k, 0) for key, v in c_R.items()}
     for i in range(transitions):
         x_0 = G(z_t, times(S[i], z_t), c)
-        z_s = torch.stack(
-            [noise_to_step(G.schedule, x_0, S, i + 1, generators) for _ in range(k)], 1
-        )  # (B, k, C, h, w)
+        z_s = [noise_to_step(G.schedule, x_0, S, i + 1, generators) for _ in range(k)]
+        z_s = torch.stack(z_s, 1)  # (B, k, C, h, w)
         flat = z_s.flatten(0, 1)
         scores = R(flat, times(S[i + 1], flat), c_many).view(-1, k)
         steps.append((i, z_t, z_s, scores))
-        chosen = (
-            scores.argmax(1) if carry == "best" else torch.zeros_like(rows)
-        )  # the first: all are alike before R looks
+        # "random" takes the first candidate: all are draws from one distribution
+        chosen = scores.argmax(1) if carry == "best" else torch.zeros_like(rows)
         z_t = z_s[rows, chosen]
     return steps

@@ -5,12 +5,12 @@
 
     D      SAM encoder (frozen) -> a small head per feature level (ω, trained) -> maps of logits
     V      VAE decoder (frozen)
-    x_adv  the generator's clean estimate at the last, least noisy student step, which this loss alone trains by default
+    x_adv  the generator's clean estimate at the last, least noisy student step; by default no other loss trains it
 
-NOTE: the paper prints Eq. 9 as an ascent direction, and the second term of Eq. 10 as +log D(fake); these are the logistic
-losses they stand for. Algorithm 1, line 25 asks for the hinge pair, which is the default here.
+NOTE: the paper prints Eq. 9 as an ascent direction, and the second term of Eq. 10 as +log D(fake). Ours are the
+logistic losses they stand for. Algorithm 1, line 25 has the hinge pair, which is the default here.
 ASSUMPTION: D sees no prompt (the paper names none). Heads: spectral-norm convolutions, group norm, leaky ReLU, a logit
-MAP per level, after the 2-D heads that the paper takes from ADM; sizes are ours.
+MAP per level, after the 2-D heads that the paper takes from ADM; their sizes are ours.
 """
 
 import numpy as np
@@ -22,14 +22,15 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion import backward_simulation, noise_to_step
 
-SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0 .. 255, as SAM was trained
+SAM_MEAN = (123.675, 116.28, 103.53)  # of pixels in 0 .. 255, as SAM was trained
+SAM_STD = (58.395, 57.12, 57.375)
 
 
 class PixelDiscriminator(nn.Module):
-    """D(D.features(images)): images (B, 3, H, W) in [-1, 1] -> logits (B, n), the maps of all levels, flattened and joined.
+    """D(D.features(images)): images (B, 3, H, W) in [-1, 1] -> logits (B, n), the flattened maps of all levels.
 
-    encoder: segment_anything's ImageEncoderViT, frozen; gradient passes through it to the image. Features are taken after
-    each block with global attention, and from the neck.
+    encoder: segment_anything's ImageEncoderViT, frozen; gradient passes through it to the image. Features are taken
+    after each block with global attention, and from the neck.
     """
 
     def __init__(self, encoder, width=64, checkpointing=False):
@@ -37,12 +38,16 @@ class PixelDiscriminator(nn.Module):
         super().__init__()
         self.checkpointing = checkpointing
         self.encoder = [encoder]  # in a list: frozen, so not among this module's parameters or its state
-        dim, out = encoder.patch_embed.proj.out_channels, encoder.neck[0].out_channels
+        dim = encoder.patch_embed.proj.out_channels
+        out = encoder.neck[0].out_channels
         self.levels = [i for i, block in enumerate(encoder.blocks) if block.window_size == 0]
         self.heads = nn.ModuleList(head(channels, width) for channels in [dim] * len(self.levels) + [out])
 
     def features(self, images):
-        """(B, 3, H, W) in [-1, 1] -> SAM's feature maps, (B, C_l, h, w) per level, in the images' type; SAM computes in its own."""
+        """Images (B, 3, H, W) in [-1, 1] -> SAM's feature maps, one (B, C_l, h, w) per level, in the images' dtype.
+
+        SAM computes in its own dtype.
+        """
         (encoder,) = self.encoder
         x = encoder.patch_embed(sam_input(images, encoder.img_size).to(encoder.patch_embed.proj.weight.dtype))
         if encoder.pos_embed is not None:
@@ -55,7 +60,7 @@ class PixelDiscriminator(nn.Module):
         return [m.to(images.dtype) for m in (*maps, encoder.neck(x.permute(0, 3, 1, 2)))]
 
     def forward(self, features):
-        """Feature maps -> logits (B, n). Features come from a call of their own, so that a picture used twice passes SAM once."""
+        """Feature maps -> logits (B, n). `features` is a separate call: a picture used twice passes SAM once."""
         return torch.cat([h(f).flatten(1) for h, f in zip(self.heads, features)], 1)
 
 
@@ -80,14 +85,15 @@ def sam_input(images, size):
     return ((images + 1) * 127.5 - mean) / std
 
 
-# ------------------------------------------------------------------------------ what D sees of a loop
+# ------------------------------------------------------------------------------ what D sees in a loop
 
 
-def window(crop, side, factor, seed, loop):
-    """Where D looks in a loop: a square of `crop` pixels at random, or everything (0) -> indices into latents, and into pixels.
+def window(crop, latent, factor, seed, loop):
+    """What D sees in a loop, a random square of `crop` pixels (0 = all) -> indices into latents, and into pixels.
 
-    side: of the latents; factor: pixels per latent. The square is the same in real and generated pictures.
+    latent: (..., h, w), for its size; factor: pixels per latent. The square is the same in real and generated pictures.
     """
+    side = latent.shape[-1]
     size = crop // factor or side
     top, left = (int(v) for v in np.random.default_rng([seed, loop, 1]).integers(side - size + 1, size=2))
     latents = (..., slice(top, top + size), slice(left, left + size))
@@ -96,12 +102,12 @@ def window(crop, side, factor, seed, loop):
 
 
 def last_input(G, x_tau, x, c, S, i, generators, reading):
-    """The input at the last student step, from which G makes x_adv (Algorithm 1, lines 9 and 11). No gradient (Eq. 8's Detach).
+    """G's input at the last student step, for x_adv (Algorithm 1, lines 9 and 11). No gradient (Eq. 8's Detach).
 
-    x_tau (B, C, h, w): G's input at student step i; x = G(x_tau, S[i]), detached; generators: those of the rollout so far.
-    reading "b": the rollout's own input at the last step, exactly as at sampling (Algorithm 1, lines 9-15).
+    x_tau (B, C, h, w): G's input at student step i; x = G(x_tau, S[i]), detached; generators: those of the rollout.
+    reading "b": the rollout's input at the last step, exactly as in sampling (Algorithm 1, lines 9-15).
     reading "a": x_0 of the finished rollout, noised to the last step (Eq. 8, 9).
-    NOTE: the paper says both; results/stage1.md compares them.
+    NOTE: the paper has both; results/stage1.md compares them.
     """
     last = len(S) - 1
     if i == last:
@@ -124,13 +130,16 @@ def generator_loss(fake_logits, kind="hinge"):
 
 
 def discriminator_loss(real_logits, fake_logits, kind="hinge"):
-    """Eq. 10: E[-log D(real)] + E[-log(1 - D(fake))] for "logistic"; E[(1 - real)+] + E[(1 + fake)+] for "hinge". Scalar."""
+    """Eq. 10. Scalar.
+
+    "logistic": E[-log D(real)] + E[-log(1 - D(fake))]; "hinge": E[(1 - real)+] + E[(1 + fake)+].
+    """
     if kind == "hinge":
         return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
 def accuracy(real_logits, fake_logits):
-    """The fraction of pictures that D classifies right by their mean logit: 0.5 = chance, 1 = it sees through G. Scalar."""
+    """The fraction of pictures that D classifies right by their mean logit: 0.5 = chance, 1 = all of them. Scalar."""
     right = torch.cat([real_logits.mean(1) > 0, fake_logits.mean(1) <= 0])
     return right.float().mean()

@@ -1,7 +1,7 @@
 """The generator's score estimator μ_fake (Flash-DMD 3.1, 3.3 "Stabilize Score Estimator"; Eq. 6 and 11).
 
-    Eq. 6    L_diffusion = E ||μ_ψ(x_t, t) - ε||²          nothing else trains it: it is no discriminator (DMD2's is: siblings/dmd2.py)
-    Eq. 11   ψ <- λ_ema ψ + (1 - λ_ema) θ                  after every generator update, by distillation or by preference
+    Eq. 6    L_diffusion = E ||μ_ψ(x_t, t) - ε||²      its only loss (DMD2's is a discriminator too: siblings/dmd2.py)
+    Eq. 11   ψ <- λ_ema ψ + (1 - λ_ema) θ              after every generator update, by distillation or by preference
 
     x    the generator's clean estimate, detached, (B, C, h, w)
     t    uniform over the whole range;  x_t = α_t x + σ_t ε
@@ -16,16 +16,16 @@ from diffusion import add_noise, rand, randn
 
 
 def draw(schedule, generators, like):
-    """What Eq. 6's expectation runs over: t (B,), uniform over the whole range, and ε (B, C, h, w), shaped as `like`."""
+    """Draws t and ε of Eq. 6: t (B,) uniform over the whole range, ε (B, C, h, w), shaped as `like`."""
     t = schedule.t_at(rand(generators, like.device))
     return t, randn(generators, like)
 
 
 def loss(fake, x, t, eps, c):
-    """Eq. 6: E ||μ_ψ(x_t, t) - ε||², a mean over elements, through the clean estimate.
+    """Eq. 6: E ||μ_ψ(x_t, t) - ε||², a mean over elements, computed from the clean estimate. Scalar.
 
-    fake: a Denoiser; x, eps (B, C, h, w); t (B,). In the network's own parameterisation: (α_t/σ_t)² ||x̂_0 - x||²
-    is the squared error of ε̂, and 1/s² of it that of a flow's v̂. Scalar.
+    fake: a Denoiser; x, eps (B, C, h, w); t (B,). The error is that of the network's own output:
+    (α_t/σ_t)² ||x̂_0 - x||² is the squared error of ε̂, 1/s² ||x̂_0 - x||² that of a flow's v̂.
     """
     x_t = add_noise(fake.schedule, x, t, eps)
     return (fake.schedule.weight(t) * (fake(x_t, t, c) - x) ** 2).mean()
@@ -33,12 +33,13 @@ def loss(fake, x, t, eps, c):
 
 @torch.no_grad()
 def pull(psi, theta, lam):
-    """Eq. 11: ψ <- λ ψ + (1 - λ) θ, in place. psi, theta: parameters in the same order (sharded alike, if sharded); λ in [0, 1].
+    """Eq. 11: ψ <- λ ψ + (1 - λ) θ, in place.
 
-    λ = 1 is "off". fp32 weights: bf16 would lose (1 - λ)(θ - ψ).
+    psi, theta: fp32 parameters in the same order and sharding; bf16 would lose (1 - λ)(θ - ψ).
+    λ in [0, 1]; 1 is "off".
     ASSUMPTION: the value of λ is not in the paper; results/stage1.md has the sweep that chose ours.
-    NOTE: on LoRAs this averages the factors A and B, not the products B A, whose average has no factors of the same rank.
-    Both LoRAs start from one A, and the two averages differ by (1 - λ) λ (B_ψ - B_θ)(A_ψ - A_θ) alone.
+    NOTE: on LoRAs this averages the factors A and B, not the products B A: their average has a higher rank.
+    Both LoRAs start from one A; the two averages differ only by (1 - λ) λ (B_ψ - B_θ)(A_ψ - A_θ).
     """
     if lam < 1:
         for p, q in zip(psi, theta, strict=True):

@@ -7,8 +7,9 @@
     python train.py --method dmd2                     the baseline; dmdr, advdmd: the sibling papers (siblings/)
     python train.py --stage reward --pairs FOLDER     a latent reward model for stage 2
 
-The mathematics is in dmd.py, score_estimator.py, pixel_gan.py, latent_reward.py and diffusion.py; this file says in which order
-it happens. Numbers behind # are lines of Algorithm 1. What the paper is silent about (data, ranks, logs, checkpoints) is engine/.
+The mathematics is in dmd.py, score_estimator.py, pixel_gan.py, latent_reward.py and diffusion.py. This file says in
+which order it happens. Numbers behind # are lines of Algorithm 1. What the paper leaves out is in engine/: data, ranks,
+logs, checkpoints.
 """
 
 import os
@@ -52,14 +53,12 @@ def train(config):
     if config.cache_latents:
         latent_cache.check(config)
     rank, ranks, device = start_process()
-    config.per_rank(ranks)
-    prepare_, iterate = method(config)
+    prepare_method, iterate = method(config)
     source = data.source(config.data, config.resolution, config.seed, config.prompts)
-    nets = assemble(config, ranks, device, prepare_)  # 1-3
+    nets = assemble(config, ranks, device, prepare_method)  # 1-3
     run = Run(config, nets, source, rank)
     for batch in run.batches():  # 4, 7
-        # NOTE: Algorithm 1 runs lines 5-26 and 27-31 in every iteration of stage 2; Table 4's ratios say r of the latter per
-        # one of the former.
+        # NOTE: Algorithm 1 runs lines 5-26 and 27-31 in every iteration of stage 2. Table 4's ratios say r to 1.
         period = config.rl_ratio + 1 if config.stage == 2 else 1
         distils = not config.rl_only and batch.loop % period == 0
         kind = "generator_updates" if distils else "rl_updates"
@@ -75,11 +74,10 @@ def train(config):
 
 
 def method(config):
-    """-> prepare, which adds a method's networks, and iterate, its lines 5-26."""
+    """-> prepare, which adds the method's networks, and iterate, its lines 5-26."""
     if config.method == "flash":
         return prepare, flash
-    other = sibling(config.method)
-    return other.prepare, other.iterate
+    return sibling(config.method).prepare, sibling(config.method).iterate
 
 
 def prepare(nets):
@@ -87,8 +85,8 @@ def prepare(nets):
     config = nets.config
     if config.gan_weight:
         torch.manual_seed(config.seed)
-        nets.D = pixel_gan.PixelDiscriminator(nets.sam(), checkpointing=config.checkpointing).to(nets.latent.device)
-        nets.trained["D"] = (nets.D, config.d_lr, "")
+        D = pixel_gan.PixelDiscriminator(nets.sam(), checkpointing=config.checkpointing)
+        nets.D = nets.add("D", D, config.d_lr)
 
 
 # --------------------------------------------------------------------------- Algorithm 1, one iteration
@@ -97,18 +95,15 @@ def prepare(nets):
 def flash(nets, batch, n):
     """Lines 5-26: one loop of distribution matching and Pixel-GAN, the n-th -> what to log, {name: value}.
 
-    Each x that G makes is used by the DM loss (Eq. 4) and by the score estimator (Eq. 6), each x_adv by G's adversarial loss
-    (Eq. 9) and by D (Eq. 10): nothing is sampled twice. Gradients of micro-batches add up.
+    Nothing is sampled twice: the DM loss (Eq. 4) and the score estimator (Eq. 6) use the same x, G's adversarial loss
+    (Eq. 9) and D (Eq. 10) the same x_adv. Gradients of micro-batches add up.
     """
     config, G, fake, D, S = nets.config, nets.G, nets.fake, nets.D, nets.S
     parts = micro_batches(batch, config.micro_batch)
     logged = monitor.Means()
     moves_G = n % config.ttur == 0  # 12. ASSUMPTION: an iteration is a loop, so G moves in every TTUR-th
     i = dmd.student_step(S, config.dm_steps, config.seed, batch.loop)  # 6
-    seen, seen_pixels = pixel_gan.window(
-        config.gan_crop, nets.latent.shape[-1], nets.vae.factor, config.seed, batch.loop
-    )
-    last = S[-1]
+    latents, pixels = pixel_gan.window(config.gan_crop, nets.latent, nets.vae.factor, config.seed, batch.loop)
     loss_G = 0.0
     made = []  # of each micro-batch: x, x_adv, D's features of V(x_adv), and the generators of its rollout
 
@@ -127,13 +122,13 @@ def flash(nets, batch, n):
             (b.weight * L_dmd).backward()
             loss_G += b.weight * L_dmd.detach()
             logged.add(b.weight, dm_loss=L_dmd)
-        x = x.detach()
+        x = x.detach()  # 20
         x_adv = features = None
         if D is not None:
             x_last = pixel_gan.last_input(G, x_tau, x, b.c, S, i, rollout, config.adv_reading)  # 9, Eq. 8
             with torch.set_grad_enabled(moves_G):
-                x_adv = G(x_last, times(last, x_last), b.c)  # 11
-                features = D.features(nets.vae.decode(x_adv[seen]))
+                x_adv = G(x_last, times(S[-1], x_last), b.c)  # 9: the rollout's last step
+                features = D.features(nets.vae.decode(x_adv[latents]))  # 11
             if moves_G:
                 D.requires_grad_(False)
                 L_adv = pixel_gan.generator_loss(D(features), config.gan_loss)  # 15, Eq. 9
@@ -150,17 +145,18 @@ def flash(nets, batch, n):
         if moved:
             score_estimator.pull(nets.weights("fake"), nets.weights("G"), config.ema)  # 18, Eq. 11
 
-    for b, (x, *_) in zip(parts, made):  # 20-23
-        t, eps = score_estimator.draw(G.schedule, b.generators("fake"), x)
-        L_fake = score_estimator.loss(fake, x, t, eps, b.c)  # Eq. 6
+    for b, (x, *_) in zip(parts, made):
+        t, eps = score_estimator.draw(G.schedule, b.generators("fake"), x)  # 21
+        L_fake = score_estimator.loss(fake, x, t, eps, b.c)  # 22-23, Eq. 6
         (b.weight * L_fake).backward()
         logged.add(b.weight, fake_loss=L_fake)
     logged["fake_norm"], _ = nets.step("fake", logged["fake_loss"], config.clip_grad)  # 24
 
     if D is not None:
         for b, (_, _, fake_features, _) in zip(parts, made):  # 25
-            real = nets.vae.decode(nets.latents(b.x_real)[seen]) if config.gan_reals == "vae" else b.x_real[seen_pixels]
-            real_logits, fake_logits = D(D.features(real)), D(fake_features)
+            real = b.x_real[pixels] if config.gan_reals == "raw" else nets.vae.decode(nets.latents(b.x_real)[latents])
+            real_logits = D(D.features(real))
+            fake_logits = D(fake_features)
             L_D = pixel_gan.discriminator_loss(real_logits, fake_logits, config.gan_loss)  # Eq. 10
             (b.weight * L_D).backward()
             logged.add(b.weight, d_loss=L_D, d_accuracy=pixel_gan.accuracy(real_logits, fake_logits))
@@ -178,8 +174,7 @@ def prefer(nets, batch):
     """Lines 27-31: one update of G by preference (Eq. 12, 13) -> what to log, {name: value}."""
     config, G, R, S = nets.config, nets.G, nets.R, nets.S
     transitions = 2 if config.rl_steps == "high" else len(S) - 1  # the last transition, to x_0, has no density
-    pairs = []
-    every_score = []
+    pairs, every_score = [], []
     for b in micro_batches(batch, config.micro_batch):
         noise = b.generators("rl")
         z = randn(noise, nets.like(b))

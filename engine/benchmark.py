@@ -1,11 +1,12 @@
-"""The paper's evaluation of real models (4.1): pictures for a file of prompts, their scores, and the paper's own rows beside them.
+"""The paper's evaluation of real models (4.1): pictures for a file of prompts, their scores, and the paper's rows.
 
-    python evaluate.py --run runs/NAME --prompts coco10k.txt --images DIR [--pick yuvalkirstain/PickScore_v1] [--scores DIR/hpsv2.json ...]
+    python evaluate.py --run runs/NAME --prompts coco10k.txt --images DIR \\
+        [--pick yuvalkirstain/PickScore_v1] [--scores DIR/hpsv2.json ...]
 
-The pictures are DIR/00000.png and so on, one per line of the prompt file; those that are there are not drawn again, so a stopped call
-goes on where it was. CLIP score and PickScore are cosines of CLIP embeddings, as the paper prints them (PickScore's own scale of
-100 left out). HPSv2.1, ImageReward and MPS need packages that pin old dependencies: lab/external_scores.py scores DIR in an
-environment of theirs, and --scores reads its JSON: {"HPSv2": mean or one score per picture}.
+The pictures are DIR/00000.png and so on, one per line of the prompt file. Existing ones are not drawn again: a stopped
+call goes on where it was. CLIP score and PickScore are cosines of CLIP embeddings, as the paper prints them (without
+PickScore's factor of 100). HPSv2.1, ImageReward and MPS need packages with old dependencies: lab/external_scores.py
+scores DIR in a separate environment, and --scores reads its JSON: {"HPSv2": mean or one score per picture}.
 """
 
 import json
@@ -48,8 +49,9 @@ def read_prompts(path, num):
 
 
 def draw(denoiser, encoder, vae, prompts, folder, made_by, batch=None):
-    """Writes the pictures of `prompts` that folder lacks. made_by: what they depend on, "steps", "seed" and "ode" (diffusion.py) among it.
+    """Writes the pictures of `prompts` that folder lacks.
 
+    made_by: what they depend on: "steps", "seed", "ode" (whether by sample_ode) and more.
     Raises UserError where folder holds something else.
     """
     folder = Path(folder)
@@ -62,9 +64,8 @@ def draw(denoiser, encoder, vae, prompts, folder, made_by, batch=None):
         except ValueError:
             before = "torn"
         if before != now:
-            raise UserError(
-                f"{folder} holds pictures of other prompts, or of another model, steps or seed: give another --images"
-            )
+            what = "pictures of other prompts, or of another model, steps or seed"
+            raise UserError(f"{folder} holds {what}: give another --images")
     if not settings.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something already (and no settings.json): give another --images")
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ def draw(denoiser, encoder, vae, prompts, folder, made_by, batch=None):
     for first in tqdm(range(0, len(prompts), batch), desc=f"pictures, {batch} at a time"):
         part = range(first, min(first + batch, len(prompts)))
         missing = [i for i in part if not picture(folder, i).is_file()]
-        if missing:  # the whole batch, for a picture's noise goes by its place
+        if missing:  # the whole batch: `first + place` seeds a picture's noise
             words = [prompts[i] for i in part]
             how = {"first": first, "batch": batch, "ode": made_by["ode"]}
             images = generate(denoiser, encoder, vae, words, made_by["steps"], made_by["seed"], **how)
@@ -83,11 +84,12 @@ def draw(denoiser, encoder, vae, prompts, folder, made_by, batch=None):
 
 
 def picture(folder, i):
+    """The file of the i-th picture."""
     return Path(folder) / f"{i:05d}.png"
 
 
 def cosine_scores(clip, prompts, folder, batch=64):
-    """metrics.Clip's score of each picture in folder and its prompt: a list."""
+    """metrics.Clip's score of each picture in folder with its prompt: a list."""
     scores = []
     for first in tqdm(range(0, len(prompts), batch), desc="scores"):
         part = prompts[first : first + batch]
@@ -103,16 +105,16 @@ def read(path):
 
 
 def imported(paths, num):
-    """{column: mean} out of JSON files of other environments. Raises UserError for one that is unreadable, or for other pictures."""
+    """{column: mean} from the JSON files of --scores. Raises UserError for an unreadable one, or for other pictures."""
     found = {}
     for path in paths:
         try:
-            scores = {k: v if isinstance(v, list) else [v] for k, v in json.loads(Path(path).read_text()).items()}
+            read_scores = json.loads(Path(path).read_text())
+            scores = {k: v if isinstance(v, list) else [v] for k, v in read_scores.items()}
             means = {k: sum(map(float, v)) / len(v) for k, v in scores.items()}
         except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as e:
-            raise UserError(
-                f'--scores {path}: {e} (expected {{"HPSv2": one score per picture, or their mean}})'
-            ) from None
+            expected = '{"HPSv2": one score per picture, or their mean}'
+            raise UserError(f"--scores {path}: {e} (expected {expected})") from None
         for name, values in scores.items():
             if name not in COLUMNS:
                 raise UserError(f"--scores {path}: unknown column {name} (one of {', '.join(COLUMNS)})")
@@ -123,8 +125,8 @@ def imported(paths, num):
 
 
 def table(name, nfe, means, cost=""):
-    """The paper's rows in Markdown, and ours, {column: mean}, below them."""
-    rows = {**PAPER, f"**{name}**": (nfe, *(means.get(c) for c in COLUMNS), cost)}
+    """The paper's rows in Markdown, and below them ours. means: {column: mean}."""
+    rows = PAPER | {f"**{name}**": (nfe, *(means.get(c) for c in COLUMNS), cost)}
     lines = [
         "| COCO-10k, as the paper prints it | NFE | " + " | ".join(COLUMNS) + " | cost |",
         "| --- " * (len(COLUMNS) + 3) + "|",

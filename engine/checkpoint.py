@@ -1,10 +1,10 @@
-"""Save and resume: torch.distributed.checkpoint, written aside and renamed, so that a killed run leaves a whole checkpoint.
+"""Save and resume with torch.distributed.checkpoint. A checkpoint is written aside and renamed: a kill leaves it whole.
 
     runs/NAME/checkpoint-000400/state/        weights and optimizers, sharded as they were
     runs/NAME/checkpoint-000400/unet/         the student, as diffusers loads it
     runs/NAME/checkpoint-000400/progress.json counters
 
-Randomness and data follow from (seed, iteration), so nothing else needs saving.
+Noise and data are functions of (seed, iteration): nothing else needs saving.
 """
 
 import json
@@ -30,21 +30,20 @@ from torch.distributed.checkpoint.state_dict import (
 from engine.distributed import barrier
 from engine.errors import UserError
 from engine.folders import first_line
-from engine.models import PARTS, part_name
+from engine.models import LORA, PARTS, part_name
 from engine.run_folder import checkpoints
 from engine.safe_load import Planner, Reader
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # the frozen network under a LoRA is not saved
-LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 _WRITER = ThreadPoolExecutor(1)  # for checkpoints that are written in the background
 _PENDING = []
 
 
 def save(run, players, progress, keep=1, write=None, background=False):
-    """Write a checkpoint of players {name: (module, optimizer)} and progress (a dict with "loops"), and keep the `keep` newest.
+    """Write a checkpoint of players {name: (module, optimizer)} and progress (a dict with "loops"). All ranks call it.
 
-    All ranks call it. write(folder, module, weights) writes, on rank 0, the first player as others load it; by default a
-    diffusers model. background: return once all is copied to host memory, and write it meanwhile (needs a process group).
+    keep: how many checkpoints stay. write(folder, module, weights): writes the first player on rank 0, by default as a
+    diffusers model. background: return once all is copied to host memory, then write (needs a process group).
     """
     settle()
     final = Path(run) / f"checkpoint-{progress['loops']:06d}"
@@ -71,7 +70,7 @@ def save(run, players, progress, keep=1, write=None, background=False):
                 shutil.rmtree(torn)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one process without a process group is what no_dist means
+        warnings.simplefilter("ignore")  # torch warns of no_dist, which is right for one process
         if background:
             states = dcp.async_save(_state(players), checkpoint_id=aside / "state", process_group=_group())
             _PENDING.append(_WRITER.submit(lambda: (states.result(), finish())))
@@ -83,26 +82,26 @@ def save(run, players, progress, keep=1, write=None, background=False):
 
 @cache
 def _group():
-    """The writer's own group: on the common one its collectives and those of training could come in another order on each rank."""
+    """A group for the writer alone: in training's, the order of collectives could differ between ranks."""
     return dist.new_group(backend="gloo")
 
 
 def settle():
-    """Wait for the checkpoint that is written in the background. Raises what its writing raised."""
+    """Wait for the checkpoint that is written in the background. Raises the error of its writing."""
     while _PENDING:
         _PENDING.pop().result()
 
 
 def restore(run, players, optimizers=True):
-    """Fill players from the newest checkpoint of a run that can be read -> its progress.
+    """Fill players from the newest readable checkpoint of a run -> its progress.
 
-    Newer ones that cannot are then set aside as checkpoint-N.unreadable, with a warning. Raises UserError where none can be read.
+    Newer, unreadable ones are renamed to checkpoint-N.unreadable, with a warning. Raises UserError where all are.
     """
     torn = []
     for path in reversed(checkpoints(run)):
         try:
             progress = load(path, players, optimizers)
-        except (Exception, dcp.CheckpointException) as e:  # torch, json and the file system have errors of their own
+        except (Exception, dcp.CheckpointException) as e:  # torch, json and the file system each raise their own
             causes = [cause for cause, _ in getattr(e, "failures", {}).values()] or [e]
             torn.append((path, first_line(causes[0])))
             continue
@@ -118,7 +117,10 @@ def restore(run, players, optimizers=True):
 
 
 def load(path, players, optimizers=True):
-    """Fill players {name: (module, optimizer)} from a checkpoint folder -> its progress. Without `optimizers`, modules alone."""
+    """Fill players {name: (module, optimizer)} from a checkpoint folder -> its progress.
+
+    optimizers=False: modules alone.
+    """
     state = _state(players, optimizers)
     reader = Reader(Path(path) / "state")
     with warnings.catch_warnings():
@@ -133,7 +135,7 @@ def load(path, players, optimizers=True):
 
 
 def save_student(path, net, weights):
-    """Write what diffusers loads: path/unet or path/transformer; of a LoRA student path/lora, for load_lora_weights."""
+    """Write a student for diffusers: path/unet or path/transformer; a LoRA to path/lora, for load_lora_weights."""
     name = part_name(net)
     if "student" in getattr(net, "peft_config", {}):
         lora = get_peft_model_state_dict(net, weights, "student")
@@ -158,7 +160,7 @@ def _state(players, optimizers=True):
             if never_stepped:  # torch has made its state by a step without gradients, and counted it
                 for state in optimizer.state.values():
                     state["step"].zero_()
-        if module not in seen:  # in stage 2 the generator has two optimizers
+        if module not in seen:  # in stage 2 the generator has two optimizers, so it is in `players` twice
             out[name]["model"] = get_model_state_dict(module, options=TRAINED)
             seen.append(module)
     return out

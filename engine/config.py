@@ -1,4 +1,4 @@
-"""Every setting of a run: one flat table. A field's comment is its --help. Nothing here loads torch."""
+"""Every setting of a run, in one flat dataclass. A field's comment is its --help. Nothing here loads torch."""
 
 import argparse
 import inspect
@@ -38,7 +38,7 @@ class Config:
     ema: float = 0.9  # lambda of Eq. 11; 1 = no pull
     gan_weight: float = 0.03  # lambda of Algorithm 1, line 16 (advdmd: weight of the policy loss); 0 = no GAN
     gan_loss: str = "hinge"  # Pixel-GAN's loss: hinge or logistic
-    adv_reading: str = "b"  # what Pixel-GAN judges: a = the finished rollout, noised again (Eq. 9); b = its last step
+    adv_reading: str = "b"  # what Pixel-GAN sees: a = the finished rollout, noised again (Eq. 9); b = its last step
     gan_crop: int = 0  # pixels: Pixel-GAN sees a random square of this side, to save memory. 0 = whole pictures
     gan_reals: str = "raw"  # what Pixel-GAN sees as real: raw images, or their vae round trip
     sam: str = "toy/sam"  # Pixel-GAN's image encoder: a folder, or a segment_anything checkpoint sam_vit_*.pth
@@ -96,9 +96,8 @@ class Config:
         self.require("pair_threshold", 0 <= self.pair_threshold < 1, "must lie in [0, 1)")
         self.require("ratio_clip", 0 <= self.ratio_clip < 1, "must lie in [0, 1)")
         self.require("gan_crop", self.gan_crop <= self.resolution, "must not be larger than --resolution")
-        self.require(
-            "pairs", self.stage != "reward" or self.pairs, "is missing: --stage reward needs a folder of picture pairs"
-        )
+        has_pairs = self.stage != "reward" or self.pairs
+        self.require("pairs", has_pairs, "is missing: --stage reward needs a folder of picture pairs")
         if self.size_condition == "original" and (self.prompts or self.data == "toy"):
             raise UserError(
                 "--size-condition original needs pictures with their own captions: give --data, and no --prompts"
@@ -109,18 +108,18 @@ class Config:
             )
         if self.cache_latents and self.method == "flash" and self.gan_weight and self.gan_reals == "raw":
             raise UserError(
-                "--cache-latents: Pixel-GAN looks at the pictures themselves: leave it out, or pass --gan-reals vae"
+                "--cache-latents: Pixel-GAN reads the pictures themselves: leave it out, or pass --gan-reals vae"
             )
         if not self.dry_run:
             self.per_rank(int(os.environ.get("WORLD_SIZE", 1)))
 
     def require(self, name, holds, what):
-        """Raises UserError for field `name` where it does not hold what it should."""
+        """Raises UserError for field `name` unless `holds`. what: the rest of its message."""
         if not holds:
             raise UserError(f"{flag(name)} {what}")
 
     def per_rank(self, ranks):
-        """Samples of a batch on each of `ranks`. Raises UserError where ranks or micro-batches do not divide them."""
+        """Samples of a batch per rank. Raises UserError where ranks or micro-batches do not divide them."""
         if self.batch_size % ranks:
             raise UserError(f"--batch-size {self.batch_size} is not divisible by {ranks} ranks")
         samples = self.batch_size // ranks
@@ -134,7 +133,7 @@ POSITIVE = "lr fake_lr d_lr rl_lr reward_lr beta clip_grad gpu_memory gpu_tflops
 AT_LEAST_1 = "iterations batch_size ttur save_every keep log_every resolution rl_ratio gpus".split()
 
 # ASSUMPTION: the paper prints neither learning rates nor loss weights. SDXL's lr and guidance are DMD2's, its fake_lr
-# is 5 times lr, beta is LPO's, SD3's rates are ours, the rest are the toy's.
+# is 5 times lr, beta is LPO's, SD3's rates and LoRA rank are ours, the rest are the toy's.
 _SDXL = {
     "model": "stabilityai/stable-diffusion-xl-base-1.0",
     "resolution": 1024,
@@ -155,7 +154,7 @@ _SD3 = _SDXL | {
     "fake_lr": 2e-5,
 }
 _STAGE2 = _SDXL | {"stage": 2, "rl_lr": 2e-7, "beta": 0.0076}
-PRESETS = {  # a method's own values of the common settings stand in its Settings (siblings/)
+PRESETS = {  # a method's values of the common settings are in its Settings (siblings/)
     "toy": {},
     "dmd2": {"method": "dmd2", "iterations": 2000},  # the toy, as the next two
     "dmdr": {"method": "dmdr", "iterations": 2000},
@@ -165,8 +164,7 @@ PRESETS = {  # a method's own values of the common settings stand in its Setting
     "sdxl-4step-ttur2": _SDXL | {"batch_size": 64, "iterations": 4000, "ttur": 2},  # Table 1; 8,000 too
     "sdxl-4step-ttur5": _SDXL | {"batch_size": 64, "iterations": 18000, "ttur": 5},  # Table 1
     "sdxl-8step": _SDXL | {"batch_size": 48, "iterations": 3000, "ttur": 2, "student_steps": 8},  # Table 6; 6,000 too
-    "sd3-4step": _SD3
-    | {"batch_size": 32, "iterations": 4000, "ttur": 2},  # Table 2; 7,000 too. Rank and rates are ours
+    "sd3-4step": _SD3 | {"batch_size": 32, "iterations": 4000, "ttur": 2},  # Table 2; 7,000 too
     "sdxl-stage2": _STAGE2 | {"batch_size": 64, "iterations": 5000},  # Tables 3, 4. ASSUMPTION: the batch is stage 1's
     "sdxl-8step-stage2": _STAGE2 | {"batch_size": 48, "iterations": 3000, "student_steps": 8},  # Table 7; 6,000 too
 }
@@ -192,7 +190,7 @@ CHOICES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line: the flags are too many to print them all beside it."""
+    """argparse, but it prints one line for a mistake: the flags are too many to list."""
 
     def error(self, message):
         fail(f"{message} (--help lists the flags)")
@@ -213,7 +211,8 @@ def at_least(low):
     """An argparse type: a whole number, `low` or more."""
 
     def number(text):
-        if (value := int(text)) < low:
+        value = int(text)
+        if value < low:
             raise argparse.ArgumentTypeError(f"must be at least {low}, not {value}")
         return value
 
@@ -232,7 +231,7 @@ def _stage(text):
 
 
 def method_of(argv=None):
-    """The method that a command line names, by --method, by a run that goes on, or by --preset; "flash" otherwise."""
+    """The method of a command line: that of --method, of the run it resumes, or of --preset; "flash" otherwise."""
     first = Parser(add_help=False)
     for name in ("--method", "--preset", "--out"):
         first.add_argument(name, default="")
@@ -247,13 +246,15 @@ def parse(argv=None, settings=Config):
     """Command line -> an object of `settings`: Config, or a sibling's Settings.
 
     The last one wins: the method's defaults, the preset, the settings of a run that goes on, the flags given.
-    Exits with status 2 and one line where a flag cannot be read; raises UserError where values do not fit.
+    Exits with status 2 and one line where a flag cannot be read. Values are checked by engine.run_folder.look.
     """
     parser = Parser(description="Train a few-step student: Flash-DMD, Algorithm 1.")
     notes = help_texts(settings)
     for f in fields(settings):
-        kind = {"type": {tuple: _range, int | str: _stage}.get(f.type, f.type), "choices": CHOICES.get(f.name)}
-        kind = {"action": "store_true"} if f.type is bool else kind
+        if f.type is bool:
+            kind = {"action": "store_true"}
+        else:
+            kind = {"type": {tuple: _range, int | str: _stage}.get(f.type, f.type), "choices": CHOICES.get(f.name)}
         note = f"{notes[f.name]} (default: {f.default})".replace("%", "%%")
         parser.add_argument(flag(f.name), default=None, help=note, **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
@@ -265,14 +266,14 @@ def parse(argv=None, settings=Config):
         saved = saved_settings(given.get("out"))
         before = {k: v for k, v in saved.items() if k in notes and k not in ("preset", "overwrite")}
     preset = PRESETS[given.get("preset", "toy")]
-    config = settings(**{**preset, **before, **given})
+    values = preset | before | given
+    config = settings(**values)
     config.renoise = tuple(config.renoise)
-    config.check()
     return config
 
 
 def help_texts(settings):
-    """{field: its comment} of a settings class and those it inherits from; the class's own comment comes first."""
+    """{field: its comment} of a settings class and its parents; the class's own comment wins."""
     notes = {}
     for cls in reversed(settings.__mro__[:-1]):
         notes |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
@@ -280,8 +281,8 @@ def help_texts(settings):
 
 
 def goes_on(out, resume):
-    """Whether a command goes on with the run in folder `out`: by --resume, or when its torchrun restarts it."""
-    launch = Path(out or "", "launch")  # the torchrun that began the run
+    """Whether a command goes on with the run in folder `out`: by --resume, or because torchrun restarts it."""
+    launch = Path(out or "", "launch")  # the id of the torchrun that started the run
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and bool(out)
     return resume or restarted and launch.is_file() and launch.read_text() == os.environ.get("TORCHELASTIC_RUN_ID")
 
@@ -290,9 +291,9 @@ def goes_on(out, resume):
 
 
 def saved_settings(run):
-    """The settings in a run folder's config.json as a dict, with today's names; {} where there is no such file.
+    """The settings in a run folder's config.json as a dict; {} where there is no such file.
 
-    A run of before --method existed had `gan` in its place. Raises UserError where the file is torn.
+    Older runs have `gan` in place of `method`. Raises UserError where the file is torn.
     """
     path = Path(run or "", "config.json")
     if not run or not path.is_file():
@@ -308,7 +309,7 @@ def saved_settings(run):
 
 
 def method_before(settings):
-    """The method of a run that was saved before --method existed: its GAN said it, or DMDR's settings."""
+    """The method of a run saved before --method existed, from its `gan` and DMDR's settings."""
     gan = settings.get("gan", "pixel")
     if gan in ("latent", "online"):
         return {"latent": "dmd2", "online": "advdmd"}[gan]

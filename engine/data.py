@@ -1,10 +1,10 @@
 """Captioned images: the toy world's scenes, a folder of photographs with a metadata.jsonl, or WebDataset shards.
 
-A source is indexed by the global sample number, without end, and gives (image (3, H, W) in [-1, 1], prompt, sizes (6,)). So the
-same sample meets the same noise on any number of ranks, and a resumed run needs no stored position. The sizes are SDXL's
-conditions: the image's original height and width, its crop's top and left after resizing, and the crop's height and width.
+A source is endless: source[sample number] is (image (3, H, W) in [-1, 1], prompt, sizes (6,)). So a sample meets
+the same noise on any number of ranks, and a resumed run needs no stored position. The sizes are SDXL's conditions: the
+image's original height and width, its crop's top and left after resizing, and the crop's height and width.
 `prompts(n)` are fixed ones for previews. `held_out(start, n)` gives images and prompts that training never sees, and
-`judge(images, prompts)` checks pictures exactly: the toy has both, other sources have None.
+`judge(images, prompts)` checks pictures exactly: the toy has both, in other sources they are None.
 """
 
 import io
@@ -27,14 +27,14 @@ from engine.errors import UserError
 from engine.run_folder import metadata
 from toy import world
 
-# what pillow raises
+# pillow's errors for a file that it cannot read
 UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, EOFError, ValueError, SyntaxError)
 
 
 def source(name, resolution, seed=0, prompts=""):
-    """ "toy", a folder, or a pattern of .tar files -> a source; with `prompts`, a text file, its prompts are that file's lines instead.
+    """The source `name`: "toy", a folder, or a pattern of .tar files.
 
-    Raises UserError for what cannot be trained on.
+    prompts: a text file whose lines replace its prompts. Raises UserError for data that cannot be read.
     """
     if str(name) == "toy":
         if resolution != world.SIZE:
@@ -52,12 +52,12 @@ def order_of(n, seed, epoch):
 
 
 class Toy:
-    """Scenes of the toy world, drawn on the fly."""
+    """Scenes of the toy world, drawn as they are needed."""
 
     judge = staticmethod(world.judge)
 
     def __init__(self, seed):
-        self.first = seed * 10**7  # every seed has scenes of its own
+        self.first = seed * 10**7  # every seed has its own scenes
 
     def __getitem__(self, i):
         scene, caption = world.scene(self.first + i)
@@ -72,17 +72,19 @@ class Toy:
 
 
 class ImageFolder:
-    """A folder in the Hugging Face ImageFolder convention: images, and metadata.jsonl with "file_name" and "text" per line.
+    """A folder in Hugging Face's ImageFolder layout: images, and metadata.jsonl with "file_name" and "text" per line.
 
-    Every epoch is shuffled anew by (seed, epoch). Images are resized by their short side and cropped at the centre. An
-    unreadable one is replaced by the next, and its name added to `bad`; more than 5 % of them, in one process, raise UserError.
+    (seed, epoch) shuffles an epoch. Images are resized by their short side and cropped at the centre. An unreadable one
+    is replaced by the next, and its name added to `bad`; more than 5 % of them, in one process, raise UserError.
     """
 
     judge = held_out = None
     latents = None  # a latent cache (engine/latent_cache.py): name -> latent and sizes, in place of pictures
 
     def __init__(self, path, resolution, seed):
-        self.path, self.resolution, self.seed = path, resolution, seed
+        self.path = path
+        self.resolution = resolution
+        self.seed = seed
         self.bad = {}  # name -> why it cannot be read
         self.rows = self._index()  # (file name, caption)
         for name in self._missing():
@@ -124,7 +126,7 @@ class ImageFolder:
                 self.skip(name, e)
 
     def load(self, name):
-        """-> a picture (3, H, W), or its latent where they are cached, and its sizes (6,). Raises one of UNREADABLE."""
+        """-> a picture (3, H, W), or its cached latent, and its sizes (6,). Raises one of UNREADABLE."""
         if self.latents:
             return self.latents(name)
         with self._open(name) as file, Image.open(file) as image:
@@ -143,12 +145,12 @@ class ImageFolder:
 
 
 class Shards(ImageFolder):
-    """WebDataset shards: a pattern of .tar files such as "shards/{000..127}.tar", "shards/*.tar" or any URL that fsspec opens.
+    """WebDataset shards: a pattern of .tar files, such as "shards/{000..127}.tar", "shards/*.tar" or a URL for fsspec.
 
-    A sample is the members that share a name up to the first dot: an image (jpg, jpeg, png, webp) and its caption, .txt or .json
-    ("text" or "caption"). The shards are read through once, for names, captions and places. Then every image is one seek away, so
-    shuffling is global and resuming exact on any number of ranks. Samples without a caption and torn shards' ends are named and
-    left out.
+    A sample is the members with one name up to the first dot: an image (jpg, jpeg, png, webp) and its caption, .txt or
+    .json ("text" or "caption"). The shards are read once, for names, captions and places. Then every image is one seek
+    away, so shuffling is global and resuming exact on any number of ranks. Samples without a caption and the ends of
+    torn shards are reported and left out.
     """
 
     def _index(self):
@@ -178,20 +180,20 @@ class Shards(ImageFolder):
 
     def _open(self, name):
         shard, first, length = self.places[name]
-        shard = pickle.loads(
-            pickle.dumps(shard)
-        )  # opened anew in each process: connections do not survive the fork to a loader
+        # a copy, opened in this process: connections do not survive the fork to a loader
+        shard = pickle.loads(pickle.dumps(shard))
         with shard as file:
             file.seek(first)
             return io.BytesIO(file.read(length))
 
 
 def members(shard):
-    """What a shard holds -> images {key: (name, first byte, length)}, captions {key: text}. A torn one is named and read up to there.
+    """A shard's images {key: (name, first byte, length)} and captions {key: text}.
 
-    Raises UserError for a shard of which no image can be read.
+    A torn shard is reported, and read up to where it is torn. Raises UserError where no image of it can be read.
     """
-    images, captions = {}, {}
+    images = {}
+    captions = {}
     try:
         with shard as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):
@@ -211,7 +213,7 @@ def members(shard):
 
 
 def check_end(file, offset):
-    """Raises tarfile.ReadError where tarfile took a broken header for the end: the true end is two zero blocks and zeros alone."""
+    """Raises tarfile.ReadError where tarfile took a broken header for the end, which is at least two zero blocks."""
     if file.seek(0, io.SEEK_END) < offset + 1024:
         raise tarfile.ReadError("it has no end")
     file.seek(offset)
@@ -220,16 +222,20 @@ def check_end(file, offset):
 
 
 def braces(pattern):
-    """Brace patterns, as shells and WebDataset have them: "a{00..11}b", "a{x,y}b" -> the names, in order."""
-    if not (m := re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", pattern)):
+    """Brace patterns, as in shells and WebDataset: "a{00..11}b", "a{x,y}b" -> the names, in order."""
+    m = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", pattern)
+    if not m:
         return [pattern]
     low, high, words = m.groups()
-    options = words.split(",") if low is None else [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
+    if low is None:
+        options = words.split(",")
+    else:
+        options = [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
     return [name for option in options for name in braces(pattern[: m.start()] + option + pattern[m.end() :])]
 
 
 def _caption(content, kind):
-    """A caption member's text: the file itself, or a JSON object's "text" or "caption"; empty where there is none."""
+    """The caption in a member: the whole text, or a JSON object's "text" or "caption"; empty where there is none."""
     text = content.decode("utf-8", "replace")
     if kind == "json":
         try:
@@ -241,20 +247,22 @@ def _caption(content, kind):
 
 
 class Prompted:
-    """Another source's images with prompts from a text file, one per line, shuffled anew every epoch.
+    """Another source's images with prompts from a text file, one per line, shuffled every epoch.
 
-    D sees no prompt, so G may have any.
+    The prompts need not fit the images: D sees no prompt.
     """
 
     def __init__(self, source, path, seed):
         if not Path(path).is_file():
             raise UserError(f"--prompts {path}: no such file")
-        self.source, self.seed = source, seed
+        self.source = source
+        self.seed = seed
         text = Path(path).read_text(encoding="utf-8", errors="replace")
         self.lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not self.lines:
             raise UserError(f"--prompts {path} holds no prompt (one per line)")
-        self.held_out, self.judge = source.held_out, source.judge
+        self.held_out = source.held_out
+        self.judge = source.judge
 
     def __getitem__(self, i):
         epoch, place = divmod(i, len(self.lines))
@@ -275,7 +283,7 @@ def pixels(image, side):
 
 
 def crop(image, side):
-    """-> the size (width, height) an image is resized to, and where in it the square in its centre starts, left and top."""
+    """-> the size (width, height) to resize an image to, and the left and the top of the square in its centre."""
     scale = side / min(image.size)
     width, height = (max(side, round(s * scale)) for s in image.size)
     return (width, height), (width - side) // 2, (height - side) // 2
@@ -305,12 +313,10 @@ def batches(source, indices, workers=0):
 
     Yields images (B, 3, H, W), prompts, sizes (B, 6), indices (B,).
     """
-    loader = DataLoader(
-        _Indexed(source), batch_sampler=indices, num_workers=workers, worker_init_fn=ignore_first_sigterm
-    )
-    return iter(loader)
+    how = {"batch_sampler": indices, "num_workers": workers, "worker_init_fn": ignore_first_sigterm}
+    return iter(DataLoader(_Indexed(source), **how))
 
 
 def ignore_first_sigterm(worker):
-    """torchrun and Slurm send SIGTERM to loader processes too, and the run needs them for its last loop."""
+    """torchrun and Slurm send SIGTERM to loader processes too, but the run's last loop needs them."""
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,4 +1,4 @@
-"""Processes and ranks, sharding, and an optimizer step that all ranks take or all skip."""
+"""Processes and ranks, sharding, and an optimizer step that all ranks take or skip together."""
 
 import os
 import signal
@@ -17,28 +17,28 @@ from engine.models import blocks
 
 
 def start_process():
-    """-> rank, ranks, device. A process group exists whenever there is more than one rank or a GPU."""
+    """Make the process group where there are several ranks or a GPU -> rank, ranks, device."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if (ranks > 1 or cuda) and not dist.is_initialized():
-        store = dist.HashStore()  # without torchrun there is no meeting place
+        store = dist.HashStore()  # without torchrun there is no rendezvous
         rank = 0
         if ranks > 1:
             meeting, rank, _ = next(rendezvous("env://"))
-            # torchrun keeps its store over --max-restarts: without a prefix a new rank could find a dead rank's address in it
+            # torchrun's store survives restarts: without a prefix a new rank could find a dead rank's address in it
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", meeting)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
     return int(os.environ.get("RANK", 0)), ranks, device
 
 
 def leave(status=0):
-    """The last line of a program: where there is a process group, end the process with this status.
+    """End the process with this status: the last line of a program.
 
-    Python's own ending is skipped. Gloo's threads outlive destroy_process_group, because DTensor's caches hold the group, and a
-    thread that frees a tensor while Python ends aborts the process.
+    With a process group Python's shutdown is skipped. Gloo's threads outlive destroy_process_group, because DTensor's
+    caches hold the group, and a thread that frees a tensor during shutdown aborts the process.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -50,7 +50,7 @@ def leave(status=0):
 
 
 def from_rank_0(function):
-    """function() on rank 0 alone -> its result, on every rank. A UserError that it raises is raised on every rank."""
+    """Call function() on rank 0 alone -> its result, on every rank. Its UserError is raised on every rank."""
     answer = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
@@ -72,7 +72,7 @@ def total(value):
 
 
 def barrier():
-    """Wait for all ranks; on one GPU for what it computes."""
+    """Wait for all ranks; without a process group, for the GPU."""
     if dist.is_initialized():
         dist.barrier()
     elif torch.cuda.is_available():
@@ -80,18 +80,19 @@ def barrier():
 
 
 class Ending:
-    """SIGTERM ends a run after the loop in hand: all ranks save and leave together, whichever of them heard it first."""
+    """SIGTERM to any rank ends a run after the current loop: all ranks save and leave together."""
 
     def __init__(self, device):
-        self.heard, self.device = False, device
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+        self.heard = False
+        self.device = device
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers there only
             signal.signal(signal.SIGTERM, self.hear)
 
     def hear(self, *_):
         self.heard = True
 
     def asked(self):
-        """Whether a rank has heard it, the same answer on all. What is heard meanwhile counts at the next call."""
+        """Whether a rank got SIGTERM, the same answer on all. A later one counts at the next call."""
         flag = torch.tensor(float(self.heard), device=self.device)
         if dist.is_initialized():
             dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -99,7 +100,7 @@ class Ending:
 
 
 def adamw(parameters, lr, config):
-    """AdamW over a list of parameters, or torchao's with its two moments in 8 bits. Raises UserError where torchao is missing."""
+    """AdamW over a list of parameters, or torchao's with 8-bit moments. Raises UserError where torchao is missing."""
     settings = {"lr": lr, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=parameters[0].is_cuda, **settings)
@@ -116,7 +117,7 @@ def weights(optimizer):
 
 
 def update(optimizer, loss, max_norm=float("inf")):
-    """One optimizer step on the gradients at hand; none where loss or gradient is not finite. -> (gradient norm, stepped)."""
+    """One optimizer step, skipped where the loss or a gradient is not finite -> (gradient norm, whether it stepped)."""
     norm = nn.utils.clip_grad_norm_(weights(optimizer), max_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
@@ -138,7 +139,10 @@ def average_gradients(module, ranks):
 
 
 def shard(net, dtype):
-    """FSDP2, in place: weights, fp32 gradients and optimizer states are sharded over all ranks; the network computes in `dtype`."""
+    """FSDP2, in place: weights, fp32 gradients and optimizer states are sharded over all ranks.
+
+    The network computes in `dtype`.
+    """
     # Inputs are not cast: bf16 would round t.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     settings = {"mp_policy": policy, "reshard_after_forward": True}  # Eq. 11 reads the shards after a forward pass

@@ -1,17 +1,19 @@
-"""What a run would need, without weights and without a GPU: python train.py --preset sdxl-4step --dry-run --gpus 8 --gpu-memory 80
+"""What a run would need, without weights and without a GPU.
 
-The networks are built at their real size of fake tensors (engine/real_size.py), and train.py's own iteration runs through them.
-Parameters and floating-point operations are counted (with those that --checkpointing repeats), and every tensor's storage is
-followed from birth to death, which gives the peak of activations and temporaries. Weights and optimizer states follow from the
-parameter counts:
+    python train.py --preset sdxl-4step --dry-run --gpus 8 --gpu-memory 80
 
-    trained         16 bytes a parameter: fp32 weight, gradient, two AdamW moments (10 with --optimizer adamw8bit); sharded by FSDP2
-    frozen          2 bytes a parameter (bf16), sharded likewise: teacher (or the network under LoRAs), reference, the reward's UNet
+The networks are built at real size from fake tensors (engine/real_size.py), and train.py's own iteration runs on them.
+Parameters and floating-point operations are counted, with those that --checkpointing repeats. The lifetime of every
+tensor's storage gives the peak of activations and temporaries. Weights and optimizer states follow from the parameters:
+
+    trained         16 bytes a parameter: fp32 weight, gradient, two AdamW moments (10 with --optimizer adamw8bit);
+                    sharded by FSDP2
+    frozen          2 bytes a parameter (bf16), sharded too: teacher (or the network under LoRAs), reference, R's UNet
     on every GPU    text encoders and SAM (bf16), VAE (fp32), the discriminators' heads
 
-Left out: the CUDA context, fragmentation, NCCL's buffers (an allowance of 8 %); the buffers in which FSDP2 reduces a block's
-gradients (bf16 and fp32, 7 GB for the largest of SDXL's), which are made when VAE and SAM have freed theirs; and previews, which
-draw 4 pictures of 1024 together.
+Left out: the CUDA context, fragmentation and NCCL's buffers (an allowance of 8 %); the buffers in which FSDP2 reduces a
+block's gradients (bf16 and fp32, 7 GB for SDXL's largest), made when VAE and SAM have freed theirs; and previews, which
+draw 4 pictures of 1024 pixels together.
 """
 
 import time
@@ -27,7 +29,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from engine.batch import Batch
 from engine.errors import UserError
 from engine.models import blocks
-from engine.real_size import CLIP_G, CLIP_L, assemble
+from engine.real_size import CLIP_G, CLIP_L, assemble, drop_gradients
 
 ALLOWANCE = 0.08  # of a GPU's memory
 MOMENTS = {"adamw": 8, "adamw8bit": 2 * (1 + 4 / 256)}  # bytes a parameter; torchao keeps an fp32 scale per 256 numbers
@@ -36,7 +38,7 @@ TURNS = {"G": "generator", "fake": "score estimator", "D": "discriminator", "G, 
 
 
 class Meter(TorchDispatchMode):
-    """What operations make and cost: bytes of their tensors (`live` now, `peak` so far), and floating-point operations."""
+    """Counts the bytes of live tensors (`live` now, `peak` so far) and floating-point operations."""
 
     def __init__(self):
         super().__init__()
@@ -47,11 +49,14 @@ class Meter(TorchDispatchMode):
     def turn(self, name):
         """Keep the peak and the operations so far under `name`, and begin the next turn."""
         self.turns[name] = self.peak, self.flops
-        self.peak, self.flops = self.live, 0
+        self.peak = self.live
+        self.flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs := kwargs or {}))
-        if formula := flop_registry.get(func.overloadpacket):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func.overloadpacket)
+        if formula:
             self.flops += formula(*args, **kwargs, out_val=out)
         new = {name: storage for name, storage in storages(out).items() if name not in self.known}
         for name in new.keys() - storages((args, kwargs)).keys() if new else ():
@@ -79,11 +84,12 @@ def storages(tree):
 def measure(config, kinds, prepare, iterate, prefer):
     """One loop of each kind on one sample -> the networks, {kind: {player: (bytes at the peak, operations)}}.
 
-    A player's figures go from the optimizer step before to its own.
+    A player's figures are those between the previous optimizer step and its own.
     """
     measured = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         nets = assemble(config, 1, prepare)
+        drop_gradients(nets)
         picture = torch.empty(1, 3, config.resolution, config.resolution)
         c = nets.encoder.encode(["a"])
         for kind in kinds:
@@ -99,6 +105,7 @@ def measure(config, kinds, prepare, iterate, prefer):
 
 
 def count(module):
+    """The parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -143,8 +150,8 @@ def a_gpu(rows, gpus):
 def report(config, prepare, iterate, prefer):
     """Print what the run needs, and whether it fits -> bytes a GPU at the peak, without the allowance.
 
-    prepare, iterate: the method's; prefer: train.py's. Raises UserError for a preset of another geometry, and for a batch that the
-    GPUs cannot share.
+    prepare, iterate: the method's; prefer: train.py's. Raises UserError for a preset of another geometry, and for a
+    batch that the GPUs do not divide.
     """
     refuse_unknown(config)
     began = time.time()
@@ -177,7 +184,8 @@ def report(config, prepare, iterate, prefer):
     for optimizer in dict.fromkeys((config.optimizer, "adamw8bit")):
         held = states(nets, optimizer)
         fewest[optimizer] = fewest_gpus(config, lambda n, gb, held=held: most(a_gpu(held, n) + open_blocks, gb))
-    least, light = fewest[config.optimizer], fewest["adamw8bit"]
+    least = fewest[config.optimizer]
+    light = fewest["adamw8bit"]
     most_light = most(a_gpu(states(nets, "adamw8bit"), gpus) + open_blocks)
     verdict = "fits"
     helps = ""
@@ -185,20 +193,18 @@ def report(config, prepare, iterate, prefer):
         verdict = "does NOT fit"
         helps = f" (helps: {', '.join(remedies(config, measured, per_gpu, most(sharded), most_light))})"
     lighter = f" (--optimizer adamw8bit: {light})" if light != least else ""
-    print(
-        f"\nverdict: {verdict} on {gpus} x {config.gpu_memory:g} GB{helps}; one sample at once needs at least {least}{lighter}"
-    )
+    needs = f"one sample at once needs at least {least}{lighter}"
+    print(f"\nverdict: {verdict} on {gpus} x {config.gpu_memory:g} GB{helps}; {needs}")
     print(f"({time.time() - began:.0f} s)")
     return sharded + at_once * peak
 
 
 def refuse_unknown(config):
-    """Raises UserError for what the dry run does not know, and for a batch that the GPUs cannot share."""
+    """Raises UserError for what the dry run does not know, and for a batch that the GPUs do not divide."""
     sd3 = config.preset.startswith("sd3")
     if not sd3 and not config.preset.startswith("sdxl"):
-        raise UserError(
-            f"--dry-run knows the geometry of SDXL and SD3-Medium, not that of --preset {config.preset}: give one of their presets"
-        )
+        unknown = f"not that of --preset {config.preset}: give one of their presets"
+        raise UserError(f"--dry-run knows the geometry of SDXL and SD3-Medium, {unknown}")
     if config.method in ("dmdr", "advdmd") or config.stage == "reward":
         raise UserError("--dry-run knows neither --method dmdr nor advdmd nor --stage reward")
     if sd3 and (config.stage == 2 or config.method == "dmd2"):
@@ -206,13 +212,12 @@ def refuse_unknown(config):
             "--dry-run knows SD3 in stage 1 with --method flash alone: it has no latent reward model and no bottleneck"
         )
     if config.batch_size % config.gpus or config.batch_size // config.gpus % (config.micro_batch or 1):
-        raise UserError(
-            f"--batch-size {config.batch_size} is not divisible by --gpus {config.gpus}, or a GPU's part of it not by --micro-batch"
-        )
+        batch = f"--batch-size {config.batch_size} is not divisible by --gpus {config.gpus}"
+        raise UserError(f"{batch}, or a GPU's part of it not by --micro-batch")
 
 
 def saved(row):
-    """Bytes of a row in a checkpoint: what is trained, and its moments."""
+    """Bytes of a row in a checkpoint: trained weights and their moments."""
     return (row[2] + row[4]) * bool(row[4])
 
 
@@ -257,14 +262,14 @@ def print_operations(config, kinds, measured):
 
 
 def fewest_gpus(config, most):
-    """How few GPUs of which size hold one sample at once, as text. most(gpus, gb): samples that fit."""
+    """The fewest GPUs of each size that hold one sample at once, as text. most(gpus, gb): samples that fit."""
     divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
     found = {gb: next((n for n in divisors if most(n, gb)), None) for gb in (24, 48, 80, 141)}
     return " or ".join(f"{n} x {gb} GB" for gb, n in found.items() if n) or "more GPUs than samples"
 
 
 def remedies(config, measured, per_gpu, most, most_light):
-    """What to change where only `most` samples fit at once; `most_light`: with moments in 8 bits."""
+    """What to change where only `most` samples fit at once. most_light: samples that fit with 8-bit moments."""
     turns = measured.get("distillation", {})
     if not config.checkpointing:
         yield "--checkpointing"

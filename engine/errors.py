@@ -1,5 +1,5 @@
-"""What a user can mend."""
+"""Errors that a user can fix."""
 
 
 class UserError(Exception):
-    """A mistake of the user's: the scripts print its one line and exit with status 2."""
+    """A user's mistake: the scripts print its one line and exit with status 2."""

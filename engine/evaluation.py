@@ -1,4 +1,4 @@
-"""What evaluate.py computes: metrics of a student or a teacher on held-out prompts, or the paper's scores on a file of prompts."""
+"""evaluate.py's metrics of a student or a teacher on held-out prompts, and the paper's scores on a file of prompts."""
 
 import time
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from diffusion import guided
 from engine import benchmark, data, metrics
 from engine.errors import UserError
-from engine.folders import part_of
+from engine.folders import HERE, part_of
 from engine.models import load_denoiser, load_vae
 from engine.pictures import generate
 from engine.prompts import load_encoder
@@ -17,9 +17,9 @@ from engine.reward_model import load_reward_model
 
 
 def run(args, student, config, steps):
-    """The metrics that evaluate.py's flags ask for, as a dict.
+    """The metrics that evaluate.py's flags name, as a dict.
 
-    student: its checkpoint folder, or None for the teacher; config: the run's settings as a dict; steps: of the sampler.
+    student: its checkpoint folder, or None for the teacher; config: the run's settings as a dict; steps: the sampler's.
     Raises UserError.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,7 +44,7 @@ def run(args, student, config, steps):
         made_by |= {"steps": steps, "seed": args.seed, "ode": args.teacher}
         if student is None:
             made_by["guidance"] = args.guidance
-        else:  # a run of the same name may be another one
+        else:  # another run may have the same name
             made_by["saved"] = (student / "progress.json").stat().st_mtime
         return on_prompts(args, denoiser, encoder, vae, clip, made_by, nfe)
     source = data.source(config["data"], config["resolution"])
@@ -61,7 +61,7 @@ def reward_of(args, config, device):
     model = config["model"]
     beside = str(Path(model).parent / "lrm") if part_of(model) == "unet" else ""  # one of SDXL's latents
     reward = args.reward or config.get("reward") or beside
-    if args.reward or reward and Path(reward).is_dir():
+    if args.reward or reward and any((root / reward).is_dir() for root in (Path(), HERE)):
         return load_reward_model(reward, config["resolution"], model, device)
     return None
 

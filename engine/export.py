@@ -1,8 +1,8 @@
-"""A student as a diffusers pipeline folder with a model card; of a LoRA student also its LoRA alone.
+"""Export a student as a diffusers pipeline folder with a model card; a LoRA student also as its LoRA alone.
 
-The scheduler that draws the student's steps is baked in: LCMScheduler with original_inference_steps = K for SDXL,
-FlowMatchEulerDiscreteScheduler with stochastic_sampling for SD3. What diffusers keeps outside of configs, the number of steps
-(SD3: sigmas) and guidance 0, is on the card.
+The folder's scheduler draws the student's steps: LCMScheduler with original_inference_steps = K for SDXL,
+FlowMatchEulerDiscreteScheduler with stochastic_sampling for SD3. diffusers' configs hold no number of steps (SD3:
+sigmas) and no guidance scale; these are on the card.
 """
 
 import json
@@ -13,10 +13,9 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from transformers import CLIPTokenizer
 
-from engine.checkpoint import LORA
 from engine.errors import UserError
 from engine.folders import folder, part_of
-from engine.models import load_denoiser, load_part
+from engine.models import LORA, load_denoiser, load_part
 from engine.run_folder import find_run, newest
 
 CARD = """---
@@ -62,10 +61,10 @@ pipe.scheduler = {scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler
 
 
 def export(run, out, lora=False):
-    """Write the newest checkpoint of folder `run` as a pipeline into folder `out`, with a model card.
+    """Write the newest checkpoint of folder `run` as a pipeline into folder `out`, with a model card -> the folder.
 
-    lora: write its LoRA, the scheduler and the card alone. -> the folder. Raises UserError for a run without a checkpoint, or
-    without a LoRA, and for an `out` in use.
+    lora: write its LoRA, the scheduler and the card alone. Raises UserError for a run without a checkpoint or LoRA, and
+    for an `out` in use.
     """
     run, config = find_run(run)
     out = Path(out)
@@ -76,7 +75,7 @@ def export(run, out, lora=False):
         raise UserError(f"{run} has no LoRA (it was trained without --lora-rank): export it without --lora")
     model = folder(config["model"], "model_index.json")
     part = part_of(model)
-    student = load_denoiser(model, student=made)  # a torn LoRA shows here
+    student = load_denoiser(model, student=made)  # raises UserError for a torn LoRA
     without = {"text_encoder_3": None, "tokenizer_3": None} if part == "transformer" else {}  # the student has no T5
     scheduler = student_scheduler(model, config["student_steps"])
     if lora:
@@ -93,7 +92,7 @@ def export(run, out, lora=False):
 
 
 def student_scheduler(model, steps):
-    """diffusers' scheduler for the student of pipeline folder `model`: its few steps with re-noising, as backward_simulation draws them."""
+    """diffusers' scheduler for a student of pipeline folder `model`: its steps, re-noised as by backward_simulation."""
     if part_of(model) == "unet":
         return load_part(LCMScheduler, model, "scheduler", original_inference_steps=steps)
     return load_part(FlowMatchEulerDiscreteScheduler, model, "scheduler", stochastic_sampling=True)
@@ -104,9 +103,7 @@ def card(run, made, config, load, schedule):
     steps = config["student_steps"]
     call = f"num_inference_steps={steps}"
     shift = ""
-    if (
-        schedule.prediction == "flow"
-    ):  # sigmas before the shift; as many tokens of zeros as CLIP has stand for the missing T5
+    if schedule.prediction == "flow":  # sigmas before the shift; for the missing T5 as many zero tokens as CLIP's
         length = load_part(CLIPTokenizer, folder(config["model"]), "tokenizer").model_max_length
         call = f"sigmas={[n / steps for n in range(steps, 0, -1)]}, max_sequence_length={length}"
         shift = f"; node ModelSamplingSD3 with shift {schedule.shift:g}"

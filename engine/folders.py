@@ -1,4 +1,4 @@
-"""Where pipeline folders are, and what they hold. Nothing here loads torch, so a missing folder is named within a second."""
+"""Where pipeline folders are, and what they hold. Nothing here loads torch: a missing folder is reported at once."""
 
 import json
 import re
@@ -11,9 +11,10 @@ PIPELINES = {"StableDiffusionXLPipeline": "unet", "StableDiffusion3Pipeline": "t
 
 
 def folder(path, *parts, hub=True):
-    """A local folder that must hold `parts` (files or folders), searched from here and from the project; or a hub name, as it is.
+    """The path of a local folder that holds `parts` (files or folders), or a hub name unchanged.
 
-    Raises UserError for a folder that is missing or half-written.
+    A relative path is looked up in the working directory, then in the project. Raises UserError for a folder that is
+    missing or incomplete.
     """
     found = next((p for p in (Path(path), HERE / path) if p.is_dir()), None)
     if found is None:
@@ -27,7 +28,7 @@ def folder(path, *parts, hub=True):
 
 
 def part_of(model):
-    """What the denoiser of pipeline folder (or hub name) `model` is called there: "unet" (SDXL) or "transformer" (SD3).
+    """The name of the denoiser in pipeline folder (or hub name) `model`: "unet" (SDXL) or "transformer" (SD3).
 
     Raises UserError for a pipeline of another kind, and for an index that cannot be read.
     """
@@ -43,17 +44,17 @@ def part_of(model):
 
 
 def from_hub(model, name):
-    """A file of a hub repository, downloaded -> its path. Raises UserError where the hub does not give it."""
+    """Download a file of a hub repository -> its path. Raises UserError where that fails."""
     from huggingface_hub import hf_hub_download  # it loads slowly, and most runs use local folders
 
     try:
         return Path(hf_hub_download(model, name))
-    except Exception as e:  # no network, no such repository, a closed one: the hub has an error of its own for each
+    except Exception as e:  # no network, no such repository, a gated one: the hub has an error for each
         raise out_of_reach(model, "", e) from None
 
 
 def out_of_reach(model, part, error):
-    """The UserError for a part of hub repository `model` that cannot be had."""
+    """The UserError for a part of hub repository `model` that cannot be downloaded."""
     what = f"{part} of {model}" if part else model
     return UserError(
         f"cannot get {what} from the hub: download it, and give its folder in place of the name ({first_line(error)})"
@@ -61,5 +62,5 @@ def out_of_reach(model, part, error):
 
 
 def first_line(error):
-    """The first line of an error's text, or the error's type where it has none."""
+    """The first line of an error's text, or the error's type where the text is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,9 +1,10 @@
-"""--cache-latents: the VAE's latents of a folder's or of shards' pictures, encoded once and kept in a folder that all ranks see.
+"""--cache-latents: the VAE's latents of the pictures of a folder or of shards, encoded once and kept for all ranks.
 
-    DIR/settings.json            data, model, resolution: what the latents are of
-    DIR/1a2b3c4d....safetensors  of one picture, named by its name's SHA-1: latent (C, h, w) in fp16, sizes (6,)
+    DIR/settings.json            data, model and resolution of the latents
+    DIR/1a2b3c4d....safetensors  one picture, named by the SHA-1 of its name: latent (C, h, w) in fp16, sizes (6,)
 
-For methods that see latents alone, and for Pixel-GAN with --gan-reals vae. A picture that changes under its name goes unnoticed.
+For methods that see latents alone, and for Pixel-GAN with --gan-reals vae. The cache does not notice a picture that
+changes and keeps its name.
 """
 
 import hashlib
@@ -36,13 +37,13 @@ class Kept:
             kept = load_file(self.place(name))
         except FileNotFoundError:
             raise
-        except Exception as e:  # safetensors has an error of its own
+        except Exception as e:  # safetensors has its own error
             raise UserError(f"cannot read {self.place(name)}: delete it, and it is made again ({e})") from None
         return kept["latent"].float(), kept["sizes"]
 
 
 def check(config):
-    """Raises UserError where --cache-latents is a file, or a folder of something else; writes nothing."""
+    """Raises UserError where --cache-latents is a file or another kind of folder; writes nothing."""
     folder = Path(config.cache_latents)
     if folder.is_file():
         raise UserError(f"--cache-latents {folder} is a file: give a folder")
@@ -59,11 +60,11 @@ def check(config):
 
 
 def fill(source, vae, config, rank=0, ranks=1, together=256):
-    """In place: `source` gives latents instead of pictures. Missing ones are encoded first, by all ranks.
+    """In place: `source` gives latents instead of pictures. All ranks encode the missing ones first.
 
-    The ranks wait for one another after every `together` pictures, so that none runs far ahead.
+    The ranks wait for each other after every `together` pictures, so that none runs far ahead.
     """
-    source = getattr(source, "source", source)  # of a Prompted one
+    source = getattr(source, "source", source)  # the images' source of a Prompted one
     kept = Kept(Path(config.cache_latents))
     device = next(vae.parameters()).device
     if rank == 0:

@@ -1,4 +1,4 @@
-"""The bookkeeping of a training loop: counters, log, previews, checkpoints, and how it ends. Algorithm 1 itself is train.py."""
+"""The bookkeeping of a training loop: counters, log, previews, checkpoints, its end. Algorithm 1 is in train.py."""
 
 import time
 
@@ -8,18 +8,17 @@ from engine.distributed import Ending, from_rank_0
 from engine.errors import UserError
 
 GIVE_UP_AFTER = 10  # loops in a row with a non-finite loss or gradient
-KINDS = {
-    "generator_updates": "G",
-    "rl_updates": "G, RL",
-}  # counter of a kind of loop -> the player whose steps it counts
+KINDS = {"generator_updates": "G", "rl_updates": "G, RL"}  # the counter of a kind of loop -> the player it counts for
 
 
 class Run:
-    """A run folder and what a training loop keeps track of beside its networks."""
+    """A run folder, and the state of a training loop beside its networks."""
 
     def __init__(self, config, nets, source, rank):
-        """Opens the folder and, with --resume, fills the networks. Raises UserError for a folder in use, or none to go on from."""
-        self.config, self.nets, self.rank = config, nets, rank
+        """Opens the folder; with --resume, fills the networks. Raises UserError for a folder that cannot be used."""
+        self.config = config
+        self.nets = nets
+        self.rank = rank
         self.held_out = None
         if config.preview_every and config.stage == 2:
             self.held_out = monitor.HeldOut(nets, source)
@@ -34,14 +33,14 @@ class Run:
         self.preview = monitor.Preview(nets, source) if config.preview_every else None
         if config.cache_latents:
             latent_cache.fill(source, nets.vae, config, rank, nets.ranks)
-        self.ending = Ending(nets.latent.device)  # before loader processes fork, which are born with its handler
+        self.ending = Ending(nets.latent.device)  # before loader processes fork: they inherit its handler
         self.loader = data.batches(source, self.indices(), config.workers)
         self.began = time.time() - self.progress["seconds"]
         self.bad_loops = 0
-        self.due = set()  # kinds of loop whose next one is logged
+        self.due = set()  # kinds of loop whose next loop is logged
 
     def indices(self):
-        """The global sample numbers of this rank in every loop to come."""
+        """The global sample numbers of this rank in every remaining loop."""
         config = self.config
         per_rank = len(self.nets.latent)
         first = self.progress["loops"] * config.batch_size + self.rank * per_rank
@@ -49,7 +48,7 @@ class Run:
         return [range(start, start + per_rank) for start in starts]
 
     def batches(self):
-        """Line 4: loop by loop, from where the run stands, this rank's batch (line 7)."""
+        """Line 4: this rank's batch (line 7) of every remaining loop."""
         config, nets = self.config, self.nets
         for loop in range(self.progress["loops"] + 1, config.iterations + 1):
             x_real, prompts, sizes, samples = next(self.loader)
@@ -61,11 +60,11 @@ class Run:
             yield Batch(x_real.to(nets.latent.device), list(prompts), c, samples.tolist(), loop, config.seed)
 
     def watches(self, kind, loop):
-        """Whether a loop of this kind is logged: the next one of its kind after every --log-every loops, and the last."""
+        """Whether this loop is logged: the first of its kind after every --log-every loops, and the last loop."""
         return kind in self.due or loop == self.config.iterations
 
     def ends(self, batch, kind, logged):
-        """Count, log, draw and save what a loop made -> whether the run is over. logged: {name: value} of a watched loop.
+        """After a loop: count, log, draw previews, save -> whether the run is over. logged: its {name: value}.
 
         Raises UserError after GIVE_UP_AFTER bad loops in a row.
         """
@@ -90,8 +89,9 @@ class Run:
         return over
 
     def count(self, batch, kind):
-        """Bring the counters up to date -> whether an optimizer skipped its step in this loop."""
-        nets, progress = self.nets, self.progress
+        """Update the counters -> whether an optimizer skipped its step in this loop."""
+        nets = self.nets
+        progress = self.progress
         new = nets.steps - self.steps_before
         skipped = any(not stepped for _, stepped in new)
         progress["loops"] = batch.loop
@@ -113,8 +113,7 @@ class Run:
             self.log.warn(self.held_out.warning())
 
     def save(self, background):
-        """A checkpoint; on CUDA it is written in the background (torchao's moments cannot be copied aside)."""
-        on_gpu = self.nets.latent.device.type == "cuda" and self.config.optimizer == "adamw"
-        checkpoint.save(
-            self.folder, self.nets.players, self.progress, self.config.keep, background=background and on_gpu
-        )
+        """Write a checkpoint, on CUDA in the background (except torchao's moments, which cannot be copied aside)."""
+        nets = self.nets
+        can = nets.latent.device.type == "cuda" and self.config.optimizer == "adamw"
+        checkpoint.save(self.folder, nets.players, self.progress, self.config.keep, background=background and can)

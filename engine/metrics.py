@@ -1,4 +1,4 @@
-"""What pictures are measured by: Fréchet distance, precision and recall, CLIP score, saturation, contrast, diversity.
+"""Metrics of pictures: Fréchet distance, precision and recall, CLIP score, saturation, contrast, diversity.
 
 Images are (N, 3, H, W) in [-1, 1]; features (N, d).
 """
@@ -18,20 +18,19 @@ class Clip:
     """A CLIP folder (toy/clip) or hub name: images -> features, (images, prompts) -> CLIP scores."""
 
     def __init__(self, path, device="cpu"):
-        path, self.device = folder(path), torch.device(device)
+        path = folder(path)
+        self.device = torch.device(device)
         self.model = load_part(CLIPModel, path).float().to(device).eval().requires_grad_(False)
         self.tokenizer = load_part(CLIPTokenizer, path)
         config = Path(path) / "preprocessor_config.json"
         pixels = json.loads(config.read_text()) if config.exists() else {}
-        self.mean = torch.tensor(pixels.get("image_mean", [0.48145466, 0.4578275, 0.40821073]), device=device).view(
-            3, 1, 1
-        )
-        self.std = torch.tensor(pixels.get("image_std", [0.26862954, 0.26130258, 0.27577711]), device=device).view(
-            3, 1, 1
-        )
+        mean = pixels.get("image_mean", [0.48145466, 0.4578275, 0.40821073])
+        std = pixels.get("image_std", [0.26862954, 0.26130258, 0.27577711])
+        self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
+        self.std = torch.tensor(std, device=device).view(3, 1, 1)
 
     def features(self, images):
-        """The projected image embeddings, not normalised, (N, d). Gradient passes to images that ask for it."""
+        """The projected image embeddings, not normalised, (N, d), with gradient to the images."""
         size = self.model.config.vision_config.image_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
@@ -39,7 +38,7 @@ class Clip:
         return torch.cat([self.model.visual_projection(self.model.vision_model(p)[1]) for p in pixels.split(256)])
 
     def score(self, features, prompts):
-        """CLIP scores (N,): the cosine of image features (N, d) with their N prompts'."""
+        """CLIP scores (N,): the cosine of image features (N, d) with those of their N prompts."""
         tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(features.device)
         text = self.model.text_projection(self.model.text_model(**tokens)[1])
         return F.cosine_similarity(features, text)
@@ -61,7 +60,8 @@ def frechet(a, b):
 def precision_recall(fake, real, k=3):
     """k-NN precision and recall (Kynkäänniemi et al. 2019) of features fake (N, d) against real (M, d).
 
-    Precision: the fraction of fakes inside the union of balls around reals, each of which reaches its k-th neighbour; recall: the reverse.
+    Precision: the fraction of fakes inside the union of balls around reals, each ball's radius the distance to its k-th
+    neighbour. Recall: the same with fakes and reals exchanged.
     """
 
     def covered(points, centres):

@@ -1,7 +1,7 @@
-"""A diffusers pipeline folder -> Denoiser and VAE; a SAM folder or checkpoint -> image encoder. (Text encoders: engine/prompts.py.)
+"""A diffusers pipeline folder -> Denoiser and VAE; a SAM folder or checkpoint -> image encoder.
 
-SDXL's and SD3's classes are known here and in prompts.py alone; the losses see callables and tensors.
-`model` is a local folder in the diffusers pipeline layout (toy/sdxl, toy/sd3) or a hub name.
+`model` is a local folder in the diffusers pipeline layout (toy/sdxl, toy/sd3) or a hub name. Text encoders are in
+engine/prompts.py. The losses see none of these classes, only callables and tensors.
 """
 
 import json
@@ -28,32 +28,30 @@ from diffusion import Schedule
 from engine.errors import UserError
 from engine.folders import first_line, folder, out_of_reach, part_of
 
-PARTS = {
-    "unet": UNet2DConditionModel,
-    "transformer": SD3Transformer2DModel,
-}  # a denoiser's name in a pipeline folder, and its class
+LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+PARTS = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}  # a denoiser's name in a pipeline folder
 
 
 def load_part(cls, path, sub="", how="from_pretrained", **kwargs):
-    """Part `sub` of a pipeline folder or hub name, by cls.how. Raises UserError where it cannot be read or had."""
+    """Part `sub` of a pipeline folder or hub name, by cls.how. Raises UserError where it cannot be loaded."""
     if sub:
         kwargs["subfolder"] = sub
     try:
         return getattr(cls, how)(path, **kwargs)
-    except Exception as e:  # the libraries raise OSError, ValueError, SafetensorError, ...: this part cannot be read
+    except Exception as e:  # the libraries raise OSError, ValueError, SafetensorError, ...
         if not Path(path).is_dir():
             raise out_of_reach(path, sub, e) from None
         raise UserError(f"cannot read {sub or 'the model'} of {path}: {first_line(e)}") from None
 
 
 def part_name(net):
-    """What a denoiser's network is called in a pipeline folder: "unet" or "transformer"."""
+    """The name of a denoiser's network in a pipeline folder: "unet" or "transformer"."""
     return next(name for name, cls in PARTS.items() if isinstance(net, cls))
 
 
 @contextmanager
 def at_work(name):
-    """Note on an error that passes through what was at work: monitor.out_of_memory reads it."""
+    """Add a note with the name of the running part to an error: monitor.out_of_memory reads it."""
     try:
         yield
     except RuntimeError as e:
@@ -62,19 +60,22 @@ def at_work(name):
 
 
 class Denoiser:
-    """(x_t, t, c) -> x_0, the clean estimate of an SDXL UNet or SD3 transformer. x_t, x_0 (B, C, h, w); t (B,); c from load_encoder's.
+    """(x_t, t, c) -> x_0, the clean estimate of an SDXL UNet or SD3 transformer.
 
-    The network computes in `dtype`; the estimate is formed in fp32. Several Denoisers may share one network, each with `scales`
-    of its own for the LoRAs in it (lora_scale); the backward pass puts them back, for a checkpointed block runs again there.
+    x_t, x_0 (B, C, h, w); t (B,); c: the condition (engine/prompts.py). The network computes in `dtype`; x_0 is
+    computed in fp32. Several Denoisers can use one network, each with its own `scales` of the network's LoRAs
+    (lora_scale). The backward pass sets the scales again, because a checkpointed block is recomputed there.
     """
 
     def __init__(self, net, schedule, dtype=torch.float32, scales=None, name="a denoiser"):
-        """name: what an error calls it."""
-        self.net, self.schedule, self.dtype, self.name = net, schedule, dtype, name
+        """name: its name in error messages."""
+        self.net = net
+        self.schedule = schedule
+        self.dtype = dtype
+        self.name = name
         self.scales = scales or {}
-        self.passes = (
-            0  # forward passes so far, in samples; one with gradient counts as 3 (its backward costs two forwards)
-        )
+        # forward passes so far, in samples; one with gradient counts as 3 (its backward pass costs two forward passes)
+        self.passes = 0
 
     def __call__(self, x_t, t, c):
         self.passes += len(x_t) * (3 if torch.is_grad_enabled() else 1)
@@ -97,7 +98,7 @@ class Denoiser:
         return self.net(x_t, t, tokens, added_cond_kwargs=added, return_dict=False)[0]
 
     def with_features(self, x_t, t, c):
-        """-> x_0, and the mid block's output (B, C, h', w'): what a discriminator on the network's bottleneck sees (siblings/dmd2.py)."""
+        """-> x_0, and the mid block's output (B, C, h', w') for a discriminator (siblings/dmd2.py)."""
         kept = []
         handle = self.net.mid_block.register_forward_hook(lambda module, inputs, output: kept.append(output))
         try:
@@ -106,7 +107,7 @@ class Denoiser:
             handle.remove()
 
 
-LAYERS = [  # that LoRAs adapt, as diffusers names them
+LAYERS = [  # diffusers' names of the layers that LoRAs adapt
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # attention
     *("net.0.proj", "net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"),  # feed-forward, residual blocks
     *("norm1.linear", "norm1_context.linear", "norm_out.linear"),  # SD3's modulation of tokens by t and the prompt
@@ -114,13 +115,13 @@ LAYERS = [  # that LoRAs adapt, as diffusers names them
 
 
 def add_lora(net, rank, *names, dtype=torch.float32):
-    """In place: freeze the network's weights, kept in `dtype`, and add a trainable fp32 LoRA (peft) under each of `names` to all LAYERS.
+    """In place: freeze the network's weights, in `dtype`, and add a trainable fp32 LoRA (peft) per name to all LAYERS.
 
-    All LoRAs act at once, and all start as the same zero update B A; lora_scale says how much each adds.
+    All LoRAs are active together; lora_scale sets the strength of each. All start from one A, and from B = 0.
     """
     net.requires_grad_(False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft takes a second LoRA for a mistake
+        warnings.simplefilter("ignore")  # peft warns of a second LoRA
         for name in names:
             net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS), name)
     net.set_adapter(list(names))
@@ -129,12 +130,12 @@ def add_lora(net, rank, *names, dtype=torch.float32):
             for name in names[1:]:
                 layer.lora_A[name].load_state_dict(layer.lora_A[names[0]].state_dict())
     for p in net.parameters():
-        if not p.requires_grad:  # only now: peft gives a LoRA the type of its layer
+        if not p.requires_grad:  # only now: peft gives a LoRA the dtype of its layer
             p.data = p.data.to(dtype)
 
 
 def lora_scale(net, scales):
-    """In place: the strength of each of the net's LoRAs, {name: factor of B A}. At 0 a LoRA changes nothing, to the bit."""
+    """In place: set the strengths of the network's LoRAs, {name: factor of B A}. At 0 a LoRA changes no bit."""
     for layer in net.modules():
         if isinstance(layer, LoraLayer):
             for name, scale in scales.items():
@@ -143,12 +144,8 @@ def lora_scale(net, scales):
 
 def load_schedule(model):
     """The noise schedule of a pipeline folder's (or hub name's) scheduler config."""
-    config = load_part(
-        FlowMatchEulerDiscreteScheduler,
-        folder(model, "scheduler/scheduler_config.json"),
-        "scheduler",
-        how="load_config",
-    )
+    where = folder(model, "scheduler/scheduler_config.json")
+    config = load_part(FlowMatchEulerDiscreteScheduler, where, "scheduler", how="load_config")
     try:
         if config["_class_name"] == "FlowMatchEulerDiscreteScheduler":
             return Schedule("flow", shift=config["shift"])
@@ -156,24 +153,21 @@ def load_schedule(model):
             return Schedule("eps", config["beta_start"], config["beta_end"])
     except (KeyError, TypeError) as e:
         raise UserError(f"scheduler/scheduler_config.json of {model} lacks {e}") from None
-    raise UserError(
-        f"{model}: only eps-prediction with scaled_linear betas (SDXL) and flow matching (SD3) are supported"
-    )
+    supported = "eps-prediction with scaled_linear betas (SDXL) and flow matching (SD3)"
+    raise UserError(f"{model}: only {supported} are supported")
 
 
 def load_denoiser(model, device="cpu", dtype=torch.float32, student=None, name="a denoiser"):
-    """The denoiser of pipeline folder `model`, or the one in checkpoint folder `student` (whole; or a LoRA, which is merged), fp32.
+    """The denoiser of pipeline folder `model`, or of checkpoint folder `student` (a LoRA is merged), in fp32.
 
-    The schedule is that of `model`; name: what an error calls it.
+    The schedule is that of `model`. name: its name in error messages.
     """
     part = part_of(model)
     lora = student is not None and (Path(student) / "lora").is_dir()
     where = folder(model, "model_index.json", part) if student is None or lora else str(student)
     net = load_part(PARTS[part], where, part, low_cpu_mem_usage=False)
     if lora:
-        load_part(
-            net, str(student), "lora", "load_lora_adapter", prefix=part, weight_name="pytorch_lora_weights.safetensors"
-        )
+        load_part(net, str(student), "lora", "load_lora_adapter", prefix=part, weight_name=LORA)
         net.fuse_lora()
         net.unload_lora()
     return Denoiser(net.float().to(device), load_schedule(model), dtype, name=name)
@@ -181,16 +175,17 @@ def load_denoiser(model, device="cpu", dtype=torch.float32, student=None, name="
 
 def blocks(net):
     """The parts of a denoiser, or of a reward model's network, whose weights FSDP2 gathers together."""
-    # The stem too: where gradient reaches the mid block's features alone (siblings/dmd2.py), FSDP2 would not gather the root's weights.
+    # The stem too: where only the mid block's features have a gradient (siblings/dmd2.py), FSDP2 does not gather the
+    # root's weights.
     if isinstance(net, SD3Transformer2DModel):
         return [net.pos_embed, net.time_text_embed, net.context_embedder, *net.transformer_blocks]
     return [net.conv_in, net.time_embedding, net.add_embedding, *net.down_blocks, net.mid_block, *(net.up_blocks or ())]
 
 
 class VAE(nn.Module):
-    """The pipeline's frozen autoencoder, between images in [-1, 1] (B, 3, H, W) and scaled latents (B, C, h, w), in fp32.
+    """The pipeline's frozen autoencoder, in fp32: images (B, 3, H, W) in [-1, 1] <-> scaled latents (B, C, h, w).
 
-    Without gradient it takes at_once pictures together, however many are asked for.
+    Without gradient it processes at most at_once pictures together.
     """
 
     def __init__(self, net):
@@ -208,7 +203,7 @@ class VAE(nn.Module):
         return (means - (config.shift_factor or 0)) * config.scaling_factor
 
     def decode(self, z):
-        """V: latents -> images. Gradient passes through it to z, never to its weights."""
+        """V: latents -> images, with gradient to z, not to V's weights."""
         config = self.net.config
         z = z / config.scaling_factor + (config.shift_factor or 0)
         with_gradient = z.requires_grad and torch.is_grad_enabled()
@@ -218,7 +213,7 @@ class VAE(nn.Module):
 
 
 def at_once(side):
-    """How many pictures of `side` pixels are drawn or encoded together where no batch is given: 64 of the toy's, 4 at 1024."""
+    """How many pictures of `side` pixels are drawn or encoded together by default: 64 of the toy's, 4 at 1024."""
     return max(1, min(64, 2**22 // side**2))
 
 
@@ -230,8 +225,8 @@ def load_vae(model, device="cpu"):
 def load_sam(path, device="cpu", dtype=torch.float32):
     """segment_anything's image encoder, frozen, in `dtype`.
 
-    path: a folder (config.json, image_encoder.safetensors) or one of its own checkpoints (sam_vit_b_*.pth, sam_vit_l_*.pth,
-    sam_vit_h_*.pth). Raises UserError where it cannot be read.
+    path: a folder (config.json, image_encoder.safetensors) or a segment_anything checkpoint (sam_vit_b_*.pth,
+    sam_vit_l_*.pth, sam_vit_h_*.pth). Raises UserError where it cannot be read.
     """
     if str(path).endswith(".pth"):
         kind = re.search(r"vit_[blh]", Path(path).name)

@@ -1,6 +1,6 @@
-"""Is the run healthy? Signals logged beside the losses, preview pictures, metrics.jsonl and TensorBoard.
+"""The health of a run: signals logged beside the losses, preview pictures, metrics.jsonl and TensorBoard.
 
-docs/monitoring.md says what each signal means and where it should lie.
+docs/monitoring.md explains each signal and its healthy range.
 """
 
 import json
@@ -21,7 +21,7 @@ from engine.pictures import generate, save_grid
 
 
 class Means(dict):
-    """What a loop logs: {name: value}, each a mean over its micro-batches."""
+    """A loop's {name: value} to log, each a mean over its micro-batches."""
 
     def add(self, weight, **values):
         """Add a micro-batch's values, `weight` of the rank's batch."""
@@ -38,9 +38,9 @@ def finish(G, x, i, c, S, generators):
 
 @torch.no_grad()
 def health(nets, batch, x_0, fake_loss, t, eps):
-    """Signals that tell a healthy run from one about to collapse; docs/monitoring.md explains each. -> {name: value}
+    """Signals of a run that is about to collapse, explained in docs/monitoring.md -> {name: value}.
 
-    x_0 (B, C, h, w): latents of finished samples of the generator; fake_loss: Eq. 6, taken at t (B,) and eps (B, C, h, w).
+    x_0 (B, C, h, w): latents of finished samples of G; fake_loss: Eq. 6, taken at t (B,) and eps (B, C, h, w).
     """
     x_real = nets.pictures(batch.x_real)
     latent_real = nets.latents(batch.x_real)
@@ -57,12 +57,16 @@ def health(nets, batch, x_0, fake_loss, t, eps):
 
 
 class Preview:
-    """Pictures of fixed prompts and noise: a row each for the undistilled teacher, the student (in stage 2 stage 1's too), the teacher."""
+    """Pictures of fixed prompts and noise: undistilled teacher, stage-1 student (in stage 2), student, teacher."""
 
     def __init__(self, nets, source, columns=8, per_prompt=4):
-        """columns: prompts; per_prompt: pictures of one prompt by which diversity is measured."""
-        self.columns, self.per_prompt, self.vae, self.S = columns, per_prompt, nets.vae, nets.S
-        self.like, self.seed = nets.latent[:1], nets.config.seed
+        """columns: prompts; per_prompt: pictures of one prompt that measure diversity."""
+        self.columns = columns
+        self.per_prompt = per_prompt
+        self.vae = nets.vae
+        self.S = nets.S
+        self.like = nets.latent[:1]
+        self.seed = nets.config.seed
         self.prompts = source.prompts(columns)
         self.c = nets.encoder.encode(self.prompts)
         self.c_same = {k: v[:2].repeat_interleave(per_prompt, 0) for k, v in self.c.items()}
@@ -72,9 +76,8 @@ class Preview:
         earlier = {"undistilled": teacher}
         if nets.ref:
             earlier["stage 1"] = nets.ref
-        self.earlier = [
-            self.vae.decode(self.rollout(denoiser, self.c, "preview", columns)) for denoiser in earlier.values()
-        ]
+        rollouts = (self.rollout(denoiser, self.c, "preview", columns) for denoiser in earlier.values())
+        self.earlier = [self.vae.decode(x_0) for x_0 in rollouts]
         few_step = (*earlier, f"stage {nets.config.stage}")
         self.labels = [*(f"{name}, {len(self.S)} steps" for name in few_step), "teacher, 50 steps"]
 
@@ -86,7 +89,7 @@ class Preview:
         return backward_simulation(denoiser, randn(generators, self.like), c, self.S, generators)
 
     def draw(self, path, G, rank):
-        """Write the grid (rank 0) and return the student's diversity: two prompts, several noises each."""
+        """Write the grid (rank 0) -> the student's diversity over two prompts with several noises each."""
         with torch.no_grad():
             student = self.vae.decode(self.rollout(G, self.c, "preview", self.columns))
             same = self.vae.decode(self.rollout(G, self.c_same, "diversity", 2 * self.per_prompt))
@@ -96,19 +99,20 @@ class Preview:
 
 
 class HeldOut:
-    """Stage 2's scores on fixed prompts, the toy's held out: the reward of finished pictures, and two scores that RL never sees.
+    """Stage 2's scores on fixed prompts, the toy's held-out ones: the reward, and two scores that RL does not train.
 
-    Reward up while such a score falls by more than its standard error, three previews in a row, is reward hacking.
+    Reward hacking: the reward rises while such a score falls by more than its standard error, three previews in a row.
     """
 
     def __init__(self, nets, source, n=64):
-        self.nets, self.judge = nets, source.judge
+        self.nets = nets
+        self.judge = source.judge
         self.prompts = source.held_out(0, n)[1] if source.held_out else source.prompts(n)
         self.clip = metrics.Clip(nets.config.clip, nets.encoder.device)
         self.history = []
 
     def look(self, G):
-        """Mean reward, CLIP score and, where the source can judge pictures, the fraction of prompts drawn right: "held_out_..."."""
+        """Mean reward, CLIP score and, where the source can judge pictures, prompt accuracy, as "held_out_..."."""
         nets = self.nets
         images = generate(G, nets.encoder, nets.vae, self.prompts, len(nets.S), nets.config.seed).to(nets.latent.device)
         seen = {
@@ -125,7 +129,7 @@ class HeldOut:
 
 
 def hacking(history):
-    """One line that names the numbers where the last three previews look like reward hacking; else None.
+    """A warning with the numbers where the last three previews look like reward hacking; else None.
 
     history: per preview a dict score -> (mean, standard error), "reward" among them.
     """
@@ -142,14 +146,14 @@ def hacking(history):
 
 
 def error_line(error, config):
-    """The one line that a user sees of a UserError or a failed allocation; None for another error, which is ours."""
+    """The one line printed for a UserError or a failed allocation; None for another error, a bug."""
     if isinstance(error, UserError):
         return str(error).split("UserError: ")[-1].strip()  # a loader process sends its traceback along
     return out_of_memory(error, config)
 
 
 def out_of_memory(error, config):
-    """One line for an allocation that failed: what was at work, where, at what batch, and what helps. None for another error."""
+    """One line for a failed allocation: what was running, where, at what batch, what helps. None for another error."""
     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
         return None
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -170,20 +174,29 @@ def out_of_memory(error, config):
     }
     remedies = ", ".join(remedy for remedy, possible in helps.items() if possible)
     samples = f"with {at_once} samples at once on each of {ranks} ranks"
-    return f"out of memory in {at_work(error)} {samples}: {remedies}; --dry-run computes what fits"
+    return f"out of memory in {where(error)} {samples}: {remedies}; --dry-run computes what fits"
 
 
-def at_work(error):
-    """What an error came out of: the innermost note of engine.models.at_work, and the line of the training loop."""
+def where(error):
+    """Where an error arose: the innermost note of engine.models.at_work, and the line of the training loop."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if f.name in ("flash", "prefer", "iterate", "reinforce", "train_reward", "assemble")]
     notes = getattr(error, "__notes__", [])
-    what = notes[0] if notes else "a backward pass" if any(f.name == "backward" for f in frames) else "a computation"
-    return f"{what}, {Path(ours[-1].filename).name} line {ours[-1].lineno}," if ours else what
+    if notes:
+        what = notes[0]
+    elif any(f.name == "backward" for f in frames):
+        what = "a backward pass"
+    else:
+        what = "a computation"
+    files = [(Path(f.filename), f.lineno) for f in frames]
+    loops = [(path.name, line) for path, line in files if path.name == "train.py" or path.parent.name == "siblings"]
+    if not loops:
+        return what
+    name, line = loops[-1]
+    return f"{what}, {name} line {line},"
 
 
 class Log:
-    """metrics.jsonl, TensorBoard scalars and the progress bar; rank 0 alone writes."""
+    """metrics.jsonl, TensorBoard scalars and the progress bar, all of rank 0 alone."""
 
     def __init__(self, run, rank, config, progress):
         self.path = run / "metrics.jsonl"

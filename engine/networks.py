@@ -1,4 +1,4 @@
-"""The networks of a run: lines 1-3 of Algorithm 1, and stage 2's reference and reward model. The iteration itself is in train.py."""
+"""The networks of a run: lines 1-3 of Algorithm 1, and stage 2's reference and reward model."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,11 +24,11 @@ LORAS = {
 
 @dataclass
 class Networks:
-    """The networks of a run, and what they share. G, fake, D and a reward model under training are its players."""
+    """The networks of a run and the objects that they use. `players` are those with an optimizer."""
 
     config: object
     ranks: int
-    latent: torch.Tensor  # (B, C, h, w) of this rank, empty: shape and device
+    latent: torch.Tensor  # (B, C, h, w) of this rank: only its shape and device are used
     encoder: object  # of prompts
     vae: object  # V
     teacher: object  # μ_real; unguided
@@ -41,25 +41,21 @@ class Networks:
     D: object = None  # the method's discriminator, where it has one
     ref: object = None  # stage 2: p_ref, the frozen stage-1 student
     R: object = None  # the reward model: stage 2's, or DMDR's
-    trained: dict = field(
-        default_factory=dict
-    )  # name -> (module, learning rate, name of its LoRA or ""): who gets an optimizer
+    trained: dict = field(default_factory=dict)  # name -> (module, learning rate, name of its LoRA or "")
     rewarding: tuple = ()  # AdvDMD: the score estimator and head whose logits are its reward
     players: dict = field(default_factory=dict)  # name -> (module, optimizer)
-    steps: Counter = field(
-        default_factory=Counter
-    )  # (name, whether it stepped) -> optimizer steps so far, taken or skipped
+    steps: Counter = field(default_factory=Counter)  # (name, whether it stepped) -> how often so far
 
     def __post_init__(self):
-        self.denoisers = [self.G, self.fake, self.teacher]  # whose passes are counted
+        self.denoisers = [self.G, self.fake, self.teacher]  # their passes are counted
 
     # ---------------------------------------------------------------------------------- in an iteration
 
     def step(self, name, loss, max_norm=inf):
         """One optimizer step of a player -> (gradient norm, whether it stepped).
 
-        Every rank skips it where the loss or a gradient is not finite on one of them. A network that FSDP2 does not shard (a
-        discriminator's heads) stands whole on every rank and takes the ranks' mean gradient.
+        All ranks skip it if the loss or a gradient is not finite on one of them. A network that FSDP2 does not shard (a
+        discriminator's heads) is whole on every rank and uses the ranks' mean gradient.
         """
         module, optimizer = self.players[name]
         if not isinstance(module, FSDPModule):
@@ -70,7 +66,7 @@ class Networks:
         return norm, stepped
 
     def weights(self, name):
-        """What a player trains, in the order of its network's parameters."""
+        """The trained parameters of a player, in the order of its network's parameters."""
         return weights(self.players[name][1])
 
     def forget(self, name):
@@ -79,43 +75,50 @@ class Networks:
             p.grad = None
 
     def pace(self, loop, factor=1.0):
-        """Set the learning rates of G (by preference too) and of the score estimator for a loop, by --lr-schedule, times `factor`."""
+        """Set a loop's learning rates by --lr-schedule, times `factor`: G's (RL's too) and the score estimator's."""
         config = self.config
         if config.lr_schedule == "linear":
             factor = factor * (1 - (loop - 1) / config.iterations)
         for name, rate in (("G", config.lr), ("fake", config.fake_lr), ("G, RL", config.rl_lr)):
-            for group in self.players[name][1].param_groups if name in self.players else ():
+            if name not in self.players:
+                continue
+            for group in self.players[name][1].param_groups:
                 if torch.is_tensor(group["lr"]):  # torchao's
                     group["lr"].fill_(rate * factor)
                 else:
                     group["lr"] = rate * factor
 
     def like(self, batch):
-        """An empty tensor of the shape of a batch's latents, (B, C, h, w)."""
+        """A tensor of the shape of a batch's latents, (B, C, h, w); its values are undefined."""
         return self.latent[: len(batch.samples)]
 
     def latents(self, x_real):
-        """E(x_real); x_real itself where it is what --cache-latents keeps: latents have more channels than pictures."""
+        """The latents of x_real; x_real itself where it is cached latents, which have more channels than pictures."""
         return x_real if x_real.shape[1] > 3 else self.vae.encode(x_real)
 
     @torch.no_grad()
     def pictures(self, x_real):
-        """x_real; where it is cached latents, V of them, in [-1, 1]."""
+        """x_real, decoded where it is cached latents, in [-1, 1]."""
         return self.vae.decode(x_real).clamp(-1, 1) if x_real.shape[1] > 3 else x_real
 
     def passes(self):
-        """Passes of the counted denoisers on this rank so far, in samples; not those of stage 2's other networks."""
+        """Passes of the counted denoisers on this rank so far, in samples, without stage 2's other networks."""
         return sum(denoiser.passes for denoiser in self.denoisers)
 
     # --------------------------------------------------------------------------------- when they are made
 
     @property
     def dtype(self):
-        """What the denoisers compute in."""
+        """The dtype that the denoisers compute in."""
         return self.G.dtype
 
+    def add(self, name, module, rate):
+        """A network of the method's own, trained at `rate` from now on -> the network, on the device."""
+        self.trained[name] = (module.to(self.latent.device), rate, "")
+        return module
+
     def ready(self, net):
-        """Shard a network that is not trained whole on every rank. One after the other: no two are whole on a GPU."""
+        """Shard a network where the run is sharded -> it. Call it after each load: no two are then whole on a GPU."""
         return shard(net, self.dtype) if self.sharded else net
 
     def frozen(self, denoiser):
@@ -129,15 +132,15 @@ class Networks:
         return load_sam(self.config.sam, self.latent.device, self.dtype)
 
     def load_reward(self):
-        """The latent reward model. Raises UserError for one of another latent width."""
-        config, device = self.config, self.latent.device
+        """The latent reward model. Raises UserError for one of another number of latent channels."""
+        config = self.config
+        device = self.latent.device
         path = run_folder.reward_folder(config)
         R = load_reward_model(path, config.resolution, config.model, device, self.dtype)
         channels = R.unet.config.in_channels
         if channels != self.vae.channels:
-            raise UserError(
-                f"the reward model in {path} scores latents of {channels} channels, those of {config.model} have {self.vae.channels}"
-            )
+            others = f"those of {config.model} have {self.vae.channels}"
+            raise UserError(f"the reward model in {path} scores latents of {channels} channels, {others}")
         self.ready(R.unet)
         return R
 
@@ -145,8 +148,8 @@ class Networks:
 def assemble(config, ranks, device, prepare=None):
     """Algorithm 1, lines 1-3, and in stage 2 the reference and the reward model -> Networks.
 
-    prepare(nets): what the method adds: its discriminator, its LoRA. It is called before the score estimator is sharded.
-    Raises UserError for what does not fit.
+    prepare(nets): adds the method's networks, a discriminator or a LoRA, before the score estimator is sharded.
+    Raises UserError for settings that do not fit the model.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     encoder = load_encoder(config.model, config.resolution, device, dtype)
@@ -201,7 +204,8 @@ def assemble(config, ranks, device, prepare=None):
 
 def add_stage_2(nets):
     """In place: the stage-1 run's weights, p_ref, R, and G's second optimizer."""
-    config, device = nets.config, nets.latent.device
+    config = nets.config
+    device = nets.latent.device
     checkpoint.restore(config.init, nets.players, optimizers=False)
     stage_1 = run_folder.newest(config.init)
     nets.ref = nets.frozen(load_denoiser(config.model, device, nets.dtype, student=stage_1, name="the reference"))
@@ -211,13 +215,13 @@ def add_stage_2(nets):
 
 
 def optimizer_of(module, rate, config, lora=""):
-    """AdamW over what is trained of a module: all of it, or the LoRA of this name."""
+    """AdamW over the trained parameters of a module: all of them, or those of the LoRA of this name."""
     trained = [p for name, p in module.named_parameters() if p.requires_grad and (not lora or f".{lora}." in name)]
     return adamw(trained, rate, config)
 
 
 def latent_side(config, vae):
-    """The latents' side. Raises UserError where --resolution or --gan-crop does not fit the VAE."""
+    """The side of the latents. Raises UserError where --resolution or --gan-crop does not fit the VAE."""
     side, rest = divmod(config.resolution, vae.factor)
     if rest or side % 4:
         raise UserError(f"--resolution {config.resolution} must be a multiple of {4 * vae.factor}")
@@ -227,5 +231,5 @@ def latent_side(config, vae):
 
 
 def freeze(net, dtype):
-    """In place: no gradients, evaluation mode, and the memory of `dtype`."""
+    """In place: no gradients, evaluation mode, and weights in `dtype`."""
     (net.bfloat16() if dtype == torch.bfloat16 else net).eval().requires_grad_(False)

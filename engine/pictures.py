@@ -1,4 +1,4 @@
-"""Pictures out: drawn from prompts, as PIL images, as a labelled grid."""
+"""Pictures drawn from prompts, as PIL images, and in a labelled grid."""
 
 import textwrap
 
@@ -13,8 +13,8 @@ from engine.models import at_once
 def generate(denoiser, encoder, vae, prompts, steps, seed, first=0, batch=None, ode=False):
     """Prompts -> pictures (n, 3, H, W) in [-1, 1] on the CPU, `batch` (by default at_once) of them together.
 
-    The picture of (seed, prompt, first + place in the list) is the same at every batch size. Few-step sampling re-noises
-    between steps (diffusion.backward_simulation); ode=True follows the multi-step teacher's deterministic path.
+    A picture depends on (seed, prompt, first + place in the list), not on the batch size. Few-step sampling re-noises
+    between steps (diffusion.backward_simulation); ode=True is the multi-step teacher's sampler (diffusion.sample_ode).
     """
     side = encoder.size // vae.factor
     batch = batch or at_once(encoder.size)

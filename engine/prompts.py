@@ -25,30 +25,31 @@ class PromptEncoder:
         for n, cls in self.classes.items():
             encoder = load_part(cls, path, f"text_encoder{n}").to(device, dtype)
             self.encoders.append(encoder.eval().requires_grad_(False))
-        self.size, self.device, self.warned = image_size, device, False
+        self.size = image_size
+        self.device = device
+        self.warned = False
 
     @torch.no_grad()
     def encode(self, prompts, sizes=None):
-        """prompts: a list of B strings; sizes (B, 6) of the pictures (engine/data.py), by default those of a whole square.
+        """prompts: B strings; sizes (B, 6) of the pictures (engine/data.py), by default those of an uncropped square.
 
-        Warns, once, of a prompt that is cut off at the encoders' length.
+        Warns, once, of a prompt that is longer than the encoders take.
         """
         long = None if self.warned else next(filter(self.too_long, prompts), None)
         if long is not None:
             self.warned = True
             length = self.tokenizers[0].model_max_length
-            print(
-                f"warning: prompts are cut off after {length} tokens, the first of them: {long[:60]!r} ...",
-                file=sys.stderr,
-            )
-        states, pooled = [], []
+            line = f"warning: prompts are cut off after {length} tokens, the first of them: {long[:60]!r} ..."
+            print(line, file=sys.stderr)
+        states = []
+        pooled = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders):
             fixed = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
             tokens = tokenizer(prompts, **fixed, return_tensors="pt")
             out = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
             states.append(out.hidden_states[-2])
             if isinstance(encoder, CLIPTextModelWithProjection):
-                pooled.append(out[0])  # SDXL: the second encoder's alone
+                pooled.append(out[0])  # SDXL: only the second encoder's
         if sizes is None:
             square = [self.size, self.size, 0, 0, self.size, self.size]
             sizes = torch.tensor(square, dtype=torch.float32).expand(len(prompts), 6)
@@ -64,7 +65,7 @@ class PromptEncoder:
         return len(tokenizer(prompt).input_ids) > tokenizer.model_max_length
 
     def null(self):
-        """The null prompt's condition, batch of one: zeros, as SDXL's pipeline has it (`force_zeros_for_empty_prompt`)."""
+        """The null prompt's condition, batch of one: zeros, as in SDXL's pipeline (`force_zeros_for_empty_prompt`)."""
         c = self.encode([""])
         return {"tokens": torch.zeros_like(c["tokens"]), "pooled": torch.zeros_like(c["pooled"]), "size": c["size"]}
 
@@ -72,8 +73,8 @@ class PromptEncoder:
 class SD3Encoder(PromptEncoder):
     """SD3's text encoders, without T5: encode(prompts) -> tokens (B, 2 L, joint), pooled (B, p1 + p2).
 
-    The two CLIPs' tokens side by side, padded with zeros to the transformer's width, then the missing T5's tokens, all zeros:
-    as many as CLIP has. In diffusers that is `max_sequence_length=L` (77).
+    The tokens of the two CLIPs are joined along the width and padded with zeros to the transformer's width. L tokens of
+    zeros follow, for the missing T5: in diffusers, `max_sequence_length=L` (77).
     """
 
     classes = {"": CLIPTextModelWithProjection, "_2": CLIPTextModelWithProjection}
@@ -84,7 +85,7 @@ class SD3Encoder(PromptEncoder):
         self.width = config["joint_attention_dim"]
 
     def encode(self, prompts, sizes=None):
-        """sizes: SDXL has them, SD3 ignores them."""
+        """sizes: SDXL's, ignored here."""
         c = super().encode(prompts)
         tokens = F.pad(c["tokens"], (0, self.width - c["tokens"].shape[-1]))
         return {"tokens": torch.cat([tokens, torch.zeros_like(tokens)], 1), "pooled": c["pooled"]}

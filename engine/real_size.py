@@ -1,6 +1,7 @@
-"""SDXL or SD3-Medium at real size without weights: the geometry of its networks, VAE and text encoders, and a run's networks of fake tensors.
+"""SDXL and SD3-Medium at real size without weights: the geometry of their networks, and a run's networks.
 
-Fake tensors have shapes and types and no numbers: engine/dry_run.py follows train.py's own iteration through them.
+The networks are of fake tensors, which have shapes and dtypes but no numbers: engine/dry_run.py runs train.py's own
+iteration on them.
 """
 
 import torch
@@ -79,7 +80,7 @@ CLIP_G = clip_text(1280, 32, 20)
 
 
 class Words:
-    """The shapes of a model's prompt conditions: SDXL's, or SD3's (with as many zeros for T5's tokens as CLIP has)."""
+    """The prompt encoder's shapes: SDXL's, or SD3's (with as many zero tokens for T5 as CLIP has tokens)."""
 
     def __init__(self, sd3):
         self.sd3 = sd3
@@ -92,7 +93,7 @@ class Words:
 
 
 class Unmoved(Networks):
-    """Networks whose optimizers do not step, for they would look at numbers: where they would, a turn of the meter ends."""
+    """Networks whose optimizers do not step, because fake tensors have no numbers: a turn of the meter ends instead."""
 
     meter = None  # engine/dry_run.py's
 
@@ -103,6 +104,10 @@ class Unmoved(Networks):
     def weights(self, name):
         return list(self.players[name][0].parameters())
 
+    def add(self, name, module, rate):
+        self.trained[name] = (module, rate, "")
+        return module
+
     def sam(self):
         torch.set_default_dtype(torch.bfloat16)
         encoder = sam_model_registry["vit_b"]().image_encoder.requires_grad_(False)
@@ -111,9 +116,9 @@ class Unmoved(Networks):
 
 
 def with_loras(build, rank):
-    """A network with train.py's two LoRAs, of fake tensors.
+    """A network with the two LoRAs of --lora-rank, of fake tensors.
 
-    peft casts weights in place, which fake ones refuse; so they are made without storage first.
+    peft casts weights in place, which fake tensors refuse: the network is first made on the meta device.
     """
     with unset_fake_temporarily(), torch.device("meta"):
         net = build()
@@ -126,17 +131,17 @@ def with_loras(build, rank):
     return net
 
 
-def assemble(config, batch, prepare):
+def assemble(config, batch, prepare, kind=Unmoved):
     """What engine.networks.assemble gives, at real size and the config's resolution; inside a FakeTensorMode.
 
-    Denoisers compute in bf16, as on a GPU. prepare(nets): what the method adds.
+    Denoisers compute in bf16, as on a GPU. prepare(nets): what the method adds; kind: the class to make.
     """
     sd3 = config.preset.startswith("sd3")
     schedule = Schedule("flow", shift=3.0) if sd3 else Schedule()
     words = Words(sd3)
     side = config.resolution // 8
     build = lambda: SD3Transformer2DModel(**SD3) if sd3 else UNet2DConditionModel(**SDXL)  # noqa: E731
-    torch.set_default_dtype(torch.bfloat16)  # weights are born in it: fake ones cannot be cast in place
+    torch.set_default_dtype(torch.bfloat16)  # for the weights: fake ones cannot be cast in place
     if config.lora_rank:
         net = with_loras(build, config.lora_rank)
         teacher, G, fake = (Denoiser(net, schedule, torch.bfloat16, scales) for scales in LORAS.values())
@@ -157,19 +162,19 @@ def assemble(config, batch, prepare):
     null = words.encode([""])
     at_scale = guided(teacher, null, config.guidance)
     S = schedule.steps(config.student_steps)
-    nets = Unmoved(config, 1, latent, words, vae, teacher, at_scale, null, G, fake, S, ref=ref, R=R)
-    nets.trained["G"] = (G.net, config.lr, "student")
-    nets.trained["fake"] = (fake.net, config.fake_lr, "fake")
+    nets = kind(config, 1, latent, words, vae, teacher, at_scale, null, G, fake, S, ref=ref, R=R)
+    nets.trained["G"] = (G.net, config.lr, "student" if config.lora_rank else "")
+    nets.trained["fake"] = (fake.net, config.fake_lr, "fake" if config.lora_rank else "")
     prepare(nets)
     nets.players = {name: (module, None) for name, (module, *_) in nets.trained.items()}
     if config.stage == 2:
         nets.players["G, RL"] = (G.net, None)
-    drop_gradients(nets)
     return nets
 
 
 def drop_gradients(nets):
-    """Gradients are dropped as soon as they are made: the table of states counts them."""
+    """In place: gradients are dropped as soon as they are computed, because the table of states counts them."""
     for net in {id(net): net for net, _ in nets.players.values()}.values():
-        for p in filter(lambda p: p.requires_grad, net.parameters()):
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        for p in net.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))

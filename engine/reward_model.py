@@ -1,4 +1,4 @@
-"""The latent reward model's folders: the published layout of LPO's SDXL model, read and written.
+"""Reads and writes the latent reward model in the published layout of LPO's SDXL model.
 
 unet/, text_encoder/, text_encoder_2/      diffusers and transformers folders; R drops the UNet's up blocks
 state_dict.pt                              {"visual_projection": {"weight"}, "logit_scale"}
@@ -18,7 +18,7 @@ from latent_reward import LatentRewardModel
 
 
 def untrained_reward_model(model, image_size, device="cpu"):
-    """An untrained R, fp32: the UNet and the text encoders of pipeline folder `model`, the projection at random."""
+    """An untrained R, fp32: the UNet and the text encoders of pipeline folder `model`, with a random projection."""
     encoder = PromptEncoder(model, image_size, device)
     unet = load_part(UNet2DConditionModel, folder(model, "unet"), "unet", low_cpu_mem_usage=False).float()
     return LatentRewardModel(unet, encoder, encoder.encoders[1].config.projection_dim).to(device)
@@ -27,7 +27,8 @@ def untrained_reward_model(model, image_size, device="cpu"):
 def load_reward_model(path, image_size, tokenizers=None, device="cpu", dtype=torch.float32):
     """R from a folder in the published layout, frozen, in `dtype`. logit_scale may be a float or a tensor.
 
-    tokenizers: the pipeline folder whose tokenizers to use where this one has none. Raises UserError for what is missing or unreadable.
+    tokenizers: the pipeline folder of the tokenizers, where this one has none. Raises UserError for a missing or
+    unreadable part.
     """
     where = Path(folder(path, "unet", "text_encoder", "text_encoder_2", "state_dict.pt", hub=False))
     words = where if (where / "tokenizer").exists() else tokenizers
@@ -38,9 +39,7 @@ def load_reward_model(path, image_size, tokenizers=None, device="cpu", dtype=tor
         state = torch.load(where / "state_dict.pt", map_location="cpu", weights_only=True)
         R.visual_projection.load_state_dict(state["visual_projection"])
         R.logit_scale.data = torch.as_tensor(state["logit_scale"]).float()
-    except (
-        Exception
-    ) as e:  # of another width, of other keys, cut short, pickled objects: torch has an error of its own for each
+    except Exception as e:  # another width, other keys, a torn file, pickled objects: torch has an error for each
         raise UserError(f"cannot read state_dict.pt of {path}: {str(e).strip().splitlines()[-1].strip()}") from None
     return R.to(device, dtype).eval().requires_grad_(False)
 
@@ -48,7 +47,7 @@ def load_reward_model(path, image_size, tokenizers=None, device="cpu", dtype=tor
 def save_reward_model(R, path, model, half=False):
     """Write the folder that load_reward_model reads, in fp32 or fp16 (half).
 
-    The layout has up blocks, which R has not: they are those of pipeline `model`.
+    The layout has up blocks, R has none: those of pipeline `model` are written.
     """
     path = Path(path)
     dtype = torch.float16 if half else torch.float32

@@ -2,8 +2,9 @@
 
     -E [ log σ( R(z^w_t, t, c) - R(z^l_t, t, c) ) ],  t uniform in 1 .. 951, one t for both latents of a pair
 
-R starts as the model's own UNet and text encoders. NOTE: LPO trains the text encoders too; here they stay as they are.
-Every rank holds R whole and gradients are averaged over ranks.
+R starts from the model's UNet and text encoders. NOTE: LPO trains the text encoders too; here they are frozen.
+
+Every rank holds all of R; gradients are averaged over ranks.
 """
 
 import json
@@ -20,25 +21,26 @@ from engine.models import load_schedule, load_vae
 from engine.reward_model import save_reward_model, untrained_reward_model
 from latent_reward import bradley_terry, pair_scores
 
-LEVELS = (50, 250, 500, 749)  # noise levels at which held-out pairs are judged
+LEVELS = (50, 250, 500, 749)  # noise levels at which held-out pairs are scored
 
 
 class Pairs:
     """Preference pairs for a latent reward model: a folder of images and a metadata.jsonl with Pick-a-Pic's columns.
 
-    Per line: "caption", "jpg_0_file_name", "jpg_1_file_name", and "label_0": 1 where picture 0 is preferred, 0 where 1 is, 0.5 for a tie.
-
-    Gives (pictures (2, 3, H, W), the better first; caption), shuffled anew every epoch; ties are left out. One in twenty pairs,
-    at most 512, is `kept_out` of training. Raises UserError for a missing or unreadable image, or an unknown label.
+    Per line: "caption", "jpg_0_file_name", "jpg_1_file_name", and "label_0": 1 where picture 0 is preferred, 0 where
+    picture 1 is, 0.5 for a tie. An item is a pair's pictures (2, 3, H, W), the better first, and its caption. Pairs are
+    shuffled every epoch; ties are left out. One pair in twenty, at most 512, is `kept_out` of training.
+    Raises UserError for a missing or unreadable image, or an unknown label.
     """
 
     def __init__(self, path, resolution, seed):
-        self.path, self.resolution, self.seed = Path(path), resolution, seed
+        self.path = Path(path)
+        self.resolution = resolution
+        self.seed = seed
         table = self.path / "metadata.jsonl"
         if not table.is_file():
-            raise UserError(
-                f"{path} has no metadata.jsonl (per line: caption, jpg_0_file_name, jpg_1_file_name, label_0)"
-            )
+            columns = "caption, jpg_0_file_name, jpg_1_file_name, label_0"
+            raise UserError(f"{path} has no metadata.jsonl (per line: {columns})")
         pairs = []
         for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
             if not line.strip():
@@ -81,7 +83,7 @@ class Pairs:
 
 
 def train_reward(config):
-    """Train R as `config` says. Returns the run folder, whose checkpoints hold lrm/. Raises UserError for what a user can mend."""
+    """Train R as `config` says -> the run folder, whose checkpoints hold lrm/. Raises UserError."""
     rank, ranks, device = start_process()
     per_rank = config.per_rank(ranks)
     source = Pairs(config.pairs, config.resolution, config.seed)
@@ -141,7 +143,7 @@ def train_reward(config):
 
 @torch.no_grad()
 def held_out(R, schedule, vae, source, batch=16):
-    """The fraction of held-out pairs that R ranks right, per noise level."""
+    """The fraction of held-out pairs that R ranks right, per noise level: {name: value} to log."""
     right = {t: [] for t in LEVELS}
     device = next(R.parameters()).device
     for i in range(0, len(source.kept_out), batch):

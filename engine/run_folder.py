@@ -1,7 +1,7 @@
-"""Run folders: which checkpoints one holds, the newest run, and what a new run may write over. Nothing here loads torch.
+"""Run folders: their checkpoints, the newest run, and what a new run may overwrite. Nothing here loads torch.
 
 runs/NAME/config.json        every setting
-runs/NAME/launch             which torchrun started it last
+runs/NAME/launch             the id of the torchrun that started it last
 runs/NAME/checkpoint-000400/ of engine/checkpoint.py
 runs/NAME/metrics.jsonl, tensorboard/, preview-*.png   of engine/monitor.py
 """
@@ -17,7 +17,7 @@ from engine.config import flag, saved_settings
 from engine.errors import UserError
 from engine.folders import HERE, folder, part_of
 
-FIXED = (  # what a resumed run cannot change; those of the last line are siblings' own
+FIXED = (  # settings that a resumed run cannot change; the last line is the siblings'
     *("stage", "model", "data", "prompts", "method", "lora_rank", "optimizer"),
     *("sam", "student_steps", "resolution", "seed", "batch_size"),
     *("fake_lora", "judge"),
@@ -25,10 +25,12 @@ FIXED = (  # what a resumed run cannot change; those of the last line are siblin
 
 
 def look(config):
-    """What a run's folders show before anything is loaded -> the config, in stage 2 with --init and --reward filled in.
+    """Check settings and folders before anything is loaded -> the config, in stage 2 with --init and --reward.
 
-    Raises UserError for a model, data or SAM folder that is missing, a stage 1 that does not fit, and a run folder in use.
+    Raises UserError for values that do not fit, a missing model, data or SAM folder, a stage 1 that does not fit, and a
+    run folder in use.
     """
+    config.check()
     if config.dry_run:
         return config
     folder(config.model, "model_index.json")
@@ -40,9 +42,11 @@ def look(config):
         folder(config.sam, "config.json", "image_encoder.safetensors", hub=False)
     if config.stage == 2:
         config = from_stage_1(config)
-    first = int(os.environ.get("RANK", 0)) == 0  # the others would find the folder that the first has made
-    if first and (config.out or config.resume) and (why := refusal(config, Path(config.out))):
-        raise UserError(why)
+    first = int(os.environ.get("RANK", 0)) == 0  # the other ranks could find the folder that rank 0 has just made
+    if first and (config.out or config.resume):
+        why = refusal(config, Path(config.out))
+        if why:
+            raise UserError(why)
     return config
 
 
@@ -74,9 +78,9 @@ def checkpoint_at(run, loops=None):
 
 
 def find_run(name="", stage=None):
-    """A run folder with a student's checkpoint, and its settings as a dict: the named run, or the newest under runs/ (of one stage).
+    """A run folder with a student's checkpoint, and its settings as a dict: the named run, or the newest under runs/.
 
-    Raises UserError where there is none, and where the named run's settings are torn.
+    stage: only runs of this stage. Raises UserError where there is none, and where the named run's settings are torn.
     """
     found = []
     for run in [Path(name)] if name else Path("runs").glob("*"):
@@ -113,6 +117,8 @@ def reward_folder(config):
     """The latent reward model's folder: --reward, or "lrm" beside the model. Raises UserError where there is none."""
     if not config.reward and part_of(config.model) == "transformer":
         raise UserError("there is no latent reward model for SD3: name a folder of your own with --reward")
+    if config.reward == "clip":
+        raise UserError("--reward clip is DMDR's, in stage 1: name the folder of a latent reward model")
     reward = config.reward or str(Path(config.model).parent / "lrm")
     if not any((root / reward).is_dir() for root in (Path(), HERE)):
         raise UserError(f"no latent reward model in {reward}: name its folder with --reward")
@@ -122,13 +128,15 @@ def reward_folder(config):
 def open_run(config):
     """The run folder, made or re-opened; rank 0 alone calls this. Raises UserError where it is in use."""
     run = Path(config.out or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
-    if why := refusal(config, run):
+    why = refusal(config, run)
+    if why:
         raise UserError(why)
     if config.overwrite and not config.resume:
         shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
-    if name := os.environ.get("TORCHELASTIC_RUN_ID"):
-        (run / "launch").write_text(name)
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    if launch:
+        (run / "launch").write_text(launch)
     return run
 
 
@@ -158,7 +166,7 @@ def refusal(config, run):
 def cannot_resume(config, run):
     """Why a run cannot go on with these settings, in one line; None where it can."""
     if not run.exists() or not any(path.name not in ("launch", "config.json.tmp") for path in run.iterdir()):
-        return None  # so that a restarted job may always say --resume
+        return None  # so that a job script can always pass --resume
     if not (run / "config.json").exists():
         return f"nothing to resume in {run}: it has no config.json"
     before = dataclasses.asdict(type(config)()) | saved_settings(run)
@@ -177,7 +185,7 @@ def cannot_resume(config, run):
 
 
 def what_next(run, stage):
-    """The last line of a command: where its result is, and how to use it."""
+    """The last line that a command prints: where its result is, and how to use it."""
     made = newest(run)
     if stage == "reward":
         return f"reward model in {made}/lrm; use it with: python train.py --stage 2 --reward {made}/lrm"
@@ -185,7 +193,7 @@ def what_next(run, stage):
 
 
 def ranks_of(made):
-    """On how many ranks a checkpoint was made; None where it does not say, is torn or is not there."""
+    """The number of ranks that wrote a checkpoint; None where it has none, is torn or does not exist."""
     try:
         return json.loads((made / "progress.json").read_text()).get("ranks")
     except (TypeError, OSError, ValueError):

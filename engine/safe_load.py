@@ -1,6 +1,6 @@
-"""torch.distributed.checkpoint's files without the code that a pickle can carry.
+"""Reads torch.distributed.checkpoint's files without running the code that a pickle can contain.
 
-What --resume, --init and --judge read may come from elsewhere.
+The folders of --resume, --init and --judge may be other people's.
 """
 
 import pickle
@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 
 class Metadata(pickle.Unpickler):
-    """A checkpoint's table of contents is pickled: this reads what such a table is made of, and refuses to run anything else."""
+    """Unpickles a checkpoint's table of contents, from the classes that such a table needs and no others."""
 
     names = {
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
@@ -42,7 +42,7 @@ def _encoding(kind, name):
 
 class Reader(dcp.FileSystemReader):
     def read_metadata(self, *args, **kwargs):
-        for path in Path(self.path).glob("*.metadata"):  # of all ranks, or a rank's own
+        for path in Path(self.path).glob("*.metadata"):  # one for all ranks, or one per rank
             with path.open("rb") as file:
                 Metadata(file).load()
         return super().read_metadata(*args, **kwargs)

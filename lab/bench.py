@@ -78,7 +78,7 @@ def passes(nets):
     t = torch.full((n,), 499, device=device)
     x = torch.randn_like(z)
     with_gradient = z.clone().requires_grad_()
-    seen, pixels = pixel_gan.window(config.gan_crop, z.shape[-1], vae.factor, config.seed, 1)
+    seen, pixels = pixel_gan.window(config.gan_crop, z, vae.factor, config.seed, 1)
     reals = images[pixels]
     picture = reals.clone().requires_grad_()
     features = [f.detach() for f in D.features(reals)]

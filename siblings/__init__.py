@@ -1,7 +1,7 @@
-"""The baseline DMD2 and the sibling papers DMDR and AdvDMD: each a whole method in a file of its own.
+"""The baseline DMD2 and the sibling papers DMDR and AdvDMD: one file for each method.
 
-Each file has Settings (its flags, and its own values of the common ones), prepare(nets) (what it adds to the networks) and
-iterate(nets, batch, n) (its lines 5-26 of Algorithm 1). A file is imported when --method names it: it loads torch.
+Each file has Settings (its flags, and its values of the common ones), prepare(nets) (adds its networks) and
+iterate(nets, batch, n) (its lines 5-26 of Algorithm 1). It loads torch, so it is imported only where --method names it.
 """
 
 from importlib import import_module
@@ -15,5 +15,5 @@ def sibling(method):
 
 
 def settings_of(method):
-    """The settings of a method, a class: Config, or the Settings of its own file."""
+    """The class of a method's settings: Config, or the Settings of its own file."""
     return Config if method == "flash" else sibling(method).Settings

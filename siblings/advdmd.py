@@ -1,22 +1,23 @@
-"""AdvDMD, "Adversarial Reward Meets DMD For High-Quality Few-Step Generation" (2026): DMD2's discriminator as an online reward.
+"""AdvDMD, "Adversarial Reward Meets DMD For High-Quality Few-Step Generation" (2026): D of DMD2 as an online reward.
 
-What is known, from the abstract: the discriminator of DMD2 is the reward model (real high, generated low); it is trained on
-intermediate AND final states of sampling, online with the generator; one SDE backward simulation serves distribution matching
-and reinforcement learning; the two follow different schedules. From quotations: GRPO, deferred until G and D are stable.
-THE REST IS OUR RECONSTRUCTION:
+Known from the abstract: the discriminator of DMD2 is the reward model (real high, generated low). It is trained on
+intermediate AND final states of sampling, online with the generator. One SDE backward simulation serves distribution
+matching and reinforcement learning; the two follow different schedules. Known from quotations: GRPO, deferred until G
+and D are stable. THE REST IS OUR RECONSTRUCTION:
 
-    π_θ(z_s|z_t) = N(α_s G(z_t, t), σ_s² I)                        a student step and fresh noise; the last step, to 0, has no density
-    R(z_s)       = the logit of D at z_s, level s                  D: siblings/dmd2.py's head on the score estimator's bottleneck
-    A            = clamp((R - mean)/(std + δ), ±A_max)             over a group: rollouts of one prompt, same state
-    L_rl         = -E [ A log π_θ ]                                log π a mean over dimensions: the plain policy gradient
+    π_θ(z_s|z_t) = N(α_s G(z_t, t), σ_s² I)               a student step with fresh noise; the last step has no density
+    R(z_s)       = the logit of D at z_s, level s         D: the head of siblings/dmd2.py
+    A            = clamp((R - mean)/(std + δ), ±A_max)    over a group: rollouts of one prompt, at the same step
+    L_rl         = -E [ A log π_θ ]                       the plain policy gradient; log π is a mean over dimensions
 
-    states       z_s at every student step but the first, and x_0;  x_0's A is added to that of the last z_s, its only cause
-    gate         RL runs while D tells real from generated on a batch that it has not been trained on yet (--rl-gate)
+    states       z_s at every student step but the first, and x_0;  x_0's A is added to the A of the last z_s
+    gate         RL runs while D tells real from generated on a batch that it is not trained on yet (--rl-gate)
 
-A group needs one prompt several times: `grouped` repeats every g-th, its real picture too. A_max binds from groups of 11 on.
-NOTE: GRPO clips the ratio of the policy to the one that made the rollout. Every rollout serves one update here, so that ratio
-is 1 and no clip can act: what is left of GRPO is the policy gradient with group-relative advantages.
-G has no direct adversarial term (Eq. 5): the reward is D's only way to it.
+A group is one prompt several times: `grouped` repeats every g-th prompt and its real picture. A_max only matters for
+groups of 11 or more.
+NOTE: GRPO clips the ratio of the policy to the policy that made the rollout. Here every rollout is used for one update,
+so the ratio is 1 and is never clipped: GRPO becomes the policy gradient with group-relative advantages.
+G has no direct adversarial term (Eq. 5): D acts on G through the reward alone.
 Left out: KL to a reference; DM is the regulariser here.
 """
 
@@ -41,13 +42,13 @@ A_MAX, DELTA = 3.0, 1e-4
 
 @dataclass
 class Settings(dmd2.Settings):
-    """AdvDMD's flags: DMD2's, and its own."""
+    """AdvDMD's flags, added to DMD2's."""
 
     method: str = "advdmd"
     gan_weight: float = 1.0
     rl_after: int = 100  # generator updates before reinforcement begins
     rl_gate: float = 0.6  # reinforcement waits while D classifies fewer than this fraction of unseen latents right
-    judge: str = ""  # a run whose discriminator, frozen, is the reward; default the run's own, which goes on learning
+    judge: str = ""  # a run whose discriminator, frozen, is the reward; default the run's own, in training
 
     def check(self):
         super().check()
@@ -58,9 +59,8 @@ class Settings(dmd2.Settings):
     def per_rank(self, ranks):
         samples = super().per_rank(ranks)
         if (self.micro_batch or samples) % self.candidates:
-            raise UserError(
-                f"--method advdmd needs whole groups: --candidates {self.candidates} must divide the samples that a rank takes at once"
-            )
+            why = f"--candidates {self.candidates} must divide the samples that a rank takes at once"
+            raise UserError(f"--method advdmd needs whole groups: {why}")
         return samples
 
 
@@ -68,9 +68,9 @@ class Settings(dmd2.Settings):
 
 
 def grouped(batch, g):
-    """A batch whose samples come in groups of g: the prompt, condition and real picture of every g-th, g times over.
+    """A batch in groups of g: the prompt, condition and real picture of every g-th sample, g times.
 
-    The noise stays each sample's own. Raises ValueError where g does not divide the batch.
+    Each sample keeps its own noise. Raises ValueError where g does not divide the batch.
     """
     if len(batch.prompts) % g:
         raise ValueError(f"groups of {g} do not fit {len(batch.prompts)} samples")
@@ -84,7 +84,7 @@ def grouped(batch, g):
 
 @torch.no_grad()
 def simulate(G, z, c, S, generators):
-    """The SDE backward simulation: z at S[0] -> [z, z_1, ..., x_0], the states at S[0], S[1], ..., and the clean end. No gradient."""
+    """The SDE backward simulation: z at S[0] -> [z, z_1, ..., x_0], the states at S[0], S[1], ..., 0. No gradient."""
     states = [z]
     for i in range(len(S)):
         x_0 = G(states[-1], times(S[i], z), c)
@@ -101,15 +101,15 @@ def levels(S, like):
 
 
 def logits(fake, head, states, S, c):
-    """D's logits of a list of states, of which it sees [1:] -> (B, number of states seen)."""
+    """D's logits of states[1:], (B, len(states) - 1): D does not see the pure noise."""
     seen = [head(fake.with_features(z, t, c)[1]) for z, t in zip(states[1:], levels(S, states[0]), strict=True)]
     return torch.stack(seen, 1)
 
 
 def logits_of_both(fake, head, states, x_real, S, eps, c):
-    """D's logits of real latents at the levels of the states, and of the states, (B, n) each; the second are the rewards R.
+    """D's logits of real latents at the levels of the states, and of the states, (B, n) each; the latter are R.
 
-    x_real, eps (B, C, h, w): real latents and their noise, of which the last level, that of the clean end, has none.
+    x_real, eps (B, C, h, w): real latents and their noise; the last level, 0, has no noise.
     """
     noised = [add_noise(fake.schedule, x_real, t, eps) for t in levels(S, x_real)[:-1]]
     real = logits(fake, head, [x_real, *noised, x_real], S, c)
@@ -117,12 +117,12 @@ def logits_of_both(fake, head, states, x_real, S, eps, c):
 
 
 def discriminator_loss(real, made):
-    """Eq. 7 on the states of sampling: E -log D(real at level s) + E -log(1 - D(z_s)). real, made: logits (B, n). Scalar."""
+    """Eq. 7 on states: E -log D(real at level s) + E -log(1 - D(z_s)). real, made: logits (B, n). Scalar."""
     return F.softplus(-real).mean() + F.softplus(made).mean()
 
 
 def accuracy(real, made):
-    """The fraction of logits on the right side of 0, real and made counted alike. Scalar in [0, 1]; 0.5 = chance."""
+    """The fraction of logits on the right side of 0, the mean over real and made. Scalar in [0, 1]; 0.5 = chance."""
     return ((real > 0).float().mean() + (made <= 0).float().mean()) / 2
 
 
@@ -130,19 +130,19 @@ def accuracy(real, made):
 
 
 def advantages(R, g):
-    """A = clamp((R - mean)/(std + δ), ±A_max) within groups of g: R (B, n) -> (B, n); rows of a group stand together."""
+    """A = clamp((R - mean)/(std + δ), ±A_max) within groups of g consecutive rows: R (B, n) -> (B, n)."""
     groups = R.view(-1, g, R.shape[1])
     A = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + DELTA)
     return A.clamp(-A_MAX, A_MAX).view_as(R)
 
 
 def credit(A):
-    """Advantages of the states (B, n) -> of the n - 1 transitions with a density: the end's is added to the last one's. (B, n - 1)."""
+    """Advantages of the states (B, n) -> of the transitions with a density (B, n - 1): x_0's is added to the last."""
     return torch.cat([A[:, :-2], A[:, -2:].sum(1, keepdim=True)], 1)
 
 
 def policy_loss(z_s, x_0, alpha_s, sigma_s, A):
-    """L_rl = -E [A log π_θ(z_s|z_t)] of one transition, log π = -|z_s - α_s x_0|²/2σ_s², the mean over dimensions. Scalar.
+    """L_rl = -E [A log π_θ(z_s|z_t)] of one transition, log π = -|z_s - α_s x_0|²/2σ_s², a mean. Scalar.
 
     z_s, x_0 = G(z_t, t) (B, C, h, w); alpha_s, sigma_s (B, 1, 1, 1); A (B,).
     """
@@ -151,9 +151,9 @@ def policy_loss(z_s, x_0, alpha_s, sigma_s, A):
 
 
 def reinforce(nets, batch, states):
-    """The gradients of AdvDMD's policy loss, where D is not blind on this batch -> its loss, and what to log.
+    """The backward passes of L_rl, where D passes the gate on this batch -> the loss, and {name: value} to log.
 
-    D has not been trained on the batch yet; another run's D (--judge) has, where that run had the same seed and data.
+    The run's own D is not trained on this batch yet. The D of --judge is, if that run had the same seed and data.
     """
     config, G, S, c = nets.config, nets.G, nets.S, batch.c
     fake, head = nets.rewarding
@@ -179,7 +179,7 @@ def reinforce(nets, batch, states):
 
 
 def prepare(nets):
-    """Adds DMD2's head; `rewarding`, the score estimator and head whose logits are the reward: the run's own, or --judge's."""
+    """Adds DMD2's head, and `rewarding`, the (score estimator, head) that gives the reward: the run's, or --judge's."""
     dmd2.prepare(nets)
     nets.rewarding = (nets.fake, nets.D)
     if nets.config.judge:
@@ -188,20 +188,20 @@ def prepare(nets):
 
 
 def frozen_discriminator(nets):
-    """(score estimator, head) as run --judge left them, trained no more. Raises UserError for a run without them."""
+    """(score estimator, head) of run --judge, frozen. Raises UserError for a run without them."""
     config = nets.config
     run, before = find_run(config.judge, stage=1)
     fits = before["method"] in ("dmd2", "advdmd") and before["gan_weight"] and before["model"] == config.model
     if not fits or before.get("lora_rank"):
         raise UserError(f"--judge {run}: needs a run with --method dmd2 or advdmd of {config.model}, without LoRAs")
     fake = load_denoiser(config.model, nets.latent.device, nets.dtype, name="the frozen discriminator")
-    head = dmd2.new_head(nets).requires_grad_(False)
+    head = dmd2.new_head(nets).to(nets.latent.device)
     checkpoint.restore(run, {"fake": (fake.net, None), "head": (head, None)}, optimizers=False)
-    return nets.frozen(fake), head
+    return nets.frozen(fake), head.requires_grad_(False)
 
 
 def iterate(nets, batch, n):
-    """One loop of AdvDMD, the n-th: lines 5-26 of Algorithm 1 with the policy loss and Eq. 7 on states -> what to log."""
+    """The n-th loop of AdvDMD: lines 5-26 of Algorithm 1 with L_rl and Eq. 7 on states -> {name: value} to log."""
     config, G, fake, D, S = nets.config, nets.G, nets.fake, nets.D, nets.S
     parts = micro_batches(grouped(batch, config.candidates), config.micro_batch)
     logged = monitor.Means()

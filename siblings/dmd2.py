@@ -1,15 +1,15 @@
-"""DMD2, the baseline that Flash-DMD compares with (Flash-DMD 3.1, 3.2; Eq. 5 and 7): its discriminator sees NOISY LATENTS.
+"""DMD2, Flash-DMD's baseline (Flash-DMD 3.1, 3.2; Eq. 5 and 7): its discriminator sees NOISY LATENTS.
 
-    Eq. 5   ∇_θ L_advG = E [ log D(x_t) dG/dθ ]                          x = G_θ(x_τ, τ), x_t = α_t x + σ_t ε
+    Eq. 5   ∇_θ L_advG = E [ log D(x_t) dG/dθ ]                            x = G_θ(x_τ, τ), x_t = α_t x + σ_t ε
     Eq. 7   ∇_ψ L_advD = E [ P(x_real) - P(x) ],   P(y) = log D(y_t) dD/dψ
 
     D    the first half of the score estimator μ_ψ (down and mid blocks), then a small head with one logit
-    ψ    trained by Eq. 6 AND Eq. 7: the double role that Flash-DMD's section 3.2 blames for DMD2's five updates per generator update
+    ψ    trained by Eq. 6 AND Eq. 7: the double role that Flash-DMD (3.2) blames for DMD2's TTUR of 5
 
-As the paper describes it (3.1, 3.2): DM loss at every student step, TTUR 5, no EMA pull. The two GAN weights are DMD2's own.
-NOTE: the paper prints ascent directions, and Eq. 7's second term as -log D(x); these are the logistic losses they stand for.
-NOTE: Eq. 5 takes t from --renoise, as the DM loss does, and Eq. 7 from the whole range, as Eq. 6 does: they share those passes' noise.
-ASSUMPTION: the head (strided convolutions, group norm, SiLU) is ours; DMD2's paper says only that it sits on the bottleneck.
+As the paper describes it (3.1, 3.2): DM loss at every student step, TTUR 5, no EMA pull. The GAN weights are DMD2's.
+NOTE: the paper prints ascent directions, and Eq. 7's second term as -log D(x). They stand for the logistic losses here.
+NOTE: Eq. 5 uses the DM loss's t (from --renoise) and noise; Eq. 7 uses Eq. 6's t (from the whole range) and noise.
+ASSUMPTION: the head (strided convolutions, group norm, SiLU) is ours; DMD2's paper says only where it sits.
 """
 
 from dataclasses import dataclass
@@ -67,16 +67,17 @@ class Head(nn.Module):
 def generator_loss(fake, head, x, t, eps, c):
     """Eq. 5: E -log D(x_t), D the sigmoid of head(bottleneck of μ_ψ(x_t, t)). Scalar.
 
-    x (B, C, h, w) with gradient; t (B,); eps as x. Its gradient reaches ψ and the head too: the caller drops it there.
+    x (B, C, h, w) with gradient; t (B,); eps as x. The gradient reaches ψ and the head too: the caller drops it there.
     """
     _, features = fake.with_features(add_noise(fake.schedule, x, t, eps), t, c)
     return F.softplus(-head(features)).mean()
 
 
 def discriminator_loss(fake, head, x, x_real, t, eps, c):
-    """Eq. 7: E -log D(x_real_t) + E -log(1 - D(x_t)), both latents at the same t with the same noise -> scalar, accuracy.
+    """Eq. 7: E -log D(x_real_t) + E -log(1 - D(x_t)), both latents at the same t with the same noise.
 
-    x, detached, and x_real (B, C, h, w); t (B,). The accuracy is the fraction of latents classified right, 0.5 = chance.
+    x, detached, and x_real (B, C, h, w); t (B,). Returns the loss, a scalar, and the accuracy: the fraction of latents
+    classified right, 0.5 = chance.
     """
     real, made = (head(fake.with_features(add_noise(fake.schedule, y, t, eps), t, c)[1]) for y in (x_real, x))
     accuracy = (real > 0).float().mean() / 2 + (made <= 0).float().mean() / 2
@@ -87,26 +88,24 @@ def discriminator_loss(fake, head, x, x_real, t, eps, c):
 
 
 def prepare(nets):
-    """Adds D's head, which learns at the score estimator's rate. Raises UserError where the network has no bottleneck."""
+    """Adds D's head, trained at the score estimator's rate. Raises UserError where the network has no bottleneck."""
     if nets.config.gan_weight:
         torch.manual_seed(nets.config.seed)
-        nets.D = new_head(nets)
-        nets.trained["head"] = (nets.D, nets.config.fake_lr, "")
+        nets.D = nets.add("head", new_head(nets), nets.config.fake_lr)
 
 
 def new_head(nets):
     """A head for the score estimator's bottleneck."""
     net = nets.fake.net
     if not hasattr(net, "mid_block"):
-        config = nets.config
-        raise UserError(
-            f"--method {config.method} looks at a UNet's bottleneck, which {config.model} does not have: use --method flash"
-        )
-    return Head(net.config.block_out_channels[-1]).to(nets.latent.device)
+        method = nets.config.method
+        model = nets.config.model
+        raise UserError(f"--method {method} reads a UNet's bottleneck, which {model} does not have: use --method flash")
+    return Head(net.config.block_out_channels[-1])
 
 
 def iterate(nets, batch, n):
-    """One loop of DMD2, the n-th: lines 5-26 of Algorithm 1 with Eq. 5 and 7 in place of the Pixel-GAN -> what to log."""
+    """The n-th loop of DMD2: lines 5-26 of Algorithm 1, Eq. 5 and 7 in place of Pixel-GAN -> {name: value} to log."""
     config, G, fake, D, S = nets.config, nets.G, nets.fake, nets.D, nets.S
     parts = micro_batches(batch, config.micro_batch)
     logged = monitor.Means()
@@ -133,7 +132,7 @@ def iterate(nets, batch, n):
                 logged.add(b.weight, adv_loss=L_adv)
             (b.weight * L).backward()
             loss_G += b.weight * L.detach()
-            if D is not None:  # Eq. 5 moves G alone
+            if D is not None:  # Eq. 5 trains G alone
                 nets.forget("fake")
                 nets.forget("head")
         made.append((x.detach(), rollout))

@@ -1,18 +1,19 @@
-"""DMDR, "Distribution Matching Distillation Meets Reinforcement Learning" (Jiang et al., 2025): what it adds to plain DMD.
+"""DMDR, "Distribution Matching Distillation Meets Reinforcement Learning" (Jiang et al., 2025): what it adds to DMD.
 
-    c_k      (1 + cos(π min(k/K, 1)))/2                         1 at the first generator update, 0 from the K-th on: the cold start
-    DynaDG   μ_fake = teacher + 2 ΔW,   μ_real = teacher + r_0 c_k ΔW      one network, one LoRA ΔW, two scales
-    DynaRS   t = t(u),   u ~ Beta(1 + 3 c_k, 1 + c_k/2)         renoise times: biased to high noise, then uniform
-    RL       L = L_DMD + w E max(0, m - R(x_s))                 from update K on; gradient through the one step x = G_θ(x_τ, τ)
+    c_k      (1 + cos(π min(k/K, 1)))/2                 cold start: 1 at the first generator update, 0 from the K-th on
+    DynaDG   μ_fake = teacher + 2 ΔW,  μ_real = teacher + r_0 c_k ΔW       one network, one LoRA ΔW, two scales
+    DynaRS   t = t(u),   u ~ Beta(1 + 3 c_k, 1 + c_k/2)                    renoise times: high noise first, then uniform
+    RL       L = L_DMD + w E max(0, m - R(x_s))         from update K on; gradient through the one step x = G_θ(x_τ, τ)
 
     k        generator updates so far;  K, r_0, w, m: --dynamic, --real-scale, --reward-weight, --reward-margin
-    x_s      x noised to the next student step s, where the latent reward model looks; or x itself for a reward of pictures
+    x_s      x noised to the next student step s, for the latent reward model; x itself for a reward of pictures
 
-So the target starts near the student and moves to the teacher, and reward joins once the two are close. From then on the learning
-rates are halved. The schedules are those of the authors' public demo, which is one-step and flow-based.
-ASSUMPTION: the values of w and m, of which only ranges are known; r_0 is the one-step demo's, 0.75 (0.5 is reported for SD3).
-NOTE: t(u) is the schedule's, at eps-prediction too; the DM loss maps u into --renoise, Eq. 6 does not. The teacher's guidance stays
-on, also while its LoRA acts. x_s takes the DM loss's own noise.
+The target of distillation starts near the student and moves to the teacher. The reward loss starts once the two are
+close; from then on the learning rates are halved. The schedules are those of the authors' public demo, which is
+one-step and flow-based.
+ASSUMPTION: w and m; only their ranges are known. r_0 is the one-step demo's, 0.75 (0.5 is reported for SD3).
+NOTE: t(u) is the schedule's, at eps-prediction too. The DM loss maps u into --renoise, Eq. 6 does not. The teacher is
+guided, also while its LoRA is on. x_s takes the DM loss's noise.
 Left out: GRPO and DPO, which the paper names beside the back-propagated reward; their losses are not public.
 """
 
@@ -74,7 +75,7 @@ def c_at(k, K):
 
 
 def real_score(fake, scale):
-    """DynaDG: the score estimator's network with its LoRA at `scale`, as a Denoiser; at 0 it is the teacher, bit for bit."""
+    """DynaDG: the score estimator's network with its LoRA at `scale`, as a Denoiser; at 0 the teacher, bit for bit."""
 
     @torch.no_grad()
     def x_0(x_t, t, c):
@@ -90,9 +91,9 @@ def real_score(fake, scale):
 
 
 def noise_level(generators, k, K, device="cpu"):
-    """DynaRS: u ~ Beta(1 + 3 c_k, 1 + c_k/2) for k < K, then uniform; one per sample, (B,) in [0, 1]. generators: one per sample.
+    """DynaRS: u ~ Beta(1 + 3 c_k, 1 + c_k/2) for k < K, then uniform; one per sample, (B,) in [0, 1].
 
-    numpy draws the Beta variable, from a seed of the sample's own.
+    generators: one per sample. numpy draws the Beta variable, from the sample's own seed.
     """
     if k >= K:
         return rand(generators, device)
@@ -103,15 +104,18 @@ def noise_level(generators, k, K, device="cpu"):
 
 
 def reward_loss(reward, x, margin):
-    """E max(0, m - R(x)) -> scalar, scores (B,). x (B, C, h, w) with gradient; reward: x -> scores (B,), differentiable."""
+    """E max(0, m - R(x)) -> scalar, scores (B,).
+
+    x (B, C, h, w) with gradient; reward: x -> scores (B,), differentiable.
+    """
     scores = reward(x)
     return (margin - scores).clamp(min=0).mean(), scores.detach()
 
 
 def reward_at(nets, batch, i, eps):
-    """R as a function of the clean estimate x at student step i: CLIP's score of the picture, or the latent reward model's.
+    """R as a function of the clean estimate x at student step i: CLIP's score of the picture, or the reward model's.
 
-    The latter sees x noised by eps to the next student step (from the last one, to the last one).
+    The latent reward model sees x noised by eps to the next student step (from the last one, to the last one).
     """
     if nets.config.reward == "clip":
         return lambda x: nets.R.score(nets.R.features(nets.vae.decode(x)), batch.prompts)
@@ -124,8 +128,9 @@ def reward_at(nets, batch, i, eps):
 
 
 def prepare(nets):
-    """Makes the score estimator a LoRA on the frozen teacher's weights, and loads the reward."""
-    config, fake = nets.config, nets.fake
+    """Makes the score estimator a LoRA on the frozen teacher's weights, and loads the reward model."""
+    config = nets.config
+    fake = nets.fake
     if config.fake_lora:
         add_lora(fake.net, config.fake_lora, "fake", dtype=nets.dtype)
         fake.scales = {"fake": FAKE_SCALE}
@@ -134,9 +139,10 @@ def prepare(nets):
 
 
 def iterate(nets, batch, n):
-    """One loop of DMDR, the n-th: lines 5-24 of Algorithm 1 with DynaDG, DynaRS and the reward -> what to log."""
+    """The n-th loop of DMDR: lines 5-24 of Algorithm 1 with DynaDG, DynaRS and the reward -> {name: value} to log."""
     config, G, fake, S = nets.config, nets.G, nets.fake, nets.S
-    schedule, K = G.schedule, config.dynamic
+    schedule = G.schedule
+    K = config.dynamic
     parts = micro_batches(batch, config.micro_batch)
     logged = monitor.Means()
     moves_G = n % config.ttur == 0  # line 12

@@ -1,4 +1,4 @@
-"""The suite runs on the CPU, also where there is a GPU: its exact comparisons are of fp32 on one device. And without a network.
+"""The suite runs on the CPU, also where there is a GPU (its exact comparisons are of fp32), and without a network.
 
 For test_gpu.py: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py
 """
@@ -20,7 +20,8 @@ def two_ranks(tmp_path):
     def run(text, **env):
         script = tmp_path / "program.py"
         script.write_text(text)
-        program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        program = [*torchrun, str(script), str(tmp_path)]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."} | env
         done = subprocess.run(program, capture_output=True, text=True, timeout=200, env=env)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -1,14 +1,14 @@
-"""Eq. 5 and 7, DMD2's adversarial pair: finite differences, whose weights they reach, the optimal logit; who moves under --preset dmd2."""
+"""Eq. 5 and 7, DMD2's adversarial pair: finite differences, which weights learn, the optimal logit; --preset dmd2."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
+import dmd
 import train
 from diffusion import add_noise
-from engine import config
+from engine.errors import UserError
 from engine.models import load_denoiser
 from engine.prompts import PromptEncoder
 from siblings import dmd2
@@ -22,9 +22,8 @@ def scene():
     torch.manual_seed(0)
     head = dmd2.Head(fake.net.config.block_out_channels[-1]).double()
     c = {k: v.double() for k, v in PromptEncoder("toy/sdxl", 64).encode(["a red circle", "a blue ring"]).items()}
-    x, x_real, eps = torch.randn(
-        3, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    ).unbind()
+    generator = torch.Generator().manual_seed(1)
+    x, x_real, eps = torch.randn(3, 2, 4, 16, 16, generator=generator, dtype=torch.float64).unbind()
     return fake, head, x, x_real, torch.tensor([200, 700]), eps, c
 
 
@@ -60,7 +59,7 @@ def test_eq_5_against_finite_differences(scene):
 
 
 def test_eq_7_reaches_psi_and_the_head(scene):
-    """The down and mid blocks of the score estimator and the head learn from it; its up blocks, which D does not use, do not."""
+    """The score estimator's down and mid blocks and the head learn from it; its up blocks, which D lacks, do not."""
     fake, head, x, x_real, t, eps, c = scene
     loss, right = dmd2.discriminator_loss(fake, head, x, x_real, t, eps, c)
     loss.backward()
@@ -98,37 +97,31 @@ def test_optimal_logit_is_log_p_over_q():
 
 def test_preset_dmd2_counts_its_passes(tmp_path):
     """Samples: batch x loops, as the paper counts; passes of the UNets by hand, one with gradient as 3."""
-    small = (
-        "--preset dmd2 --iterations 6 --save-every 5 --batch-size 4 --preview-every 0 --log-every 100".split()
-    )  # loop 6 alone looks at health
-    run = train.train(config.parse([*small, "--out", str(tmp_path / "run")]))
+    small = "--preset dmd2 --iterations 6 --save-every 5 --batch-size 4 --preview-every 0 --log-every 100".split()
+    run = train.train(train.read([*small, "--out", str(tmp_path / "run")]))
     progress = json.loads((run / "checkpoint-000005" / "progress.json").read_text())
-    steps = [int(np.random.default_rng([0, loop]).integers(4)) for loop in range(1, 6)]  # as train.distil draws them
-    rollout, without_G, with_G = (
-        sum(steps),
-        1,
-        3 + 2 + 1 + 3,
-    )  # x; x with gradient, the guided teacher, the fake's score, Eq. 5
-    assert progress["samples"] == 20
-    assert progress["passes"] == 4 * (
-        rollout + 4 * without_G + with_G + 5 * (3 + 2 * 3)
-    )  # Eq. 6, and Eq. 7 on real and made
+    steps = [dmd.student_step(range(4), "all", 0, loop) for loop in range(1, 6)]
+    rollout = sum(steps)
+    without_G = 1  # x
+    with_G = 3 + 2 + 1 + 3  # x with gradient, the guided teacher, the fake's score, Eq. 5
+    fake = 3 + 2 * 3  # Eq. 6, and Eq. 7 on real and made
+    assert progress["samples"] == 20  # loop 6 alone is watched: its health signals cost passes too
+    assert progress["passes"] == 4 * (rollout + 4 * without_G + with_G + 5 * fake)
 
 
-def test_preset_dmd2_moves_who_it_should(tmp_path):
-    """TTUR 5: G moves in loop 5, by both terms; Eq. 5 leaves nothing in the score estimator's gradient; --resume keeps the kind of GAN."""
+def test_preset_dmd2_trains_its_networks(tmp_path):
+    """TTUR 5: G moves in loop 5, by both terms. Eq. 5 leaves the score estimator alone. --resume keeps the method."""
     small = ["--preset", "dmd2", "--iterations", "5", "--batch-size", "4", "--preview-every", "0", "--log-every", "1"]
     last = {}
     for weight in ("0.005", "50"):
-        run = train.train(config.parse([*small, "--gan-weight", weight, "--out", str(tmp_path / weight)]))
+        run = train.train(train.read([*small, "--gan-weight", weight, "--out", str(tmp_path / weight)]))
         logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert [m["loops"] for m in logged if "dm_loss" in m and "adv_loss" in m] == [5] and logged[-1][
-            "generator_updates"
-        ] == 1
+        assert [m["loops"] for m in logged if "dm_loss" in m and "adv_loss" in m] == [5]
+        assert logged[-1]["generator_updates"] == 1
         assert all("d_loss" in m and "d_accuracy" in m for m in logged)
         last[weight] = logged[-1]
     assert last["50"]["g_norm"] > 2 * last["0.005"]["g_norm"]
     for key in ("fake_loss", "fake_norm", "d_loss"):
         assert last["50"][key] == pytest.approx(last["0.005"][key], rel=1e-5)
-    with pytest.raises(train.UserError, match="--gan latent"):
-        train.train(config.parse([*small, "--out", str(tmp_path / "50"), "--resume", "--gan", "pixel"]))
+    with pytest.raises(UserError, match="--method dmd2"):
+        train.train(train.read([*small, "--out", str(tmp_path / "50"), "--resume", "--method", "flash"]))

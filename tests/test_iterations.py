@@ -1,14 +1,17 @@
-"""What a turn of train.py adds up: the gradients that a method's turn leaves, against the same written out by hand from the equations."""
+"""What an iteration adds up: the gradients that a method's loop gives each network, against the same by hand."""
+
+from dataclasses import fields
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributions import Normal
 
+import dmd
 import train
 from diffusion import add_noise, rand, randn, sample_generators, times
-from engine import config
-from engine.networks import assemble
+from engine.batch import Batch
+from engine.networks import Networks, assemble
 from siblings import advdmd, dmdr
 from toy import world
 
@@ -16,78 +19,104 @@ PROMPTS = ["a large red circle", "a small blue ring"]
 LAST = 3
 
 
-def scene(*flags, prompts=PROMPTS, k=0):
-    """A cast on the toy world whose LoRAs, where it has any, are not zero; and a micro-batch of `prompts` after k generator updates."""
-    cast = assemble(config.parse([*flags, "--batch-size", str(len(prompts))]), 1, torch.device("cpu"))
+class Still(Networks):
+    """Networks that do not move: `gradients` has what each optimizer would have taken."""
+
+    def step(self, name, loss, max_norm=None):
+        module = self.players[name][0]
+        self.gradients[name] = gradient(module)
+        module.zero_grad(set_to_none=True)
+        return torch.zeros(()), False
+
+
+def scene(*flags, prompts=PROMPTS, i=1, k=0):
+    """-> still networks on the toy, a batch whose loop has student step i, iterate, and its n after k updates of G.
+
+    LoRAs are not zero, as after some training.
+    """
+    config = train.read([*flags, "--batch-size", str(len(prompts))])
+    prepare, iterate = train.method(config)
+    made = assemble(config, 1, torch.device("cpu"), prepare)
+    nets = Still(**{f.name: getattr(made, f.name) for f in fields(Networks)})
+    nets.gradients = {}
+    nets.denoisers = made.denoisers
     torch.manual_seed(0)
-    for name, p in cast.fake.net.named_parameters():
+    for name, p in nets.fake.net.named_parameters():
         if "lora_B" in name:
             p.data.normal_(std=0.05)
-    noise = {purpose: generators(purpose, len(prompts)) for purpose in ("rollout", "renoise", "fake", "unseen")}
-    pictures = torch.stack([world.render(world.scene(i)[0]) for i in range(len(prompts))])
-    window = train.window(cast.config, cast.vae, cast.latent.shape[-1], 1)
-    return cast, train.Part(pictures, prompts, cast.encoder.encode(prompts), **noise, share=1.0, look_at=window, k=k)
-
-
-def generators(purpose, n):
-    return sample_generators(0, 1, range(n), purpose)
+    loop = next(n for n in range(1, 100) if dmd.student_step(nets.S, config.dm_steps, config.seed, n) == i)
+    pictures = torch.stack([world.render(world.scene(j)[0]) for j in range(len(prompts))])
+    batch = Batch(pictures, list(prompts), nets.encoder.encode(prompts), list(range(len(prompts))), loop)
+    return nets, batch, iterate, (k + 1) * config.ttur
 
 
 def gradient(net):
     return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
 
-def rolled(cast, c, i, noise):
+def close(found, by_hand):
+    return (found - by_hand).norm() < 1e-3 * by_hand.norm()
+
+
+def rolled(nets, c, i, noise):
     """Eq. 8 by hand: z at the noisiest step, then clean estimate and fresh noise, until it is at student step i."""
-    x = randn(noise, cast.latent)
+    x = randn(noise, nets.latent)
     with torch.no_grad():
         for j in range(i):
-            x = add_noise(cast.G.schedule, cast.G(x, times(cast.S[j], x), c), times(cast.S[j + 1], x), randn(noise, x))
+            x_0 = nets.G(x, times(nets.S[j], x), c)
+            x = add_noise(nets.G.schedule, x_0, times(nets.S[j + 1], x), randn(noise, x))
     return x
 
 
 METHODS = {
-    "pixel": (["--gan-weight", "0.5"], 0),
-    "pixel-a": (["--gan-weight", "0.5", "--adv-reading", "a"], 0),
-    "dmd2": (["--preset", "dmd2", "--gan-weight", "0.5"], 0),
-    "cold start": (["--preset", "dmdr", "--dynamic", "4", "--reward-weight", "5"], 1),
-    "reward": (["--preset", "dmdr", "--dynamic", "4", "--reward-weight", "5", "--reward-margin", "20"], 4),
-    "clip reward": (["--preset", "dmdr", "--dynamic", "4", "--reward-weight", "5", "--reward", "clip", "--reward-margin", "1"], 4),
+    "pixel": (["--gan-weight", "0.5", "--dm-steps", "all"], 0),
+    "pixel-a": (["--gan-weight", "0.5", "--dm-steps", "all", "--adv-reading", "a"], 0),
+    "dmd2": (["--method", "dmd2", "--gan-weight", "0.5", "--critic-weight", "0.3"], 0),
+    "cold start": (["--method", "dmdr", "--dynamic", "4", "--reward-weight", "5"], 1),
+    "reward": (["--method", "dmdr", "--dynamic", "4", "--reward-weight", "5", "--reward-margin", "20"], 4),
+    "clip reward": (
+        ["--method", "dmdr", "--dynamic", "4", "--reward-weight", "5", "--reward", "clip", "--reward-margin", "1"],
+        4,
+    ),
 }
+CASES = [*((method, 1) for method in METHODS), ("pixel", LAST), ("pixel-a", LAST), ("reward", LAST)]
 
 
-@pytest.mark.parametrize("method, i", [*((method, 1) for method in METHODS), ("pixel", LAST), ("pixel-a", LAST), ("reward", LAST)])
-def test_generator_turn(method, i):
-    """Eq. 4 with Eq. 5, Eq. 9 or DMDR's reward, by whichever the method has; what it leaves of Eq. 5 in the score estimator and head is nothing."""
+@pytest.mark.parametrize("method, i", CASES)
+def test_gradients_of_an_iteration(method, i):
+    """G: Eq. 4, with Eq. 5, Eq. 9 or DMDR's reward where the method has it. The score estimator: Eq. 6 (DMD2: and 7).
+
+    Nothing is left in it of Eq. 5, whose gradient reaches it as well.
+    """
     flags, k = METHODS[method]
-    cast, part = scene(*flags, k=k)
-    G, fake, S, c, schedule = cast.G, cast.fake, cast.S, part.c, cast.G.schedule
-    train.generator_turn(cast, part, i, True)
-    turns = gradient(G.net)
-    assert cast.head is None or all(p.grad is None for p in [*cast.head.parameters(), *fake.net.parameters()])
-    G.net.zero_grad()
+    nets, batch, iterate, n = scene(*flags, i=i, k=k)
+    iterate(nets, batch, n)
+    G, fake, D, S, c, schedule = nets.G, nets.fake, nets.D, nets.S, batch.c, nets.G.schedule
+    generators = lambda purpose: sample_generators(0, batch.loop, range(2), purpose)  # noqa: E731
 
-    rollout, noise, cold = generators("rollout", 2), generators("renoise", 2), method == "cold start"
-    x_i = rolled(cast, c, i, rollout)
+    rollout, noise, cold = generators("rollout"), generators("renoise"), method == "cold start"
+    x_i = rolled(nets, c, i, rollout)
     x = G(x_i, times(S[i], x_i), c)
-    share = dmdr.renoise_share(noise, dmdr.c_at(k, 4)) if cold else rand(noise, x.device)
-    t = schedule.t_at(0.02 + 0.96 * share)
+    u = dmdr.noise_level(noise, k, 4) if cold else rand(noise, x.device)
+    t = schedule.t_at(0.02 + 0.96 * u)
     eps = randn(noise, x)
     with torch.no_grad():
         x_t = add_noise(schedule, x, t, eps)
-        target = dmdr.real_score(fake, 0.75 * dmdr.c_at(k, 4)) if cold else cast.teacher
-        null = {name: v if name == "size" else cast.null[name].expand_as(v) for name, v in c.items()}
+        target = dmdr.real_score(fake, 0.75 * dmdr.c_at(k, 4)) if cold else nets.teacher
+        null = {name: v if name == "size" else nets.null[name].expand_as(v) for name, v in c.items()}
         real = target(x_t, t, null) + 3 * (target(x_t, t, c) - target(x_t, t, null))
         towards = fake(x_t, t, c) - real
         towards /= (x - real).abs().mean((1, 2, 3), keepdim=True)
     L = 0.5 * (x - (x - towards).detach()).square().mean()
+    logit = lambda y, t, eps: D(fake.with_features(add_noise(schedule, y, t, eps), t, c)[1])  # noqa: E731
     if method == "dmd2":
-        L = L + 0.5 * F.softplus(-cast.head(fake.with_features(add_noise(schedule, x, t, eps), t, c)[1])).mean()
+        L = L + 0.5 * F.softplus(-logit(x, t, eps)).mean()
     if method == "reward":
         s = times(S[2 if i == 1 else LAST], x)
-        L = L + 5 * (20 - cast.R(add_noise(schedule, x, s, eps), s, cast.R.encoder.encode(PROMPTS))).clamp(min=0).mean()
+        scores = nets.R(add_noise(schedule, x, s, eps), s, nets.R.encoder.encode(PROMPTS))
+        L = L + 5 * (20 - scores).clamp(min=0).mean()
     if method == "clip reward":
-        L = L + 5 * (1 - cast.R.score(cast.R.features(cast.vae.decode(x)), PROMPTS)).clamp(min=0).mean()
+        L = L + 5 * (1 - nets.R.score(nets.R.features(nets.vae.decode(x)), PROMPTS)).clamp(min=0).mean()
     if method.startswith("pixel"):
         with torch.no_grad():
             x_3 = x_i
@@ -96,33 +125,50 @@ def test_generator_turn(method, i):
                 x_3 = add_noise(schedule, G(x_2, times(S[2], x), c), times(S[LAST], x), randn(rollout, x))
             if method == "pixel-a":
                 x_3 = add_noise(schedule, G(x_3, times(S[LAST], x), c), times(S[LAST], x), randn(rollout, x))
-        logits = cast.D(cast.D.features(cast.vae.decode(G(x_3, times(S[LAST], x), c))))
-        L = L - 0.5 * logits.mean()
+        L = L - 0.5 * D(D.features(nets.vae.decode(G(x_3, times(S[LAST], x), c)))).mean()
     L.backward()
-    assert (turns - gradient(G.net)).norm() < 1e-3 * turns.norm()
+    assert close(nets.gradients["G"], gradient(G.net))
+
+    fake.net.zero_grad()
+    noise, x = generators("fake"), x.detach()
+    t = schedule.t_at(rand(noise) if not cold else dmdr.noise_level(noise, k, 4))
+    eps = randn(noise, x)
+    x_t = add_noise(schedule, x, t, eps)
+    eps_hat = (x_t - schedule.alpha(t) * fake(x_t, t, c)) / schedule.sigma(t)
+    L = (eps_hat - eps).square().mean()
+    if method == "dmd2":
+        latent = nets.vae.encode(batch.x_real)
+        L = L + 0.3 * (F.softplus(-logit(latent, t, eps)) + F.softplus(logit(x, t, eps))).mean()
+    L.backward()
+    assert close(nets.gradients["fake"], gradient(fake.net))
 
 
-def test_reinforcement_turn():
-    """AdvDMD: minus the mean of A log π over rollouts and transitions, whose densities torch.distributions has; the end's A joins the last one's."""
-    flags = ["--preset", "advdmd", "--rl-gate", "0", "--candidates", "4", "--gan-weight", "2"]
-    cast, part = scene(*flags, prompts=[p for p in PROMPTS for _ in range(4)])
-    G, S, c, n = cast.G, cast.S, part.c, 8
-    part.states = advdmd.simulate(G, randn(part.rollout, cast.latent), c, S, part.rollout)
-    part.x = part.states[-1]
-    advdmd.reinforce(cast, part)
-    turns = gradient(G.net)
+def test_gradients_of_reinforcement():
+    """AdvDMD: minus the mean of A log π over rollouts and transitions, by the densities of torch.distributions.
+
+    The end's A joins the last transition's.
+    """
+    flags = ["--method", "advdmd", "--rl-gate", "0", "--candidates", "4", "--gan-weight", "2"]
+    nets, batch, *_ = scene(*flags, prompts=[p for p in PROMPTS for _ in range(4)])
+    G, S, c, n = nets.G, nets.S, batch.c, 8
+    rollout = batch.generators("rollout")
+    states = advdmd.simulate(G, randn(rollout, nets.latent), c, S, rollout)
+    advdmd.reinforce(nets, batch, states)
+    found = gradient(G.net)
     G.net.zero_grad()
 
     with torch.no_grad():
         ends = [*S[1:], torch.tensor(0)]
-        R = torch.stack([cast.head(cast.fake.with_features(z, times(s, z), c)[1]) for z, s in zip(part.states[1:], ends, strict=True)], 1)
+        seen = zip(states[1:], ends, strict=True)
+        R = torch.stack([nets.D(nets.fake.with_features(z, times(s, z), c)[1]) for z, s in seen], 1)
         groups = R.view(2, 4, 4)
         A = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(8, 4)
         A[:, 2] += A[:, 3]
-    L, numbers = 0, cast.latent[0].numel()
+    L, numbers = 0, nets.latent[0].numel()
     for i in range(3):
-        s = times(S[i + 1], part.x)
-        policy = Normal(G.schedule.alpha(s) * G(part.states[i], times(S[i], part.x), c), G.schedule.sigma(s).expand_as(part.x))
-        L = L - (A[:, i] * policy.log_prob(part.states[i + 1]).flatten(1).sum(1)).sum() / (3 * n * numbers)
+        s = times(S[i + 1], states[0])
+        mean = G.schedule.alpha(s) * G(states[i], times(S[i], states[0]), c)
+        policy = Normal(mean, G.schedule.sigma(s).expand_as(mean))
+        L = L - (A[:, i] * policy.log_prob(states[i + 1]).flatten(1).sum(1)).sum() / (3 * n * numbers)
     (2 * L).backward()
-    assert (turns - gradient(G.net)).norm() < 1e-3 * turns.norm()
+    assert close(found, gradient(G.net))

@@ -91,8 +91,8 @@ def asked(monkeypatch):
 
 def test_all_parts_run_all_that_the_claims_need(asked):
     """With nothing there, the rows that the parts would run give every claim both its sides, of all SEEDS."""
-    for train in claims.TRAIN.values():
-        train(1000, 2)
+    for run_part in claims.TRAIN.values():
+        run_part(1000, 2)
     blank = defaultdict(float)
     measured = {}
     for n in set().union(*asked.values()):
@@ -103,8 +103,8 @@ def test_all_parts_run_all_that_the_claims_need(asked):
 
 def test_no_row_is_missing(asked):
     """Every row of every table is in results/, under the name that its flags give it today, and no row is left over."""
-    for train in claims.TRAIN.values():
-        train(1000, 2)
+    for run_part in claims.TRAIN.values():
+        run_part(1000, 2)
     stage1.train(stage1.TABLES, 1000, 2)
     assert len(asked) == 5
     for path, names in asked.items():

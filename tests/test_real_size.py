@@ -1,4 +1,4 @@
-"""SDXL at 1024 without weights: one iteration of each stage on fake tensors (shapes and dtypes, no numbers), and what it would need."""
+"""SDXL at 1024 without weights: an iteration of each stage on fake tensors (no numbers), and what it would need."""
 
 import os
 import re
@@ -13,50 +13,64 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from diffusion import sample_generators
 from engine import dry_run, real_size
-from engine.config import parse
+from engine.batch import Batch
 from engine.errors import UserError
 from engine.models import load_denoiser
 
 B = 2
-PUBLISHED = {"sdxl": 2_567_463_684, "sd3": 2_084_951_104 - 192**2 * 1536}  # the released weights' files; SD3's has its fixed table of positions too
+PUBLISHED = {  # of the released weights' files; SD3's has its fixed table of positions too
+    "sdxl": 2_567_463_684,
+    "sd3": 2_084_951_104 - 192**2 * 1536,
+}
 
 
-@pytest.mark.parametrize("preset", ["sdxl-4step", "sdxl-stage2", "sd3-4step"])
-def test_iteration_at_full_size(preset, monkeypatch):
-    """SDXL's UNets in bf16, or two LoRAs on SD3's transformer, the VAE, SAM ViT-B: no shape or dtype clashes, and every weight
-    that a player trains gets a gradient of its own shape."""
-    lacking, config = {}, parse(["--preset", preset])
-    lora = {"G": ".student.", "fake": ".fake."} if config.lora_rank else {}
+class Checked(real_size.Unmoved):
+    """In place of a step: which trained weights lack a gradient of their own shape and type."""
 
-    def update(cast, name, loss, max_norm=None):
-        module = cast.players[name][0]
-        trained = [(k, p) for k, p in module.named_parameters() if p.requires_grad and lora.get(name, "") in k]
-        lacking[name] = [k for k, p in trained if p.grad is None or (p.grad.shape, p.grad.dtype) != (p.shape, p.dtype)]
+    def step(self, name, loss, max_norm=None):
+        module, _, lora = self.trained["G" if name == "G, RL" else name]
+        which = f".{lora}." if self.config.lora_rank and lora else ""
+        trained = [(k, p) for k, p in module.named_parameters() if p.requires_grad and which in k]
         assert trained
+        self.lacking[name] = [k for k, p in trained if p.grad is None or shape(p.grad) != shape(p)]
         module.zero_grad(set_to_none=True)
         return loss.detach(), True
 
-    monkeypatch.setattr(real_size.Unmoved, "update", update)
-    monkeypatch.setattr(torch.Tensor, "register_post_accumulate_grad_hook", lambda *a: None)  # keep the gradients, to look at them
-    draw = lambda purpose: sample_generators(0, 1, range(B), purpose)  # noqa: E731
+
+def shape(tensor):
+    return tensor.shape, tensor.dtype
+
+
+@pytest.mark.parametrize("preset", ["sdxl-4step", "sdxl-stage2", "sd3-4step", "sdxl-dmd2"])
+def test_iteration_at_full_size(preset):
+    """SDXL's UNets in bf16, or two LoRAs on SD3's transformer, the VAE, SAM ViT-B: no shape or dtype clashes.
+
+    Every weight that a network trains gets a gradient of its own shape; DMD2's Eq. 7 reaches no up block.
+    """
+    config = train.read(["--preset", preset])
+    prepare, iterate = train.method(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        cast = real_size.assemble(config, B)
-        assert sum(p.numel() for name, p in cast.G.net.named_parameters() if ".lora_" not in name) == PUBLISHED[preset[: preset.index("-")]]
-        c = cast.encoder.encode(["a", "b"])
+        nets = real_size.assemble(config, B, prepare, Checked)
+        nets.lacking = {}
+        own = [p.numel() for name, p in nets.G.net.named_parameters() if ".lora_" not in name]
+        assert sum(own) == PUBLISHED[preset[: preset.index("-")]]
+        c = nets.encoder.encode(["a", "b"])
+        batch = Batch(torch.empty(B, 3, 1024, 1024), ["a", "b"], c, list(range(B)), loop=1)
         if config.stage == 1:
-            pictures = torch.empty(B, 3, 1024, 1024)
-            logged, stepped, ok = train.distil(cast, config.ttur, pictures, ["a", "b"], c, draw, watched=False)
-            assert {"dm_loss", "adv_loss", "fake_loss", "d_loss"} <= set(logged) and lacking == {"G": [], "fake": [], "D": []}
+            logged = iterate(nets, batch, config.ttur)
+            assert {"dm_loss", "adv_loss", "fake_loss", "d_loss"} <= set(logged)
+            assert nets.lacking == {"G": [], "fake": [], "head" if config.method == "dmd2" else "D": []}
         else:
-            logged, stepped, ok = train.prefer(cast, ["a", "b"], c, draw)
-            assert logged["rl_loss"].shape == () and lacking == {"G, RL": []}
-    assert stepped and ok
+            logged = train.prefer(nets, batch)
+            assert logged["rl_loss"].shape == () and nets.lacking == {"G, RL": []}
 
 
 def test_memory_follows_storages():
-    """By hand: of a chain of four products y = x w, of 4,000 bytes each, autograd keeps every input beside the last output; without it two live."""
+    """By hand: of four products y = x w in a chain, 4,000 bytes each, autograd keeps every input and the last output.
+
+    Without it two live at once.
+    """
     w = torch.ones(1000, requires_grad=True)
 
     def chain():
@@ -83,7 +97,10 @@ def test_meter_on_fake_tensors(checkpointing):
 
     Operations: as torch's own counter has them, those that checkpointing repeats included. Its peak is not compared:
     when the garbage collector comes is in it."""
-    c = {"encoder_hidden_states": torch.zeros(2, 32, 256), "added_cond_kwargs": {"text_embeds": torch.zeros(2, 64), "time_ids": torch.zeros(2, 6)}}
+    c = {
+        "encoder_hidden_states": torch.zeros(2, 32, 256),
+        "added_cond_kwargs": {"text_embeds": torch.zeros(2, 64), "time_ids": torch.zeros(2, 6)},
+    }
     config, peaks = dict(load_denoiser("toy/sdxl").net.config), []
     for fake in (False, True):
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
@@ -94,14 +111,18 @@ def test_meter_on_fake_tensors(checkpointing):
                 net(torch.zeros(2, 4, 16, 16), torch.tensor([5, 5]), **c).sample.sum().backward()
         peaks.append(meter.peak)
         assert meter.flops == counter.get_total_flops() > 10**9
-    assert checkpointing or peaks[1] == pytest.approx(peaks[0], rel=0.01) and peaks[0] > 10**7  # attention keeps other statistics on real tensors
+    assert (
+        checkpointing or peaks[1] == pytest.approx(peaks[0], rel=0.01) and peaks[0] > 10**7
+    )  # attention keeps other statistics on real tensors
 
 
 def test_dry_run_as_a_command(monkeypatch, capsys):
-    """SDXL on 4 GPUs: each figure that is printed by arithmetic of our own from others; then, from the same trace, less memory than it takes."""
+    """SDXL on 4 GPUs: each printed figure by arithmetic from others; then, by the same trace, too little memory."""
     flags = ["--preset", "sdxl-4step", "--dry-run", "--micro-batch", "2", "--gpu-memory", "80", "--iterations", "500"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "train.py", *flags, "--gpus", "4"], capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "train.py", *flags, "--gpus", "4"], capture_output=True, text=True, env=env, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     out = done.stdout
 
@@ -115,14 +136,28 @@ def test_dry_run_as_a_command(monkeypatch, capsys):
     assert row("teacher") == near([1e3 * P, 2 * P, 0, 0, 0, 2 * P, P / 2])
     heads = row("D's heads")
     assert heads[4] == near(12e-3 * heads[0]) and heads[5] == heads[6] == near(16e-3 * heads[0])
-    names = ["teacher", "generator G", "score estimator", "text encoders", "VAE", "SAM", "D's heads", "FSDP2's gathered blocks"]
-    assert row("sum") == pytest.approx([sum(column) for column in zip(*map(row, names), strict=True)], abs=0.05 * len(names))  # of rounded figures
+    names = [
+        "teacher",
+        "generator G",
+        "score estimator",
+        "text encoders",
+        "VAE",
+        "SAM",
+        "D's heads",
+        "FSDP2's gathered blocks",
+    ]
+    assert row("sum") == pytest.approx(
+        [sum(column) for column in zip(*map(row, names), strict=True)], abs=0.05 * len(names)
+    )  # of rounded figures
 
     on_disk, copied = map(float, re.search(r"a checkpoint: ([\d.]+) GB .* copies ([\d.]+) GB", out).groups())
     assert on_disk == pytest.approx(28 * P, abs=0.1) and copied == pytest.approx(6 * P, abs=0.1)  # the student twice
 
     turns = [row(f"distillation: {name}") for name in ("generator", "score estimator", "discriminator")]
-    (iteration,), (hours,) = row("an iteration of 64 samples"), re.search(r"500 x 64 .* 400 .*: ([\d.]+) GPU-hours", out).groups()
+    (iteration,), (hours,) = (
+        row("an iteration of 64 samples"),
+        re.search(r"500 x 64 .* 400 .*: ([\d.]+) GPU-hours", out).groups(),
+    )
     assert iteration == pytest.approx(64 * sum(flops for _, flops in turns), rel=2e-3)
     assert float(hours) == pytest.approx(500 * iteration / 400 / 3600, abs=0.06)
     (*_, whole, sharded), peak, free = row("sum"), max(peak for peak, _ in turns), 0.92
@@ -130,72 +165,86 @@ def test_dry_run_as_a_command(monkeypatch, capsys):
         assert row(layout) == pytest.approx([(held + 2 * peak) / free, max(0, (80 * free - held) // peak)], abs=0.1)
     by_ranks = [float(v) for v in re.search(r"over 1, 2, 8, 64 GPUs: (.*) GB on each", out)[1].split(", ")]
     assert by_ranks == [near(whole - 34 * P * (1 - 1 / n)) for n in (1, 2, 8, 64)]  # teacher, and both that are trained
-    assert "\nverdict: fits on 4 x 80 GB; one sample at once needs at least 4 x 48 GB or 2 x 80 GB or 1 x 141 GB (--optimizer adamw8bit: " in out
+    assert (
+        "\nverdict: fits on 4 x 80 GB; one sample at once needs at least "
+        "4 x 48 GB or 2 x 80 GB or 1 x 141 GB (--optimizer adamw8bit: " in out
+    )
 
     with FakeTensorMode():
-        cast = real_size.assemble(parse(flags), 1)
-    found = {"distillation": {name: (gb * 1e9, tflop * 1e12) for name, (gb, tflop) in zip(("G", "fake", "D"), turns, strict=True)}}
-    monkeypatch.setattr(dry_run, "measure", lambda *a: (cast, found))
+        nets = real_size.assemble(train.read(flags), 1, train.prepare)
+    found = {
+        "distillation": {
+            name: (gb * 1e9, tflop * 1e12) for name, (gb, tflop) in zip(("G", "fake", "D"), turns, strict=True)
+        }
+    }
+    monkeypatch.setattr(dry_run, "measure", lambda *a: (nets, found))
 
     def verdict(*more):
-        dry_run.report(parse([*flags, *more]), None, None)
+        dry_run.report(train.read([*flags, *more]), None, None, None)
         return capsys.readouterr().out.splitlines()[-2]
 
-    tight = verdict("--gpus", "2", "--micro-batch", "32")  # 80 x 0.92 - 51 GB leave room for one sample, moments in 8 bits for two
+    tight = verdict(
+        "--gpus", "2", "--micro-batch", "32"
+    )  # 80 x 0.92 - 51 GB leave room for one sample, moments in 8 bits for two
     ways = "--micro-batch 1, --optimizer adamw8bit: 2 at once, --gan-crop 512: less of the VAE and SAM, more GPUs"
-    assert tight.startswith(f"verdict: does NOT fit on 2 x 80 GB (helps: {ways}); one sample at once needs at least 4 x 48 GB")
+    assert tight.startswith(
+        f"verdict: does NOT fit on 2 x 80 GB (helps: {ways}); one sample at once needs at least 4 x 48 GB"
+    )
     for way in (["--micro-batch", "1"], ["--micro-batch", "2", "--optimizer", "adamw8bit"]):
         assert verdict("--gpus", "2", *way).startswith("verdict: fits on 2 x 80 GB; ")
-    assert "(helps: --optimizer adamw8bit" not in (lone := verdict("--gpus", "1")) and "does NOT fit" in lone  # nor with one sample, either way
+    assert (
+        "(helps: --optimizer adamw8bit" not in (lone := verdict("--gpus", "1")) and "does NOT fit" in lone
+    )  # nor with one sample, either way
 
 
 @pytest.mark.parametrize(
     "flags, why",
     [
         (["--preset", "toy"], "geometry of SDXL and SD3"),
-        (["--preset", "sdxl-4step", "--gan", "online"], "AdvDMD"),
-        (["--preset", "sd3-4step", "--stage", "2"], "stage 1 with --gan pixel alone"),
+        (["--preset", "sdxl-4step", "--method", "advdmd"], "advdmd"),
+        (["--preset", "sd3-4step", "--stage", "2"], "stage 1 with --method flash alone"),
         (["--preset", "sdxl-4step", "--gpus", "5"], "not divisible by --gpus 5"),
         (["--preset", "sdxl-4step", "--gpus", "8", "--micro-batch", "3"], "--micro-batch"),
     ],
 )
 def test_dry_run_refuses(flags, why):
     with pytest.raises(UserError, match=why):
-        dry_run.report(parse(flags), None, None)
+        dry_run.report(train.read(flags), None, None, None)
 
 
 def test_table_of_states_is_what_two_ranks_hold(two_ranks):
-    """Weights, gradients and moments of the toy's networks on each of 2 gloo ranks, and dry_run's arithmetic: within 2 %."""
+    """Weights, gradients and moments of the toy's networks on each of 2 gloo ranks are dry_run's to 2 %."""
     two_ranks(WEIGH)
 
 
 WEIGH = """
+from dataclasses import fields
+
 import torch, torch.distributed as dist
-from engine import networks
-from engine import config
-from engine import distributed
-from engine import dry_run
 import train
-from diffusion import sample_generators
+from engine import distributed, dry_run
+from engine.batch import Batch
 from engine.distributed import start_process
+from engine.networks import Networks, assemble
+
+size = lambda tensors: sum(getattr(v, "_local_tensor", v).nbytes for v in tensors)
+gradients = {}
+
+class Weighed(Networks):
+    def step(self, name, *args):
+        gradients[name] = size(p.grad for p in self.weights(name))
+        return super().step(name, *args)
 
 rank, ranks, device = start_process()
-toy = cast.assemble(config.parse(["--batch-size", "4"]), ranks, device)
-size = lambda tensors: sum(getattr(v, "_local_tensor", v).nbytes for v in tensors)
-gradients, update = {}, toy.update
-
-def weighed(name, *args):
-    gradients[name] = size(p.grad for p in toy.weights(name))
-    return update(name, *args)
-
-toy.update = weighed
-draw = lambda purpose: sample_generators(0, 1, [2 * rank, 2 * rank + 1], purpose)
+made = assemble(train.read(["--batch-size", "4"]), ranks, device, train.prepare)
+toy = Weighed(**{f.name: getattr(made, f.name) for f in fields(Networks)})
 prompts = ["a red circle", "a blue ring"]
-train.distil(toy, 1, torch.zeros(2, 3, 64, 64), prompts, toy.encoder.encode(prompts), draw, watched=False)
+train.flash(toy, Batch(torch.zeros(2, 3, 64, 64), prompts, toy.encoder.encode(prompts), [2 * rank, 2 * rank + 1], 1), 1)
 frozen = {"teacher": toy.teacher.net, "VAE": toy.vae, "SAM": toy.D.encoder[0]}
 held = {row: size(net.parameters()) for row, net in frozen.items()}
 for row, name in {"generator G": "G", "score estimator": "fake", "D's heads": "D"}.items():
-    moments = [v for state in toy.players[name][1].state.values() for v in state.values() if torch.is_tensor(v) and v.dim()]
+    states = toy.players[name][1].state.values()
+    moments = [v for state in states for v in state.values() if torch.is_tensor(v) and v.dim()]
     held[row] = size(toy.weights(name)) + gradients[name] + size(moments)
 table = {row[0]: dry_run.a_gpu([row], ranks) for row in dry_run.states(toy, frozen=4)}
 del table["text encoders"]  # SDXL's, not the toy's

@@ -1,12 +1,13 @@
-"""Trains the toy's weights from nothing: VAE, CLIP, the teacher (teacher.py), SAM's image encoder and the latent reward model (reward.py).
+"""Trains the toy's weights: VAE, CLIP, teachers (teacher.py), SAM's image encoder, latent reward model (reward.py).
 
-    python -m toy.build                       all parts, in this order; a part already built is kept
-    python -m toy.build --rebuild             forget what is there and train again; if interrupted, go on without --rebuild
+    python -m toy.build                       all parts that are not built yet
+    python -m toy.build --rebuild             delete all parts and train them again; if interrupted, omit --rebuild
     python -m toy.build --only sd3            one part
-    python -m toy.build --only vae --rebuild  one part anew; what was trained on the old one is deleted, to be built by the next toy.build
+    python -m toy.build --only vae --rebuild  one part again; deletes the parts trained on it: run toy.build next
 
-The last part, a teacher in SD3's shape, takes 66 minutes more than the 80 or so of all others.
-An interrupted part goes on where it stopped (its state lies in toy/.build). Each part adds what it reached to toy/quality.json.
+The last part, a teacher in SD3's shape, takes 66 minutes; the others take about 80 together.
+An interrupted part goes on where it stopped (its state is in toy/.build). The metrics of each part are in
+toy/quality.json.
 """
 
 import argparse
@@ -51,11 +52,8 @@ def build_vae():
         images, _ = crowd_of(16)
         posterior = vae.encode(images).latent_dist
         rebuilt = vae.decode(posterior.sample()).sample
-        return (
-            F.l1_loss(rebuilt, images)
-            + F.mse_loss(rebuilt, images)
-            + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-        )
+        weighted_kl = 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        return F.l1_loss(rebuilt, images) + F.mse_loss(rebuilt, images) + weighted_kl
 
     began = time.time()
     fit("vae", [vae], loss, steps=2400, lr=2e-3)
@@ -97,10 +95,8 @@ def build_tokenizer():
     vocab = learnt["vocab"]
     for letter in alphabet:  # CLIP's vocabulary has every byte twice: inside a word and at its end
         vocab.setdefault(letter + "</w>", len(vocab))
-    tokenizer = CLIPTokenizer(
-        vocab=vocab, merges=[tuple(m) for m in learnt["merges"]], model_max_length=MAX_TOKENS, pad_token="<|endoftext|>"
-    )
-    return tokenizer
+    merges = [tuple(m) for m in learnt["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS, pad_token="<|endoftext|>")
 
 
 def altered(text, generator, often_place=0.0):
@@ -117,7 +113,7 @@ def altered(text, generator, often_place=0.0):
     ]
     spots = [(i, kind) for i, w in enumerate(words) for kind in kinds if w in kind]
     places = [(i, kind) for i, kind in spots if kind in (world.ROWS, world.COLUMNS)]
-    if places and torch.rand((), generator=generator) < often_place:  # what CLIP learns last
+    if places and torch.rand((), generator=generator) < often_place:  # CLIP learns places last
         spots = places
     i, kind = spots[torch.randint(len(spots), (), generator=generator)]
     others = [w for w in kind if w != words[i]]
@@ -146,9 +142,8 @@ def build_clip():
             projection_dim=64,
         )
     )
-    clip.vision_model.embeddings.position_embedding.weight.data *= (
-        10  # as strong as a patch's content, or places are not learnt
-    )
+    # positions as strong as a patch's content: otherwise CLIP does not learn places
+    clip.vision_model.embeddings.position_embedding.weight.data *= 10
     batch = 64
     tokens = lambda texts: tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")  # noqa: E731
 
@@ -158,25 +153,25 @@ def build_clip():
         wrong = [altered(c, generator, often_place=0.5) for c in captions]
         out = clip(**tokens(captions + wrong), pixel_values=images)
         target = torch.arange(batch)
-        return (
-            F.cross_entropy(out.logits_per_image, target) + F.cross_entropy(out.logits_per_text[:batch], target)
-        ) / 2
+        of_images = F.cross_entropy(out.logits_per_image, target)
+        of_texts = F.cross_entropy(out.logits_per_text[:batch], target)
+        return (of_images + of_texts) / 2
 
     began = time.time()
     fit("clip", [clip], loss, steps=3200, lr=1e-3, weight_decay=0.01)
     clip.eval().requires_grad_(False)
     reached = measure_clip(clip, tokens)
     tokenizer.save_pretrained(HERE / "clip")
-    CLIPImageProcessorPil(
-        size=world.SIZE, crop_size=world.SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    ).save_pretrained(HERE / "clip")
+    half = [0.5] * 3
+    pixels = CLIPImageProcessorPil(size=world.SIZE, crop_size=world.SIZE, image_mean=half, image_std=half)
+    pixels.save_pretrained(HERE / "clip")
     clip.half().save_pretrained(HERE / "clip")
     report("clip", time.time() - began, {"right_caption_over_altered": 0.9}, **reached)
 
 
 @torch.no_grad()
 def measure_clip(clip, tokens):
-    """Of 500 held-out scenes: how often the caption scores above itself with one fact made false, and above the 499 others."""
+    """On 500 held-out scenes: how often the caption scores above itself with a false fact, and above the 499 others."""
     images, captions, _ = scenes(500, "test")
     wrong = [altered(c, torch.Generator().manual_seed(i)) for i, c in enumerate(captions)]
     logits = clip(**tokens(captions + wrong), pixel_values=images).logits_per_image
@@ -244,7 +239,7 @@ PARTS = {
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=PARTS, help="build this part alone")
-    parser.add_argument("--rebuild", action="store_true", help="train parts again that are already there")
+    parser.add_argument("--rebuild", action="store_true", help="delete the parts and train them again")
     args = parser.parse_args(argv)
     path = HERE / "quality.json"
     quality = json.loads(path.read_text()) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""What the parts of toy/build.py share: the training scenes, the training loop, and the report in toy/quality.json."""
+"""Common to the parts of toy/build.py: the training scenes, the training loop, and the report in toy/quality.json."""
 
 import json
 import math
@@ -18,38 +18,39 @@ HERE = Path(__file__).parent
 def scenes(count=32768, split="train"):
     """-> images (count, 3, 64, 64) in [-1, 1], captions, masks (count, 64, 64) of the split's first scenes."""
     drawn = [world.scene(i, split) for i in tqdm(range(count), desc=f"scenes, {split}", mininterval=5)]
-    return (
-        torch.stack([world.render(s) for s, _ in drawn]),
-        [c for _, c in drawn],
-        torch.stack([world.labels(s) for s, _ in drawn]),
-    )
+    images = torch.stack([world.render(s) for s, _ in drawn])
+    captions = [c for _, c in drawn]
+    masks = torch.stack([world.labels(s) for s, _ in drawn])
+    return images, captions, masks
 
 
 @cache
 def crowds(count=16384):
     """-> images (count, 3, 64, 64), masks (count, 64, 64) of the first crowded scenes."""
     drawn = [world.crowd(i) for i in tqdm(range(count), desc="crowds", mininterval=5)]
-    return torch.stack([world.render(s) for s in drawn]), torch.stack([world.labels(s) for s in drawn])
+    images = torch.stack([world.render(s) for s in drawn])
+    masks = torch.stack([world.labels(s) for s in drawn])
+    return images, masks
 
 
 def crowd_of(size):
-    """`size` crowded scenes by chance -> images, masks."""
+    """`size` random crowded scenes -> images, masks."""
     images, masks = crowds()
     which = torch.randint(len(images), (size,))
     return images[which], masks[which]
 
 
 def batch_of(size):
-    """`size` scenes of the training split by chance -> images, captions, masks."""
+    """`size` random scenes of the training split -> images, captions, masks."""
     images, captions, masks = scenes()
     which = torch.randint(len(images), (size,))
     return images[which], [captions[i] for i in which], masks[which]
 
 
 def fit(name, modules, loss, steps, lr, weight_decay=0.0, muon=()):
-    """AdamW with warm-up and cosine decay to lr / 100 on loss(step) -> scalar; leaves the EMA of the weights in `modules`.
+    """Minimise loss(step) by AdamW with warm-up and cosine decay to lr / 100; `modules` end with their weights' EMA.
 
-    muon: matrices that Muon moves instead, at 10 times the rate. Saves its state every 250 steps and goes on from it.
+    muon: matrices trained by Muon instead, at 10 times the rate. Saves its state every 250 steps and goes on from it.
     """
     params = [p for m in modules for p in m.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in params]
@@ -57,14 +58,16 @@ def fit(name, modules, loss, steps, lr, weight_decay=0.0, muon=()):
     optimizers = {torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay): lr}
     if muon:
         optimizers[torch.optim.Muon(muon, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")] = 10 * lr
-    state, start = HERE / ".build" / f"{name}.pt", 0
+    state = HERE / ".build" / f"{name}.pt"
+    start = 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
         start = saved["step"]
         for optimizer, moments in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(moments)
         for p, a, sp, sa in zip(params, average, saved["params"], saved["average"], strict=True):
-            p.data.copy_(sp), a.copy_(sa)
+            p.data.copy_(sp)
+            a.copy_(sa)
     bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=5)
     for step in bar:
         torch.manual_seed(step)
@@ -85,11 +88,9 @@ def fit(name, modules, loss, steps, lr, weight_decay=0.0, muon=()):
         if (step + 1) % 250 == 0 and step + 1 < steps:
             state.parent.mkdir(exist_ok=True)
             moments = [optimizer.state_dict() for optimizer in optimizers]
-            torch.save(
-                {"step": step + 1, "optimizers": moments, "params": params, "average": average},
-                state.with_suffix(".tmp"),
-            )
-            state.with_suffix(".tmp").replace(state)
+            aside = state.with_suffix(".tmp")
+            torch.save({"step": step + 1, "optimizers": moments, "params": params, "average": average}, aside)
+            aside.replace(state)
     with torch.no_grad():
         for p, a in zip(params, average):
             p.copy_(a)
@@ -97,28 +98,29 @@ def fit(name, modules, loss, steps, lr, weight_decay=0.0, muon=()):
 
 
 def report(part, seconds, at_least=(), **reached):
-    """Add what a part reached to toy/quality.json. at_least: {measure: bar}; SystemExit below one, before later parts are trained on it."""
+    """Write a part's metrics to toy/quality.json. at_least: {metric: bar}. Raises SystemExit for one below its bar."""
     for measure, bar in dict(at_least).items():
         if reached[measure] < bar:
             raise SystemExit(f"{part}: {measure} is {reached[measure]:.3f}, below {bar}: nothing can be built on it")
     path = HERE / "quality.json"
     quality = json.loads(path.read_text()) if path.exists() else {}
-    quality[part] = {
-        **{k: round(v, 4) if isinstance(v, float) else v for k, v in reached.items()},
-        "minutes": round(seconds / 60, 1),
-    }
+    quality[part] = {k: round(v, 4) if isinstance(v, float) else v for k, v in reached.items()}
+    quality[part]["minutes"] = round(seconds / 60, 1)
     path.write_text(json.dumps(quality, indent=2) + "\n")
     print(part, quality[part])
 
 
 def forget_path(folder):
-    """Take out of saved configs what diffusers and transformers note there: the path of this machine."""
+    """Drop "_name_or_path" from saved configs: diffusers and transformers write a path of this machine there."""
     for config in folder.glob("*/config.json"):
         kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
         config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def accuracies(images, captions):
-    """The share of pictures that meet their captions, and of facts by attribute."""
+    """The fraction of pictures that match their captions, and of true facts per attribute, as a dict."""
     whole, attributes = world.judge(images, captions)
-    return {"prompt_accuracy": sum(whole) / len(whole), **{k: sum(v) / len(v) for k, v in sorted(attributes.items())}}
+    found = {"prompt_accuracy": sum(whole) / len(whole)}
+    for kind, true in sorted(attributes.items()):
+        found[kind] = sum(true) / len(true)
+    return found

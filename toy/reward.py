@@ -1,6 +1,6 @@
-"""The toy's latent reward model: preference pairs that come from the world itself, and its training on them (LPO, arXiv 2502.01051).
+"""The toy's latent reward model: preference pairs from the toy world, and training on them (LPO, arXiv 2502.01051).
 
-A pair is a scene's picture and a worse one for the same caption; no generator has a part in it.
+A pair is a scene's picture and a worse one for the same caption. No generator draws either.
 """
 
 import dataclasses
@@ -13,21 +13,20 @@ from tqdm import tqdm
 
 from diffusion import Schedule
 from engine.models import load_vae
+from engine.reward_model import save_reward_model, untrained_reward_model
 from latent_reward import bradley_terry, pair_scores
 from toy import world
 from toy.fit import HERE, fit, forget_path, report
 
-KINDS = {
-    "fact": 0.35,
-    "facts": 0.25,
-    "blurred": 0.1,
-    "saturated": 0.1,
-    "mixed": 0.2,
-}  # of worse pictures, and their shares
+KINDS = {"fact": 0.35, "facts": 0.25, "blurred": 0.1, "saturated": 0.1, "mixed": 0.2}  # of worse pictures: fractions
 
 
 def spoilt(kind, scene, text, image, other, rng):
-    """A worse picture for the caption: one or all of its facts made false, or the right picture blurred, over-saturated or mixed with another."""
+    """A worse picture for the caption, of a kind of KINDS.
+
+    "fact", "facts": one or all of its facts made false; the others: the right picture blurred, over-saturated, or mixed
+    with the picture `other`.
+    """
     if kind == "blurred":
         return F.avg_pool2d(F.pad(image[None], (5, 5, 5, 5), mode="reflect"), 11, 1)[0]
     if kind == "saturated":  # and over-contrasted, as too much guidance leaves it
@@ -41,8 +40,9 @@ def spoilt(kind, scene, text, image, other, rng):
 
 
 def altered(scene, stated, names, rng):
-    """The scene with these facts, of those that its caption states, made false."""
-    (o,), background = scene.objects, scene.background
+    """The scene with the facts `names` made false. stated: the facts of its caption."""
+    (o,) = scene.objects
+    background = scene.background
     options = {
         "shape": world.SHAPES,
         "color": world.COLORS,
@@ -63,8 +63,11 @@ def altered(scene, stated, names, rng):
 
 
 def pairs(count, split):
-    """-> latents of better and worse pictures, (count, 4, 16, 16) each, their captions, and what is wrong with the worse."""
-    vae, better, worse, captions = load_vae(HERE / "sdxl"), [], [], []
+    """-> latents of better and worse pictures, (count, 4, 16, 16) each, captions, and the kinds of the worse."""
+    vae = load_vae(HERE / "sdxl")
+    better = []
+    worse = []
+    captions = []
     rng = np.random.default_rng(count)
     kinds = rng.choice(list(KINDS), count, p=list(KINDS.values()))
     for start in tqdm(range(0, count, 128), desc=f"pairs, {split}", mininterval=5):
@@ -79,35 +82,37 @@ def pairs(count, split):
 
 
 def build_lrm():
-    model, schedule, batch = HERE / "sdxl", Schedule(), 32
+    model = HERE / "sdxl"
+    schedule = Schedule()
+    batch = 32
     R = untrained_reward_model(model, world.SIZE)
     better, worse, captions, _ = pairs(32768, "train")
     encoded = [R.encoder.encode(captions[i : i + 256]) for i in range(0, len(captions), 256)]
     conditions = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
 
     def loss(step):
-        which, t = torch.randint(len(better), (batch,)), torch.randint(1, 900, (batch,))
-        noise = torch.randn(2, batch, 4, 16, 16)
-        return bradley_terry(
-            *pair_scores(
-                R, schedule, better[which], worse[which], t, *noise, {k: v[which] for k, v in conditions.items()}
-            )
-        )
+        which = torch.randint(len(better), (batch,))
+        t = torch.randint(1, 900, (batch,))
+        eps_win, eps_lose = torch.randn(2, batch, 4, 16, 16)
+        c = {k: v[which] for k, v in conditions.items()}
+        return bradley_terry(*pair_scores(R, schedule, better[which], worse[which], t, eps_win, eps_lose, c))
 
     began = time.time()
     fit("lrm", [R], loss, steps=7000, lr=1.5e-3, weight_decay=0.01)
     R.eval().requires_grad_(False)
     better, worse, captions, kinds = pairs(1024, "test")
-    c, right = R.encoder.encode(captions), {}
+    c = R.encoder.encode(captions)
+    right = {}
     torch.manual_seed(0)
     for t in (50, 250, 500, 749):
-        win, lose = pair_scores(
-            R, schedule, better, worse, torch.full((len(better),), t), *torch.randn(2, *better.shape), c
-        )
+        eps_win, eps_lose = torch.randn(2, *better.shape)
+        level = torch.full((len(better),), t)
+        win, lose = pair_scores(R, schedule, better, worse, level, eps_win, eps_lose, c)
         right[f"right_at_t_{t}"] = (win > lose).float().mean().item()
         if t == 500:
-            of = {kind: (win > lose)[torch.from_numpy(kinds == kind)] for kind in KINDS}
-            right |= {f"right_at_t_500_{kind}": judged.float().mean().item() for kind, judged in of.items()}
+            for kind in KINDS:
+                ranked = (win > lose)[torch.from_numpy(kinds == kind)]
+                right[f"right_at_t_500_{kind}"] = ranked.float().mean().item()
     save_reward_model(R, HERE / "lrm", model, half=True)
     forget_path(HERE / "lrm")
     at_least = {"right_at_t_50": 0.9, "right_at_t_250": 0.9, "right_at_t_500": 0.9, "right_at_t_749": 0.75}

@@ -1,4 +1,4 @@
-"""The toy's two teachers: an SDXL-shaped UNet (eps-prediction) and an SD3-shaped transformer (flow matching, shift 3), as pipelines."""
+"""The toy's two teachers, as pipelines: an SDXL-shaped UNet (eps) and an SD3-shaped transformer (flow, shift 3)."""
 
 import os
 import time
@@ -44,7 +44,8 @@ def build_sdxl():
         addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=64 + 6 * 16,  # the pooled text, and six sizes
     )
-    schedule, clip = Schedule(), HERE / "clip"
+    schedule = Schedule()
+    clip = HERE / "clip"
     pipeline = StableDiffusionXLPipeline(
         vae=load_vae(where).net.half(),
         text_encoder=CLIPTextModel.from_pretrained(clip).half(),
@@ -62,9 +63,9 @@ def build_sdxl():
     )
 
     def weight(t):
-        """That of the eps error, and no less than 20 times it where SNR is small.
+        """SNR, the weight of the eps error, plus min(20 SNR, 1).
 
-        What the caption decides (which shape, which colour) is decided at high noise, where SNR is 1/100.
+        Shape and colour are decided at high noise, where SNR is 1/100.
         """
         snr = schedule.weight(t)
         return snr + (20 * snr).clamp(max=1)
@@ -103,12 +104,11 @@ def build_sd3():
         text_encoder_3=None,
         tokenizer_3=None,
     )
-    # Muon for the blocks' matrices, which AdamW moves too slowly: 7,000 of its steps drew 43 % of prompts right.
+    # Muon for the blocks' matrices: AdamW trains them too slowly (43 % of prompts right after 7,000 steps).
     matrices = [p for n, p in transformer.transformer_blocks.named_parameters() if p.ndim == 2 and "norm" not in n]
     train_teacher("sd3", where, pipeline, transformer, schedule, schedule.weight, steps=11000, muon=matrices)
-    for path in where.rglob(
-        "*.safetensors"
-    ):  # VAE and text encoders are those of toy/sdxl: links, so that they are stored once
+    # VAE and text encoders are those of toy/sdxl: links, so that they are stored once
+    for path in where.rglob("*.safetensors"):
         for twin in (HERE / "sdxl").rglob("*.safetensors"):
             if not path.is_symlink() and twin.read_bytes() == path.read_bytes():
                 path.unlink()
@@ -116,22 +116,28 @@ def build_sd3():
 
 
 def train_teacher(part, where, pipeline, net, schedule, weight, steps, batch=32, muon=()):
-    """Trains `net`, the denoiser of `pipeline`, on weight(t) ‖x̂_0 - x_0‖² with guidance's dropout; saves the pipeline, reports."""
+    """Trains `net`, the denoiser of `pipeline`, on weight(t) ‖x̂_0 - x_0‖², and saves the pipeline.
+
+    One caption in ten is replaced by the null prompt, for guidance.
+    """
     began = time.time()
     pipeline.save_pretrained(where)
     (where / part_of(where) / "diffusion_pytorch_model.safetensors").unlink()  # untrained
-    encoder, vae, denoiser = load_encoder(where, world.SIZE), load_vae(where), Denoiser(net, schedule)
+    encoder = load_encoder(where, world.SIZE)
+    vae = load_vae(where)
+    denoiser = Denoiser(net, schedule)
     images, captions, _ = scenes()
     latents = torch.cat([vae.encode(i) for i in tqdm(images.split(128), desc="latents", mininterval=5)])
-    encoded = [
-        encoder.encode(captions[i : i + 256])
-        for i in tqdm(range(0, len(captions), 256), desc="captions", mininterval=5)
-    ]
-    conditions, null = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}, encoder.null()
+    firsts = tqdm(range(0, len(captions), 256), desc="captions", mininterval=5)
+    encoded = [encoder.encode(captions[i : i + 256]) for i in firsts]
+    conditions = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
+    null = encoder.null()
 
     def loss(step):
         which = torch.randint(len(latents), (batch,))
-        x_0, t, eps = latents[which], schedule.t_at(1 - torch.rand(batch)), torch.randn(batch, 4, 16, 16)
+        x_0 = latents[which]
+        t = schedule.t_at(1 - torch.rand(batch))
+        eps = torch.randn(batch, 4, 16, 16)
         dropped = torch.rand(batch) < 0.1
         c = {k: v[which] for k, v in conditions.items()}
         for k in c:
@@ -149,17 +155,17 @@ def train_teacher(part, where, pipeline, net, schedule, weight, steps, batch=32,
 
 @torch.no_grad()
 def measure(denoiser, encoder, vae, count=200):
-    """Prompts right, of held-out ones: 50 steps as a multi-step sampler goes, 4 as a student does; unguided and guided."""
+    """Prompt accuracy on held-out prompts: 50 steps (multi-step), 4 steps (few-step); unguided and guided."""
     _, prompts, _ = scenes(count, "test")
-    c, z = encoder.encode(prompts), torch.randn(count, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    c = encoder.encode(prompts)
+    z = torch.randn(count, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     generators = [torch.Generator().manual_seed(i) for i in range(count)]
     reached = {}
     for w in (1.0, GUIDANCE):
         teacher = guided(denoiser, encoder.null(), w)
-        fifty, four = (
-            sample_ode(teacher, z, c, 50),
-            backward_simulation(teacher, z, c, denoiser.schedule.steps(4), generators),
-        )
-        reached[f"prompt_accuracy_50_steps_guidance_{w:g}"] = accuracies(vae.decode(fifty), prompts)["prompt_accuracy"]
-        reached[f"prompt_accuracy_4_steps_guidance_{w:g}"] = accuracies(vae.decode(four), prompts)["prompt_accuracy"]
+        fifty = sample_ode(teacher, z, c, 50)
+        four = backward_simulation(teacher, z, c, denoiser.schedule.steps(4), generators)
+        for steps, x_0 in ((50, fifty), (4, four)):
+            right = accuracies(vae.decode(x_0), prompts)["prompt_accuracy"]
+            reached[f"prompt_accuracy_{steps}_steps_guidance_{w:g}"] = right
     return reached

@@ -1,12 +1,12 @@
 """The toy world: 64x64 scenes whose captions can be CHECKED, not estimated.
 
-A scene is a background (colour, texture) with one object in one of four corners; it has a shape, colour, size, fill and
-a place in its corner. Its caption states some of that. What the caption leaves open (textures, most sizes and fills, the exact
-place) is what makes few-step sampling hard; what it states can be read back from the pixels, which makes alignment exact.
+A scene is a background (colour, texture) with one object in one of four corners. The object has a shape, colour, size,
+fill and a place in its corner. The caption states some of these facts. Those that it leaves open (textures, most sizes
+and fills, the exact place) make few-step sampling hard; those that it states can be read back from the pixels, exactly.
 
     scene(i, split)     the i-th scene of "train" or "test", and its caption; no caption and no scene is in both
     render(scene)       its image, (3, 64, 64) in [-1, 1];  labels(scene) its masks, (64, 64)
-    detect(images)      what is in the pixels, by comparing each cell with every object it could hold
+    detect(images)      the scene of each image, by comparing each cell with every object it could hold
     judge(images, prompts)   which of the stated facts are true
 """
 
@@ -33,14 +33,18 @@ BACKGROUNDS = {
     "tan": (0.76, 0.66, 0.50),
     "navy": (0.10, 0.12, 0.34),
 }
-SHAPES, FILLS, TEXTURES = ("circle", "cross", "triangle", "ring"), ("plain", "striped"), ("plain", "checkered")
+SHAPES = ("circle", "cross", "triangle", "ring")
+FILLS = ("plain", "striped")
+TEXTURES = ("plain", "checkered")
 SIZES = {"small": 8, "large": 12}  # radius, pixels
-ROWS, COLUMNS = ("top", "bottom"), ("left", "right")  # of corners
+ROWS = ("top", "bottom")  # of corners
+COLUMNS = ("left", "right")
 SECOND = (0.97, 0.97, 0.97)  # the colour of stripes
 CHECKER = 0.06  # checkered backgrounds: squares of 8 pixels, lighter and darker by this much
-PLACED = (-2, 2)  # an object's centre lies this far from its cell's in x and in y: 4 pixels apart, one latent pixel
-REACH = 3  # how far from a cell's centre, in pixels, the checker looks for objects
-MALFORMED = 0.05  # a cell whose squared distance (summed over RGB, mean over pixels) from its best match exceeds this holds no valid object
+PLACED = (-2, 2)  # offsets of an object's centre from its cell's, in x and in y: 4 pixels apart, one latent pixel
+REACH = 3  # `detect` searches this many pixels around a cell's centre
+# above this squared distance (summed over RGB, mean over pixels) from its best match, a cell holds no valid object
+MALFORMED = 0.05
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,12 @@ class Object:
 class Scene:
     background: str
     texture: str
-    objects: tuple  # of Object, in reading order: one in a scene of the world, any number in what a generator draws
+    objects: tuple  # of Object, in reading order: one in a scene of the world, any number in a generated picture
 
     def key(self):
-        """The scene in words, the place inside the cell left out: what the splits are dealt by."""
-        return " ".join(
-            [self.background, self.texture, *(f"{o.size} {o.fill} {o.color} {o.shape} {o.cell}" for o in self.objects)]
-        )
+        """The scene in words, without the place inside the cell: it decides the split."""
+        objects = [f"{o.size} {o.fill} {o.color} {o.shape} {o.cell}" for o in self.objects]
+        return " ".join([self.background, self.texture, *objects])
 
 
 # ---------------------------------------------------------------------------------------------- drawing
@@ -80,7 +83,7 @@ class Scene:
 
 @cache
 def stencil(shape, size, fill, dx=0, dy=0):
-    """One object alone: (2, CELL, CELL) float coverage in [0, 1] of its first and its second colour (4x4 supersampled)."""
+    """Coverage in [0, 1] of an object's first and second colour, (2, CELL, CELL) float (4x4 supersampled)."""
     s = 4
     grid = (np.arange(CELL * s) + 0.5) / s - CELL / 2
     x, y = np.meshgrid(grid - dx, grid - dy)
@@ -117,16 +120,17 @@ def render(scene):
     for o in scene.objects:
         first, second = stencil(o.shape, o.size, o.fill, o.dx, o.dy)
         region = image[(slice(None), *_cell(o.cell))]
+        color, stripe = (np.array(rgb, np.float32)[:, None, None] for rgb in (COLORS[o.color], SECOND))
         region *= 1 - first - second
-        region += (
-            first * np.array(COLORS[o.color], np.float32)[:, None, None]
-            + second * np.array(SECOND, np.float32)[:, None, None]
-        )
+        region += first * color + second * stripe
     return torch.from_numpy(image * 2 - 1)
 
 
 def labels(scene):
-    """The scene's masks: int64 tensor (SIZE, SIZE); 0 background, 1 + 2 * shape for first colours, 2 + 2 * shape for second."""
+    """The scene's masks: int64 tensor (SIZE, SIZE).
+
+    0: background; 1 + 2 * shape: an object's first colour; 2 + 2 * shape: its second.
+    """
     out = np.zeros((SIZE, SIZE), np.int64)
     for o in scene.objects:
         first, second = stencil(o.shape, o.size, o.fill, o.dx, o.dy)
@@ -140,13 +144,8 @@ def labels(scene):
 
 
 SPLITS = {"train": 1, "test": 2}  # split -> its number in the seed
-STATED = {
-    "size": 0.25,
-    "fill": 0.25,
-    "color": 0.9,
-    "place": 0.9,
-    "background": 0.4,
-}  # how often a caption says it; the shape always
+# how often a caption states a fact; it always states the shape
+STATED = {"size": 0.25, "fill": 0.25, "color": 0.9, "place": 0.9, "background": 0.4}
 
 
 def random_scene(rng):
@@ -156,7 +155,10 @@ def random_scene(rng):
 
 
 def caption(scene, rng):
-    """Says the object's shape, and each further fact by chance: "a large striped red circle at the top left on a gray background"."""
+    """The object's shape, and random further facts.
+
+    With all of them: "a large striped red circle at the top left on a gray background".
+    """
     (o,) = scene.objects
     words = ["a", *(getattr(o, kind) for kind in ("size", "fill", "color") if rng.random() < STATED[kind]), o.shape]
     words += ["at the", o.row, o.column] * (rng.random() < STATED["place"])
@@ -169,7 +171,7 @@ def _held_out(text):
 
 
 def crowd(index):
-    """The index-th scene with objects in two to four corners and no caption: what the VAE and SAM's encoder learn pixels from."""
+    """The index-th scene with objects in two to four corners, without a caption: for the VAE and SAM's encoder."""
     rng = np.random.default_rng([0, index])
     pick = lambda options: list(options)[rng.integers(len(options))]  # noqa: E731
     cells = sorted(rng.choice(4, rng.integers(2, 5), replace=False).tolist())
@@ -180,7 +182,7 @@ def crowd(index):
 
 
 def scene(index, split="train"):
-    """-> (Scene, caption), a pure function of (index, split). Keys and captions of test scenes do not occur in train."""
+    """-> (Scene, caption), a pure function of (index, split). No key or caption of a test scene occurs in train."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     for attempt in itertools.count():
@@ -196,8 +198,10 @@ def scene(index, split="train"):
 
 @cache
 def _templates():
-    """Every object a cell can hold, colours aside: names, and per template the coverages (m, n, m^2, n^2, m n) of its
-    first and second colour, (N, 5 * CELL * CELL)."""
+    """Every object a cell can hold, without its colour -> N names, templates (N, 5 * CELL * CELL).
+
+    A template is the coverages m, n of the object's first and second colour as (m, n, m^2, n^2, m n).
+    """
     span = range(-REACH, REACH + 1)
     names = list(itertools.product(SHAPES, SIZES, FILLS, span, span))
     m, n = torch.from_numpy(np.stack([stencil(*name) for name in names])).flatten(2).unbind(1)
@@ -208,20 +212,20 @@ def _templates():
 def detect(images):
     """Read scenes back from pixels (B, 3, SIZE, SIZE) in [-1, 1] -> list of B Scenes.
 
-    Analysis by synthesis: per cell, over all shapes, sizes, fills, places and colours, the squared distance between
-    the cell and that object drawn on the picture's background; the smallest wins, the bare background among them.
-    A cell that resembles nothing (MALFORMED) gets an object of shape "malformed", which satisfies no caption.
+    Analysis by synthesis: for each cell and all shapes, sizes, fills, places and colours, the squared distance between
+    the cell and that object drawn on the picture's background. The smallest wins; the bare background takes part.
+    A cell that matches nothing (MALFORMED) gets an object of shape "malformed", which satisfies no caption.
 
-    Drawn pixel = ground + m (first - ground) + n (second - ground), so with d = pixel - ground, p, q the brackets,
-    |d - m p - n q|^2 = |d|^2 - 2 m d.p - 2 n d.q + m^2 |p|^2 + n^2 |q|^2 + 2 m n p.q: one matrix product with _templates().
+    Drawn pixel = ground + m (first - ground) + n (second - ground). With d = pixel - ground and p, q the brackets,
+    |d - m p - n q|^2 = |d|^2 - 2 m d.p - 2 n d.q + m^2 |p|^2 + n^2 |q|^2 + 2 m n p.q: one product with _templates().
     """
     images = (images.float().cpu() + 1) / 2
     grounds = list(itertools.product(BACKGROUNDS, TEXTURES))
     drawn = torch.from_numpy(np.stack([background(*g) for g in grounds]))
-    # An object hides its ground alike under every guess: cap what a pixel can say.
+    # An object hides the ground whatever the guess: cap the distance of a pixel.
     best_ground = (images[:, None] - drawn).square().sum(2).clamp(max=0.03).sum((2, 3)).argmin(1)  # (B,)
     names, masks = _templates()
-    colors = torch.tensor(list(COLORS.values()))[:, :, None]  # (6, 3, 1)
+    colors = torch.tensor(list(COLORS.values()))[:, :, None]  # (5, 3, 1)
     found = [[] for _ in images]
     for cell in range(4):
         rows, cols = _cell(cell)
@@ -231,12 +235,9 @@ def detect(images):
         terms = []
         for color in colors:
             p = color - ground
-            terms.append(
-                torch.cat(
-                    [(-2 * d * p).sum(1), (-2 * d * q).sum(1), (p * p).sum(1), (q * q).sum(1), (2 * p * q).sum(1)], 1
-                )
-            )
-        gains = torch.stack(terms, 1) @ masks.T  # (B, 6, N)
+            products = [-2 * d * p, -2 * d * q, p * p, q * q, 2 * p * q]
+            terms.append(torch.cat([product.sum(1) for product in products], 1))
+        gains = torch.stack(terms, 1) @ masks.T  # (B, 5, N)
         best, where = gains.flatten(1).min(1)
         empty = best >= 0
         residual = (d.square().sum((1, 2)) + torch.where(empty, 0.0, best)) / CELL**2
@@ -244,28 +245,33 @@ def detect(images):
             if residual[i] > MALFORMED:
                 found[i].append(Object("malformed", "", "", "", cell))
             elif not empty[i]:
-                color, (shape, size, fill, dx, dy) = list(COLORS)[where[i] // len(names)], names[where[i] % len(names)]
+                color = list(COLORS)[where[i] // len(names)]
+                shape, size, fill, dx, dy = names[where[i] % len(names)]
                 found[i].append(Object(shape, color, size, fill, cell, dx, dy))
     return [Scene(*grounds[g], tuple(f)) for g, f in zip(best_ground.tolist(), found)]
 
 
 def parse(text):
-    """A caption of this world -> its statements {attribute: value}, such as {"color": "red", "shape": "circle", "background": "tan"}.
+    """A caption of this world -> its facts {attribute: value}, such as {"color": "red", "shape": "circle"}.
 
     Raises ValueError for text outside the world's grammar.
     """
-    said, facts = text.strip().lower(), {}
-    if m := re.search(r" on an? (\w+) background$", said):
-        if m[1] not in BACKGROUNDS:
-            raise ValueError(f"not a background of the toy world: {m[1]!r} in {text!r}")
-        said, facts = said[: m.start()], {"background": m[1]}
-    if m := re.search(rf" at the ({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})$", said):
-        said, facts = said[: m.start()], facts | {"row": m[1], "column": m[2]}
+    said = text.strip().lower()
+    facts = {}
+    ground = re.search(r" on an? (\w+) background$", said)
+    if ground:
+        if ground[1] not in BACKGROUNDS:
+            raise ValueError(f"not a background of the toy world: {ground[1]!r} in {text!r}")
+        facts["background"] = ground[1]
+        said = said[: ground.start()]
+    corner = re.search(rf" at the ({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})$", said)
+    if corner:
+        facts["row"], facts["column"] = corner.groups()
+        said = said[: corner.start()]
     article, *words = said.split() or [""]
+    kinds = {"shape": SHAPES, "color": COLORS, "size": SIZES, "fill": FILLS}
     for word in words:
-        kind = next(
-            (k for k, v in (("shape", SHAPES), ("color", COLORS), ("size", SIZES), ("fill", FILLS)) if word in v), None
-        )
+        kind = next((k for k, values in kinds.items() if word in values), None)
         if kind is None or kind in facts:
             raise ValueError(f"not in the toy world's grammar: {word!r} in {text!r}")
         facts[kind] = word
@@ -275,24 +281,28 @@ def parse(text):
 
 
 def check(found, text):
-    """Which facts that `text` states are true of the Scene `found` -> {attribute: bool}, "count" (one object) among them.
+    """Which facts of `text` are true of the Scene `found` -> {attribute: bool}; "count": whether it has one object.
 
-    Of several objects the one counts for which most is true.
+    Of several objects, the one with the most true facts counts.
     """
     stated = parse(text)
-    ground = {kind: found.background == stated.pop(kind) for kind in ("background",) if kind in stated}
+    color = stated.pop("background", None)
     facts = [{kind: getattr(o, kind, None) == value for kind, value in stated.items()} for o in found.objects or [None]]
-    return {"count": len(found.objects) == 1} | max(facts, key=lambda f: sum(f.values())) | ground
+    true = {"count": len(found.objects) == 1}
+    true.update(max(facts, key=lambda f: sum(f.values())))
+    if color is not None:
+        true["background"] = found.background == color
+    return true
 
 
 def judge(images, prompts):
-    """Check pictures against their prompts.
+    """Check pictures against their prompts -> (whole, attributes).
 
-    images: (B, 3, SIZE, SIZE) in [-1, 1]; prompts: B captions of this world (ValueError otherwise).
-    Returns (whole, attributes): whole, a list of B bools (every stated fact holds); attributes, a dict
-    attribute -> list of bools over all its statements.
+    images: (B, 3, SIZE, SIZE) in [-1, 1]; prompts: B captions of this world. Raises ValueError for other prompts.
+    whole: B bools, whether every stated fact is true; attributes: attribute -> one bool per prompt that states it.
     """
-    whole, attributes = [], {}
+    whole = []
+    attributes = {}
     for found, text in zip(detect(images), prompts, strict=True):
         facts = check(found, text)
         whole.append(all(facts.values()))
