@@ -33,6 +33,7 @@ OWN = {  # a sibling's own flags
 @pytest.mark.parametrize("preset", PAPER)
 def test_presets_are_the_papers(preset):
     c = train.read(["--preset", preset])
+    c.check()
     assert (c.stage, c.batch_size, c.iterations, c.ttur, c.student_steps, bool(c.lora_rank)) == PAPER[preset]
     assert c.guidance == (7 if c.lora_rank else 8) and c.resolution == 1024  # Table 2's teacher; DMD2's w
     assert train.read(["--preset", preset, "--ttur", "3"]).ttur == 3
@@ -45,9 +46,10 @@ def test_a_method_combines_with_every_base_model(method, preset):
     flags = ["--method", method, "--preset", preset]
     if method == "dmdr" and preset.startswith("sd3"):
         with pytest.raises(UserError, match="pass --fake-lora 0 --dynamic 0"):
-            train.read(flags)
+            train.read(flags).check()
         flags += ["--fake-lora", "0", "--dynamic", "0"]
     config = train.read(flags)
+    config.check()
     assert type(config) is settings_of(method) and config.method == method
     said = PRESETS[preset] | {"preset": preset, "method": method}
     if "--fake-lora" in flags:
