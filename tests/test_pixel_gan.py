@@ -157,13 +157,13 @@ def test_the_square_that_D_sees():
     pixels = latents.repeat_interleave(4, 2).repeat_interleave(4, 3)
     corners = set()
     for loop in range(1, 30):
-        seen, seen_pixels = pixel_gan.window(24, 16, 4, seed=0, loop=loop)
+        seen, seen_pixels = pixel_gan.window(24, latents, 4, seed=0, loop=loop)
         square = latents[seen]
         assert square.shape == (2, 4, 6, 6)
         assert torch.equal(square.repeat_interleave(4, 2).repeat_interleave(4, 3), pixels[seen_pixels])
         corners.add(square[0, 0, 0, 0].item())
     assert len(corners) > 10
-    seen, seen_pixels = pixel_gan.window(0, 16, 4, seed=0, loop=1)
+    seen, seen_pixels = pixel_gan.window(0, latents, 4, seed=0, loop=1)
     assert torch.equal(latents[seen], latents) and torch.equal(pixels[seen_pixels], pixels)
 
 
