@@ -153,7 +153,13 @@ def _state(players, optimizers=True):
     out = {}
     seen = []
     for name, (module, optimizer) in players.items():
-        out[name] = {"optimizer": get_optimizer_state_dict(module, optimizer)} if optimizers else {}
+        out[name] = {}
+        if optimizers:
+            never_stepped = not optimizer.state
+            out[name]["optimizer"] = get_optimizer_state_dict(module, optimizer)
+            if never_stepped:  # torch has made its state by a step without gradients, and counted it
+                for state in optimizer.state.values():
+                    state["step"].zero_()
         if module not in seen:  # in stage 2 the generator has two optimizers, so it is in `players` twice
             out[name]["model"] = get_model_state_dict(module, options=TRAINED)
             seen.append(module)

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,30 +19,41 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from transformers import CLIPModel, CLIPTokenizer
 
 import evaluate
+import export
 import sample
 import train
-from engine import benchmark, checkpoint, config, data, pictures, run_folder, safe_load
+from engine import benchmark, checkpoint, config, data, monitor, pictures, run_folder, safe_load
+from engine.batch import Batch
 from engine.errors import UserError
+from engine.networks import assemble
 from engine.prompts import PromptEncoder
 from toy import world
 
-SMALL = ["--iterations", "2", "--batch-size", "2", "--preview-every", "0", "--log-every", "1"]
+SMALL = ["--iterations", "1", "--batch-size", "2", "--preview-every", "0", "--log-every", "1"]
+NO_GAN = ["--gan-weight", "0"]
 
 
 def call(main, capsys, *argv):
-    """Run a script's main() with argv -> its exit status and the last line that it printed."""
-    old, sys.argv = sys.argv, ["script", *map(str, argv)]
+    """Run a script's main(argv) -> its exit status and the last line that it printed; of a mistake, its one line."""
     try:
-        main()
+        main([str(a) for a in argv])
         status = 0
     except SystemExit as e:
         status = e.code
-    finally:
-        sys.argv = old
     text = capsys.readouterr()
     assert "Traceback" not in text.err
-    lines = (text.err if status else text.out).strip().splitlines()
-    return status, next((line for line in lines if line.startswith("error:")), lines[-1])  # a progress bar may end below it
+    if not status:
+        return status, text.out.strip().splitlines()[-1]
+    (line,) = (line for line in text.err.splitlines() if line.startswith("error: "))
+    assert "usage:" not in text.err
+    return status, line
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of one loop, without a GAN. Not to be changed."""
+    argv = [*SMALL, *NO_GAN, "--out", str(tmp_path_factory.mktemp("runs") / "run")]
+    return train.train(train.read(argv))
 
 
 @pytest.fixture
@@ -64,11 +77,15 @@ def photos(tmp_path):
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--sam", "toy/nothing"], "toy/nothing"),
         (["--renoise", "0.9,0.1"], "renoise"),
-        (["--cache-latents", "kept"], "--gan-reals vae"),
-        (["--cache-latents", "kept", "--gan", "latent"], "the toy world"),
-        (["--cache-latents", "README.md", "--gan", "latent", "--data", "tests"], "is a file"),
-        (["--size-condition", "original"], "captions of their own"),
-        (["--judge", "runs/none"], "--gan online"),
+        (["--cache-latents", "kept", "--data", "a.tar"], "--gan-reals vae"),
+        (["--cache-latents", "kept", "--method", "dmd2"], "the toy world"),
+        (["--cache-latents", "README.md", "--method", "dmd2", "--data", "a.tar"], "is a file"),
+        (["--size-condition", "original"], "their own captions"),
+        (["--judge", "runs/none"], "--judge"),
+        (["--judge", "runs/none", "--method", "advdmd", "--batch-size", "4"], "runs/none holds no stage-1 checkpoint"),
+        (["--gan", "latent"], "--gan"),
+        (["--method", "dmd3"], "dmd3"),
+        (["--prompts", "toy/nothing.txt"], "toy/nothing.txt"),
         (["--ema", "2"], "--ema"),
         (["--seed", "-1"], "--seed"),
         (["--lr", "0"], "--lr"),
@@ -94,7 +111,9 @@ def test_bad_numbers(main, argv, capsys):
     assert status == 2 and f"{argv[0]}: " in line and argv[1] in line
 
 
-@pytest.mark.parametrize("lost", ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae", "model_index.json", "tokenizer_2"])
+@pytest.mark.parametrize(
+    "lost", ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae", "model_index.json", "tokenizer_2"]
+)
 def test_half_written_model_folder(lost, capsys, tmp_path):
     model = shutil.copytree("toy/sdxl", tmp_path / "model")
     shutil.rmtree(model / lost) if (model / lost).is_dir() else (model / lost).unlink()
@@ -102,7 +121,10 @@ def test_half_written_model_folder(lost, capsys, tmp_path):
     assert status == 2 and lost.split("/")[0] in line and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name, words", [("model_index.json", "only StableDiffusion"), ("scheduler/scheduler_config.json", "scheduler_config.json")])
+@pytest.mark.parametrize(
+    "name, words",
+    [("model_index.json", "only StableDiffusion"), ("scheduler/scheduler_config.json", "scheduler_config.json")],
+)
 def test_emptied_config(name, words, capsys, tmp_path):
     model = shutil.copytree("toy/sdxl", tmp_path / "model")
     (model / name).write_text("{}")
@@ -121,7 +143,12 @@ def test_cut_short_weights(capsys, tmp_path):
 def test_hub_out_of_reach(capsys, tmp_path):
     """A hub name without the hub: the line says to give a folder."""
     status, line = call(train.main, capsys, *SMALL, "--model", "nobody/no-such-model", "--out", tmp_path / "run")
-    assert status == 2 and "nobody/no-such-model from the hub" in line and "give its folder" in line and not (tmp_path / "run").exists()
+    assert (
+        status == 2
+        and "nobody/no-such-model from the hub" in line
+        and "give its folder" in line
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_pickled_weights_are_not_run(capsys, tmp_path):
@@ -129,12 +156,17 @@ def test_pickled_weights_are_not_run(capsys, tmp_path):
     path = tmp_path / "sam_vit_b_01ec64.pth"
     torch.save({"weights": Malicious(tmp_path / "run by torch.load")}, path)
     status, line = call(train.main, capsys, *SMALL, "--sam", path, "--out", tmp_path / "run")
-    assert status == 2 and str(path) in line and not (tmp_path / "run by torch.load").exists() and not (tmp_path / "run").exists()
+    assert (
+        status == 2
+        and str(path) in line
+        and not (tmp_path / "run by torch.load").exists()
+        and not (tmp_path / "run").exists()
+    )
 
 
 @pytest.mark.parametrize("rank", ["", "__0"])
 def test_pickled_checkpoints_are_not_run(rank, tmp_path):
-    """Neither a checkpoint's table of contents, of all ranks or of one, nor what else torch.distributed.checkpoint pickles."""
+    """Neither a checkpoint's table of contents, of all ranks or of one, nor what else torch pickles there."""
     net = torch.nn.Linear(2, 2)
     player, proof = {"G": (net, torch.optim.AdamW(net.parameters()))}, tmp_path / "run by pickle"
     checkpoint.save(tmp_path, player, {"loops": 1}, write=lambda *_: None)
@@ -152,7 +184,9 @@ def test_pickled_checkpoints_are_not_run(rank, tmp_path):
     assert not proof.exists()
 
 
-@pytest.mark.parametrize("kind, name, read", [(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT", True), (Path, "touch", False)])
+@pytest.mark.parametrize(
+    "kind, name, read", [(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT", True), (Path, "touch", False)]
+)
 def test_enums_in_a_checkpoint_of_python_3_11_2(kind, name, read):
     """Which pickles an enum's member as getattr of the enum: read, where it is that; any other attribute is refused."""
     table = pickle.dumps(Attribute(kind, name))
@@ -179,49 +213,50 @@ class Malicious:
         return Path.touch, (self.path,)
 
 
-PAPER = {  # the paper's tables: stage, batch, iterations, TTUR, student steps, whether LoRAs
-    "sdxl-4step": (1, 64, 1000, 1, 4, False),
-    "sdxl-4step-ttur2": (1, 64, 4000, 2, 4, False),
-    "sdxl-4step-ttur5": (1, 64, 18000, 5, 4, False),
-    "sdxl-8step": (1, 48, 3000, 2, 8, False),
-    "sd3-4step": (1, 32, 4000, 2, 4, True),
-    "sdxl-stage2": (2, 64, 5000, 1, 4, False),
-    "sdxl-8step-stage2": (2, 48, 3000, 1, 8, False),
-    "sdxl-dmd2": (1, 128, 24000, 5, 4, False),
-}
+def full(*args, **kwargs):
+    """What takes more memory than the machine has."""
+    return torch.empty(2**50)
 
 
-@pytest.mark.parametrize("preset", PAPER)
-def test_presets_are_the_papers(preset):
-    c = config.parse(["--preset", preset])
-    assert (c.stage, c.batch_size, c.iterations, c.ttur, c.student_steps, bool(c.lora_rank)) == PAPER[preset]
-    assert c.guidance == (7 if c.lora_rank else 8) and c.resolution == 1024  # Table 2's teacher; DMD2's w
-    assert config.parse(["--preset", preset, "--ttur", "3"]).ttur == 3
+def test_out_of_memory_is_named():
+    """An allocation that the machine refuses: in which network or optimizer, where, at how many samples, what helps."""
+    settings = train.read(["--batch-size", "2"])
+    nets = assemble(settings, 1, torch.device("cpu"), train.prepare)
+    prompts = ["a red circle", "a blue ring"]
+    batch = Batch(torch.zeros(2, 3, 64, 64), prompts, nets.encoder.encode(prompts), [0, 1], loop=1)
+    parts = {
+        "the score estimator": (nets.fake.net, "forward"),
+        "the teacher": (nets.teacher.net, "forward"),
+        "the VAE": (nets.vae.net, "decode"),
+        "the optimizer step of D": (nets.players["D"][1], "step"),
+    }
+    for name, (owner, method) in parts.items():
+        works = getattr(owner, method)
+        setattr(owner, method, full)
+        with pytest.raises(RuntimeError) as error:
+            train.flash(nets, batch, 1)
+        setattr(owner, method, works)
+        line = monitor.error_line(error.value, settings)
+        assert line.startswith(f"out of memory in {name}, train.py line "), line
+        for words in ("with 2 samples", "--micro-batch", "--checkpointing", "--gan-crop 32"):
+            assert words in line
 
 
-def test_out_of_memory_is_named(capsys, tmp_path, monkeypatch):
-    """An allocation that the machine refuses, inside a network or an optimizer: which, in whose turn, how many samples, and what helps."""
-    real, real_step, casts = UNet2DConditionModel.forward, torch.optim.AdamW.step, []
-    monkeypatch.setattr(train, "assemble", lambda *args, real=train.assemble: casts.append(real(*args)) or casts[-1])
+def test_out_of_memory_ends_a_run_with_one_line(capsys, tmp_path, monkeypatch):
+    def without_memory(*args, real=assemble):
+        nets = real(*args)
+        nets.G.net.forward = full
+        return nets
 
-    def full(self, *args, **kwargs):
-        owners = {id(casts[-1].fake.net): "fake", id(casts[-1].teacher.net): "teacher", id(casts[-1].players["D"][1]): "D"} if casts else {}
-        if owners.get(id(self)) == failing:
-            return torch.empty(2**50)
-        return (real if isinstance(self, UNet2DConditionModel) else real_step)(self, *args, **kwargs)
-
-    monkeypatch.setattr(UNet2DConditionModel, "forward", full)
-    monkeypatch.setattr(torch.optim.AdamW, "step", full)
-    named = {"fake": "the score estimator, in generator_turn", "teacher": "the teacher, in generator_turn", "D": "the optimizer step of D, in distil"}
-    for failing in named:
-        status, line = call(train.main, capsys, *SMALL, "--out", tmp_path / "run", "--overwrite")
-        assert status == 2 and all(word in line for word in (named[failing], "2 samples", "--micro-batch", "--checkpointing", "--gan-crop")), line
+    monkeypatch.setattr(train, "assemble", without_memory)
+    status, line = call(train.main, capsys, *SMALL, *NO_GAN, "--out", tmp_path / "run")
+    assert status == 2 and "out of memory in the generator G, train.py line" in line and "--gan-crop" not in line
 
 
 def test_batch_not_divisible_by_ranks(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "start_process", lambda: (0, 3, torch.device("cpu")))
+    monkeypatch.setenv("WORLD_SIZE", "3")
     status, line = call(train.main, capsys, *SMALL, "--out", tmp_path / "run")
-    assert status == 2 and "divisible by 3" in line
+    assert status == 2 and "--batch-size 2 is not divisible by 3 ranks" in line
 
 
 def test_8_bit_moments_want_the_same_ranks(tmp_path):
@@ -236,7 +271,7 @@ def test_8_bit_moments_want_the_same_ranks(tmp_path):
 
 
 def test_restart_by_torchrun_goes_on_with_its_own_run(capsys, monkeypatch, tmp_path):
-    """--max-restarts asks for --out; what this torchrun has begun goes on without --resume, another's run is refused, also at a restart."""
+    """--max-restarts asks for --out; what this torchrun began goes on without --resume, another's run is refused."""
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     status, line = call(train.main, capsys, *SMALL)
     assert status == 2 and "--max-restarts needs --out" in line
@@ -244,7 +279,7 @@ def test_restart_by_torchrun_goes_on_with_its_own_run(capsys, monkeypatch, tmp_p
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     assert not config.parse(out).resume
     config_ = config.parse([*out, "--lr", "1e-3"])
-    (run_folder.open_run(config_, 0) / "config.json").write_text(json.dumps(vars(config_)))
+    run_folder.write_config(run_folder.open_run(config_), config_)
     assert not config.parse(out).resume  # a second command under the same --rdzv-id, as in a Slurm job of two
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     again = config.parse(out)
@@ -253,72 +288,122 @@ def test_restart_by_torchrun_goes_on_with_its_own_run(capsys, monkeypatch, tmp_p
     assert "is not empty" in run_folder.refusal(config.parse(out), tmp_path / "run")
 
 
-def test_run_folder_is_never_overwritten_unasked(capsys, tmp_path):
-    out = tmp_path / "run"
-    assert call(train.main, capsys, *SMALL, "--out", out)[0] == 0
-    before = (out / "metrics.jsonl").read_text()
-    status, line = call(train.main, capsys, *SMALL, "--out", out)
+def test_run_folder_is_never_overwritten_unasked(run, capsys, tmp_path):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    status, line = call(train.main, capsys, *SMALL, "--out", run)
     assert status == 2 and "--resume" in line and "--overwrite" in line
-    for keep in (tmp_path, tmp_path / "file.txt"):  # not run folders: --overwrite must not delete them
-        (tmp_path / "file.txt").write_text("mine")
-        assert call(train.main, capsys, *SMALL, "--out", keep, "--overwrite")[0] == 2 and (tmp_path / "file.txt").exists()
+    mine = tmp_path / "file.txt"
+    mine.write_text("mine")
+    for keep in (tmp_path, mine):  # not run folders: --overwrite must not delete them
+        assert call(train.main, capsys, *SMALL, "--out", keep, "--overwrite")[0] == 2 and mine.exists()
     model = shutil.copytree("toy/sdxl", tmp_path / "other")
-    status, line = call(train.main, capsys, *SMALL, "--out", out, "--resume", "--model", model)
+    status, line = call(train.main, capsys, *SMALL, "--out", run, "--resume", "--model", model)
     assert status == 2 and "--model" in line and "toy/sdxl" in line
-    assert (out / "metrics.jsonl").read_text() == before
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
-    status, line = call(sample.main, capsys, "--run", out, "--prompt", " ")
+
+def test_sample_and_evaluate_a_run(run, capsys, tmp_path):
+    status, line = call(sample.main, capsys, "--run", run, "--prompt", " ")
     assert status == 2 and "empty" in line
-    status, line = call(sample.main, capsys, "--run", out, "--prompt", "a red circle " * 30, "--out", tmp_path / "pictures")
-    assert status == 0 and (tmp_path / "pictures" / "00000.png").exists() and "seconds per image" in line
-    status, line = call(sample.main, capsys, "--run", out, "--out", tmp_path / "pictures")
+    out = tmp_path / "pictures"
+    status, line = call(sample.main, capsys, "--run", run, "--prompt", "a red circle " * 30, "--out", out)
+    assert status == 0 and (out / "00000.png").exists() and "seconds per image" in line
+    status, line = call(sample.main, capsys, "--run", run, "--out", out)
     assert status == 2 and "holds something" in line
-    status, _ = call(evaluate.main, capsys, "--run", out, "--num", "16", "--json", tmp_path / "m.json")
+    status, _ = call(evaluate.main, capsys, "--run", run, "--num", "16", "--json", tmp_path / "m.json")
     found = json.loads((tmp_path / "m.json").read_text())
-    keys = "prompt_accuracy attribute_accuracy frechet precision recall clip_score reward saturation contrast nfe seconds_per_image num seed real"
+    keys = "prompt_accuracy attribute_accuracy frechet precision recall clip_score reward saturation contrast nfe "
+    keys += "seconds_per_image num seed real"
     assert status == 0 and sorted(found) == sorted(keys.split()) and found["nfe"] == 4 and found["num"] == 16
 
 
-def test_bare_commands_take_the_newest_run(capsys, tmp_path, monkeypatch):
+def test_bare_commands_take_the_newest_run(run, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("old", "new"):
-        assert call(train.main, capsys, *SMALL, "--gan-weight", "0", "--out", f"runs/{name}")[0] == 0
-    assert call(sample.main, capsys, "--run", "runs/old", "--num", "1")[0] == 0
+    for age, name in enumerate(("new", "old")):
+        shutil.copytree(run, f"runs/{name}")
+        newest = run_folder.newest(f"runs/{name}") / "progress.json"
+        os.utime(newest, (1e9 - age, 1e9 - age))
     for name, saved in (("reward", '{"stage": "reward"}'), ("torn", '{"stage": 1, ')):  # newer, and no students
-        shutil.copytree("runs/new", f"runs/{name}")
-        Path("runs", name, "config.json").write_text(saved)
+        shutil.copytree("runs/old", f"runs/{name}")
+        Path(f"runs/{name}/config.json").write_text(saved)
+        (run_folder.newest(f"runs/{name}") / "progress.json").touch()
     status, line = call(sample.main, capsys, "--steps", "4")
     assert status == 0 and "runs/new/samples" in line
     for main, argv in ((sample.main, ["--run", "runs/torn"]), (train.main, ["--resume", "--out", "runs/torn"])):
         status, line = call(main, capsys, *argv)
         assert status == 2 and "config.json" in line and "torn" in line
-    stage_2 = ["--stage", "2", "--gan-weight", "0", "--init", "runs/old", "--out", "runs/new", "--overwrite", "--clip", "toy/nothing"]
+
+
+def test_a_run_that_cannot_start_replaces_none(run, capsys, tmp_path):
+    out = shutil.copytree(run, tmp_path / "run")
+    stage_2 = ["--stage", "2", *NO_GAN, "--init", run, "--out", out, "--overwrite", "--clip", "toy/nothing"]
     status, line = call(train.main, capsys, *stage_2)
-    assert status == 2 and "toy/nothing" in line and Path("runs/new/metrics.jsonl").exists()  # not replaced by a run that cannot start
+    assert status == 2 and "toy/nothing" in line and (out / "metrics.jsonl").exists()
 
 
 def test_resume_keeps_the_runs_settings(capsys, tmp_path):
     out = tmp_path / "run"
-    assert call(train.main, capsys, *SMALL, "--ttur", "2", "--renoise", "0.1,0.9", "--gan-weight", "0", "--out", out)[0] == 0
-    assert call(train.main, capsys, "--resume", "--out", out, "--iterations", "4")[0] == 0
+    flags = [*SMALL, *NO_GAN, "--ttur", "2", "--renoise", "0.1,0.9"]
+    assert call(train.main, capsys, *flags, "--out", out)[0] == 0
+    assert call(train.main, capsys, "--resume", "--out", out, "--iterations", "3")[0] == 0
     saved = json.loads((out / "config.json").read_text())
-    assert (saved["ttur"], saved["renoise"], saved["gan_weight"], saved["iterations"]) == (2, [0.1, 0.9], 0, 4)
-    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["generator_updates"] == 2
+    assert (saved["ttur"], saved["renoise"], saved["gan_weight"], saved["iterations"]) == (2, [0.1, 0.9], 0, 3)
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["generator_updates"] == 1
+
+
+def test_a_run_of_before_method_goes_on_as_it_was(capsys, tmp_path):
+    """A DMD2 run whose config.json says gan = latent: its head learns on, and all scripts read it."""
+    out = tmp_path / "run"
+    assert call(train.main, capsys, *SMALL, "--method", "dmd2", "--out", out)[0] == 0
+    saved = json.loads((out / "config.json").read_text())
+    assert saved.pop("method") == "dmd2"
+    (out / "config.json").write_text(json.dumps(saved | {"gan": "latent"}))
+    before = saved_state(out)["head"]["model"]
+    assert call(train.main, capsys, "--resume", "--out", out, "--iterations", "2")[0] == 0
+    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert logged[-1]["loops"] == 2 and "d_loss" in logged[-1]
+    after = saved_state(out)["head"]["model"]
+    assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
+    assert json.loads((out / "config.json").read_text())["method"] == "dmd2"
+    assert call(sample.main, capsys, "--run", out, "--prompt", "a red circle")[0] == 0
+    assert call(export.main, capsys, out, tmp_path / "student")[0] == 0
+    assert '"method": "dmd2"' in (tmp_path / "student" / "README.md").read_text()
+
+
+def saved_state(out):
+    """The weights and optimizers in a run's newest checkpoint."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(run_folder.newest(out) / "state", out / "state.pt")
+    return torch.load(out / "state.pt", weights_only=True)
 
 
 def test_evaluate_teacher_and_undistilled(capsys, tmp_path):
-    for argv, nfe in ((["--teacher", "--steps", "3", "--reference", "teacher"], 6), (["--undistilled", "--guidance", "1"], 4)):
+    for argv, nfe in (
+        (["--teacher", "--steps", "3", "--reference", "teacher"], 6),
+        (["--undistilled", "--guidance", "1"], 4),
+    ):
         assert call(evaluate.main, capsys, *argv, "--num", "8", "--json", tmp_path / "new" / "m.json")[0] == 0
         assert json.loads((tmp_path / "new" / "m.json").read_text())["nfe"] == nfe
 
 
 def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
-    """Pictures are saved, and drawn again only where one is lost; scores are cosines by another route; the paper's rows stand beside ours."""
+    """Pictures are saved, and drawn again where one is lost; scores are cosines by another route."""
     prompts = [world.scene(i, "test")[1] for i in range(5)]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
     pictures, hps = tmp_path / "pictures", tmp_path / "hpsv2.json"
     hps.write_text(json.dumps({"HPSv2": [0.1, 0.2, 0.3, 0.4, 0.5]}))
-    flags = ["--undistilled", "--prompts", tmp_path / "prompts.txt", "--images", pictures, "--pick", "toy/clip", "--scores", hps]
+    flags = [
+        "--undistilled",
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--images",
+        pictures,
+        "--pick",
+        "toy/clip",
+        "--scores",
+        hps,
+    ]
     status, _ = call(evaluate.main, capsys, *flags, "--json", tmp_path / "a.json")
     assert status == 0
     found = json.loads((tmp_path / "a.json").read_text())
@@ -334,7 +419,9 @@ def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
     (pictures / "00003.png").unlink()
     (pictures / "00001.png").write_bytes(before["00000.png"])  # not lost: left as it is
     assert call(evaluate.main, capsys, *flags)[0] == 0
-    assert (pictures / "00003.png").read_bytes() == before["00003.png"] and (pictures / "00001.png").read_bytes() == before["00000.png"]
+    assert (pictures / "00003.png").read_bytes() == before["00003.png"] and (
+        pictures / "00001.png"
+    ).read_bytes() == before["00000.png"]
     for extra, words in [
         (["--seed", "1"], "another --images"),
         (["--scores", tmp_path / "prompts.txt"], "--scores"),
@@ -343,12 +430,16 @@ def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
         status, line = call(evaluate.main, capsys, *flags, *extra)
         assert status == 2 and words in line
     table = benchmark.table("ours", 4, {"CLIP": 0.5}).splitlines()
-    assert table[-1] == "| **ours** | 4 |  | 0.5000 |  |  |  |  |" and any(line.startswith("| DMD2-SDXL | 4 | 0.8748 | 0.3302 |") for line in table)
+    assert table[-1] == "| **ours** | 4 |  | 0.5000 |  |  |  |  |" and any(
+        line.startswith("| DMD2-SDXL | 4 | 0.8748 | 0.3302 |") for line in table
+    )
 
 
 def test_missing_runs_and_prompts(capsys, tmp_path):
-    assert call(sample.main, capsys, "--run", tmp_path)[0] == 2
-    assert call(evaluate.main, capsys, "--run", tmp_path / "none")[0] == 2
+    for main, argv in ((sample.main, ["--run"]), (evaluate.main, ["--run"]), (export.main, [])):
+        out = [tmp_path / "out"] if main is export.main else []
+        status, line = call(main, capsys, *argv, tmp_path / "none", *out)
+        assert status == 2 and f"{tmp_path / 'none'} holds no checkpoint" in line
     assert call(evaluate.main, capsys, "--teacher", "--model", "toy/none")[0] == 2
 
 
@@ -364,7 +455,8 @@ def test_folder_of_pictures_trains(photos, capsys, tmp_path):
     (photos / "3.png").rename(photos / "3.jpeg")
     rows = (photos / "metadata.jsonl").read_text().replace("3.png", "3.jpeg")
     (photos / "metadata.jsonl").write_text(rows)
-    status, _ = call(train.main, capsys, *SMALL, "--data", photos, "--out", tmp_path / "run", "--workers", "1")
+    flags = [*SMALL, *NO_GAN, "--data", photos, "--workers", "1"]
+    status, _ = call(train.main, capsys, *flags, "--out", tmp_path / "run")
     assert status == 0
     source = data.source(photos, 64)
     epoch = {source[i][1] for i in range(10)}
@@ -374,7 +466,7 @@ def test_folder_of_pictures_trains(photos, capsys, tmp_path):
 
 
 def test_photographs_train_preview_and_resume(capsys, tmp_path):
-    """20 captioned views of a photograph that matplotlib ships: trained on, previewed, and resumed to the weights of an unbroken run."""
+    """20 captioned views of matplotlib's photograph: trained on, previewed; a run in two parts ends alike."""
     views = tmp_path / "views"
     views.mkdir()
     photograph = Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")  # 512 x 600
@@ -383,37 +475,52 @@ def test_photographs_train_preview_and_resume(capsys, tmp_path):
         photograph.crop((left, top, left + 200, top + 240)).save(views / f"{i}.jpg")
     rows = [{"file_name": f"{i}.jpg", "text": f"a photograph of an admiral, view {i}"} for i in range(20)]
     (views / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--data", views, "--batch-size", "4", "--preview-every", "4", "--save-every", "2", "--log-every", "1", "--lr-schedule", "constant"]
-    for name, *more in (("whole", "--iterations", 4), ("halves", "--iterations", 2), ("halves", "--iterations", 4, "--resume")):
-        assert call(train.main, capsys, *flags, "--out", tmp_path / name, *more)[0] == 0
-    whole, halves = (load_file(run_folder.newest(tmp_path / name) / "unet/diffusion_pytorch_model.safetensors") for name in ("whole", "halves"))
+    flags = [*SMALL, "--data", views, "--lr-schedule", "constant"]
+    parts = {"whole": [["--iterations", 2]], "halves": [[], ["--iterations", 2, "--resume", "--preview-every", 2]]}
+    for name, commands in parts.items():
+        for more in commands:
+            assert call(train.main, capsys, *flags, "--out", tmp_path / name, *more)[0] == 0
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    whole, halves = (load_file(run_folder.newest(tmp_path / name) / weights) for name in parts)
     assert all(torch.equal(whole[k], halves[k]) for k in whole)
-    grid = Image.open(tmp_path / "halves" / "preview-000004.png")
+    grid = Image.open(tmp_path / "halves" / "preview-000002.png")
     assert grid.width > 8 * 128 and len(set(grid.resize((64, 64)).getdata())) > 100
 
 
-@pytest.mark.parametrize("gan", [("--gan", "latent"), ("--gan-reals", "vae"), ("--gan", "online", "--candidates", "2")], ids=lambda g: g[1])
-def test_training_on_cached_latents_is_training_on_pictures(gan, photos, capsys, tmp_path):
-    """The losses of two loops, to the precision of fp16 latents; what was kept of other pictures costs no run that is there already."""
-    losses, out = [], tmp_path / "run"
-    for more in ((), ("--cache-latents", tmp_path / "kept", "--workers", "1")):
-        assert call(train.main, capsys, *SMALL, "--data", photos, "--out", out, "--overwrite", *gan, *more)[0] == 0
+@pytest.mark.parametrize(
+    "method",
+    [("--method", "dmd2"), ("--gan-reals", "vae"), ("--method", "advdmd", "--candidates", "2")],
+    ids=lambda flags: flags[1],
+)
+def test_training_on_cached_latents_is_training_on_pictures(method, photos, capsys, tmp_path):
+    """The losses of a loop, to the precision of fp16 latents. A cache of other pictures costs no run that is there."""
+    losses, out, kept = [], tmp_path / "run", tmp_path / "kept"
+    for more in ((), ("--cache-latents", kept, "--workers", "1")):
+        assert call(train.main, capsys, *SMALL, "--data", photos, "--out", out, "--overwrite", *method, *more)[0] == 0
         losses.append([json.loads(line)["d_loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(list((tmp_path / "kept").glob("*.safetensors"))) == 10
-    status, line = call(train.main, capsys, *SMALL, "--data", tmp_path, "--out", out, "--overwrite", *gan, *more)
-    assert status == 2 and (out / "metrics.jsonl").exists()
+    assert len(losses[0]) == 1 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert len(list(kept.glob("*.safetensors"))) == 10
+    other = shutil.copytree(photos, tmp_path / "other")
+    status, line = call(train.main, capsys, *SMALL, "--data", other, "--out", out, "--overwrite", *method, *more)
+    assert status == 2 and f"{kept} holds latents of" in line and (out / "metrics.jsonl").exists()
 
 
-def test_original_sizes_reach_every_network(photos, capsys, tmp_path, monkeypatch):
-    """Pictures 96 wide and 80 high, resized to 77 x 64, 6 cut off at the left; under guidance the null prompt's half is told the same."""
-    seen, forward = [], UNet2DConditionModel.forward
-    told = lambda net, *args, **kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"]) or forward(net, *args, **kwargs)  # noqa: E731
+@pytest.mark.parametrize("condition, sizes", [("original", [80, 96, 0, 6, 64, 64]), ("square", [64, 64, 0, 0, 64, 64])])
+def test_original_sizes_reach_every_network(condition, sizes, photos, capsys, tmp_path, monkeypatch):
+    """Pictures 96 wide and 80 high, resized to 77 x 64, 6 cut off at the left: G, score estimator and teacher are told.
+
+    Under guidance the null prompt's half is told the same.
+    """
+    seen, forward = {}, UNet2DConditionModel.forward
+
+    def told(net, *args, **kwargs):
+        seen.setdefault(net, []).append(kwargs["added_cond_kwargs"]["time_ids"])
+        return forward(net, *args, **kwargs)
+
     monkeypatch.setattr(UNet2DConditionModel, "forward", told)
-    for condition in ("original", "square"):
-        flags = [*SMALL, "--data", photos, "--out", tmp_path / condition, "--gan-weight", "0", "--size-condition", condition]
-        assert call(train.main, capsys, *flags)[0] == 0
-        sizes, seen[:] = torch.cat(seen).unique(dim=0).tolist(), []
-        assert sizes == ([[80, 96, 0, 6, 64, 64]] if condition == "original" else [[64, 64, 0, 0, 64, 64]])
+    flags = [*SMALL, *NO_GAN, "--data", photos, "--out", tmp_path / "run", "--size-condition", condition]
+    assert call(train.main, capsys, *flags)[0] == 0
+    assert [torch.cat(found).unique(dim=0).tolist() for found in seen.values()] == [[sizes]] * 3
 
 
 def test_unreadable_picture_is_skipped_counted_and_named(photos, capsys):
@@ -430,20 +537,17 @@ def test_unreadable_picture_is_skipped_counted_and_named(photos, capsys):
 
 @pytest.mark.parametrize(
     "text, words",
-    [("", "names no image"), ('{"file_name": "0.png"}\n', "line 1"), ('{"file_name": "0.png", "text": " "}\n', "empty"), ("{oops\n", "line 1")],
+    [
+        ("", "names no image"),
+        ('{"file_name": "0.png"}\n', "line 1"),
+        ('{"file_name": "0.png", "text": " "}\n', "empty"),
+        ("{oops\n", "line 1"),
+    ],
 )
 def test_bad_metadata(text, words, photos, capsys, tmp_path):
     (photos / "metadata.jsonl").write_text(text)
     status, line = call(train.main, capsys, *SMALL, "--data", photos, "--out", tmp_path / "run")
     assert status == 2 and words in line and not (tmp_path / "run").exists()
-
-
-def test_help_names_every_setting(capsys):
-    with pytest.raises(SystemExit):
-        config.parse(["--help"])
-    text = capsys.readouterr().out
-    for name in vars(config.Config()):
-        assert f"--{name.replace('_', '-')}" in text
 
 
 @pytest.mark.parametrize(
@@ -462,3 +566,58 @@ def test_pairs_that_cannot_be_trained_on(row, words, tmp_path, capsys):
     assert status == 2 and words in line and not (tmp_path / "run").exists()
     status, line = call(train.main, capsys, "--stage", "reward", "--out", tmp_path / "run")
     assert status == 2 and "--pairs" in line
+
+
+# ------------------------------------------------------------- answers within a second: nothing loads torch
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train.py --help",
+        "sample.py --help",
+        "evaluate.py --help",
+        "export.py --help",
+    ],
+)
+def test_help_without_torch(command):
+    status, out, err = without_torch(command)
+    assert status == 0 and err == [] and out[0].startswith("usage: ")
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("train.py --nonsense", "--nonsense"),
+        ("train.py --stage 3", "--stage"),
+        ("train.py --lr 0", "--lr must be positive"),
+        ("train.py --data DIR/nowhere", "metadata.jsonl"),
+        ("train.py --model DIR/nowhere", "no such folder: DIR/nowhere"),
+        ("train.py --sam DIR/nowhere", "no such folder: DIR/nowhere"),
+        ("train.py --out DIR", "DIR is not empty"),
+        ("train.py --out DIR --resume", "nothing to resume in DIR"),
+        ("train.py --stage 2 --init DIR/nowhere", "DIR/nowhere holds no stage-1 checkpoint"),
+        ("sample.py --steps 0", "--steps"),
+        ("sample.py --run DIR/nowhere", "DIR/nowhere holds no checkpoint"),
+        ("evaluate.py --nonsense", "--nonsense"),
+        ("evaluate.py --run DIR/nowhere", "DIR/nowhere holds no checkpoint"),
+        ("evaluate.py --prompts DIR/prompts.txt", "--images"),
+        ("export.py DIR/nowhere", "out"),
+        ("export.py DIR/nowhere DIR/out", "DIR/nowhere holds no checkpoint"),
+    ],
+)
+def test_mistakes_without_torch(command, words, tmp_path):
+    (tmp_path / "file.txt").write_text("mine")
+    status, out, err = without_torch(command.replace("DIR", str(tmp_path)))
+    assert status == 2 and out == [] and len(err) == 1
+    assert err[0].startswith("error: ") and words.replace("DIR", str(tmp_path)) in err[0]
+
+
+def without_torch(command):
+    """Run a script -> its status and the lines of its two outputs. It must not import torch."""
+    program = [sys.executable, "-X", "importtime", *command.split()]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=100)
+    lines = done.stderr.splitlines()
+    imported = {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}
+    assert "argparse" in imported and "torch" not in imported
+    return done.returncode, done.stdout.splitlines(), [line for line in lines if not line.startswith("import time:")]

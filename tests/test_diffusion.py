@@ -82,7 +82,10 @@ def test_weight_turns_x_0_error_into_the_networks_own():
 
 
 def test_eq_2_is_ddim():
-    schedule, scheduler = Schedule("eps"), DDIMScheduler(**SDXL, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+    schedule, scheduler = (
+        Schedule("eps"),
+        DDIMScheduler(**SDXL, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing"),
+    )
     raw, denoiser = toy_denoiser(schedule)
     scheduler.set_timesteps(10)
     assert scheduler.timesteps.tolist() == schedule.steps(10).tolist()
@@ -121,8 +124,11 @@ def test_backward_simulation_is_the_lcm_scheduler(k):
 
 
 def test_backward_simulation_is_stochastic_flow_matching():
-    """The same for SD3: FlowMatchEulerDiscreteScheduler with stochastic_sampling, which draws from the global generator."""
-    schedule, scheduler = Schedule("flow", shift=3.0), FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    """The same for SD3: FlowMatchEulerDiscreteScheduler's stochastic_sampling draws from the global generator."""
+    schedule, scheduler = (
+        Schedule("flow", shift=3.0),
+        FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True),
+    )
     raw, denoiser = toy_denoiser(schedule)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     torch.testing.assert_close(scheduler.timesteps, schedule.steps(4))
@@ -166,5 +172,10 @@ def test_noise_belongs_to_the_sample():
     whole = randn(sample_generators(5, 2, range(4), "rollout"), like)
     halves = [randn(sample_generators(5, 2, part, "rollout"), like[:2]) for part in (range(2), range(2, 4))]
     assert torch.equal(whole, torch.cat(halves))
-    for other in ((6, 2, range(4), "rollout"), (5, 3, range(4), "rollout"), (5, 2, range(4), "fake"), (5, 2, range(1, 5), "rollout")):
+    for other in (
+        (6, 2, range(4), "rollout"),
+        (5, 3, range(4), "rollout"),
+        (5, 2, range(4), "fake"),
+        (5, 2, range(1, 5), "rollout"),
+    ):
         assert not torch.equal(whole, randn(sample_generators(*other), like))

@@ -45,7 +45,10 @@ def test_eq_3_is_the_score(schedule, t):
 
 @pytest.mark.parametrize("schedule, t", [(EPS, 200), (EPS, 600), (FLOW, 500.0)])
 def test_eq_4_is_the_gradient_of_the_kl(schedule, t):
-    """α_t E[(s_fake - s_real) dG/dθ] = dKL/dθ for G(z) = m + σ z, θ = (m, σ): Monte Carlo against autograd of the closed form."""
+    """α_t E[(s_fake - s_real) dG/dθ] = dKL/dθ for G(z) = m + σ z, θ = (m, σ).
+
+    Monte Carlo against autograd of the closed form.
+    """
     m, std = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in FAKE)
     expected = torch.autograd.grad(kl(schedule, torch.tensor([t]), (m, std), REAL), (m, std))
 

@@ -25,15 +25,20 @@ def posterior_mean(schedule, x_t, t):
 
 @pytest.mark.parametrize("schedule, t", [(Schedule("eps"), 400), (Schedule("eps"), 800), (Schedule("flow"), 500.0)])
 def test_eq_6_is_minimal_at_the_posterior_mean(schedule, t):
-    """For x̂_0 = posterior mean + Σ θ_k φ_k(x_t), the quadratic's minimum over θ lies at 0 within its Monte-Carlo error."""
+    """For x̂_0 = posterior mean + Σ θ_k φ_k(x_t), the minimum over θ lies at 0, but for Monte-Carlo error."""
     n, generator = 200_000, torch.Generator().manual_seed(0)
     x, eps, times = mixture(n, generator), torch.randn(n, 1, 1, 1, generator=generator), torch.full((n,), t)
-    basis = lambda x_t: torch.cat([torch.ones_like(x_t), x_t, x_t**2, torch.sin(3 * x_t), torch.tanh(2 * x_t)], 1)  # noqa: E731
+
+    def basis(x_t):
+        return torch.cat([torch.ones_like(x_t), x_t, x_t**2, torch.sin(3 * x_t), torch.tanh(2 * x_t)], 1)
 
     def minimum(centre):
         def gradient(theta):
             theta.requires_grad_()
-            fake = lambda x_t, t, c: centre(x_t, t) + (basis(x_t) * theta.view(1, 5, 1, 1)).sum(1, keepdim=True)  # noqa: E731
+
+            def fake(x_t, t, c):
+                return centre(x_t, t) + (basis(x_t) * theta.view(1, 5, 1, 1)).sum(1, keepdim=True)
+
             fake.schedule = schedule
             return torch.autograd.grad(score_estimator.loss(fake, x, times, eps, None), theta)[0]
 
@@ -50,7 +55,9 @@ def test_eq_6_is_the_squared_error_of_eps():
     x, eps, eps_hat, t = *torch.randn(3, 4, 4, 8, 8), torch.tensor([50, 300, 600, 999])
     fake = lambda x_t, t, c: schedule.x_0(eps_hat, x_t, t)  # noqa: E731
     fake.schedule = schedule
-    assert score_estimator.loss(fake, x, t, eps, None).item() == pytest.approx((eps_hat - eps).square().mean().item(), rel=1e-3)
+    assert score_estimator.loss(fake, x, t, eps, None).item() == pytest.approx(
+        (eps_hat - eps).square().mean().item(), rel=1e-3
+    )
 
 
 def test_eq_11_elementwise():

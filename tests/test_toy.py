@@ -40,18 +40,34 @@ def test_checker_refuses_wrong_captions_noise_and_mush():
     images, captions, truth = scenes(100, "train")
     others = captions[1:] + captions[:1]
     whole, _ = world.judge(images, others)
-    assert whole == [all(world.check(s, c).values()) for s, c in zip(truth, others)]  # a short caption may fit another scene
+    assert whole == [
+        all(world.check(s, c).values()) for s, c in zip(truth, others)
+    ]  # a short caption may fit another scene
     assert sum(whole) < 10
-    for broken in (torch.randn_like(images), torch.nn.functional.avg_pool2d(images, 21, 1, 10)):  # an object is 16 or 24 pixels wide
+    for broken in (
+        torch.randn_like(images),
+        torch.nn.functional.avg_pool2d(images, 21, 1, 10),
+    ):  # an object is 16 or 24 pixels wide
         assert sum(world.judge(broken, captions)[0]) <= 5
 
 
 def test_each_attribute_is_checked():
-    circle, ring = world.Object("circle", "red", "large", "striped", 0), world.Object("ring", "blue", "small", "plain", 1)
+    circle, ring = (
+        world.Object("circle", "red", "large", "striped", 0),
+        world.Object("ring", "blue", "small", "plain", 1),
+    )
     image = world.render(world.Scene("gray", "plain", (circle,)))[None]
     true = "a large striped red circle at the top left on a gray background"
     assert world.judge(image, [true])[0] == [True]
-    wrong = {"large": "small", "striped": "plain", "red": "green", "circle": "cross", "top": "bottom", "left": "right", "gray": "tan"}
+    wrong = {
+        "large": "small",
+        "striped": "plain",
+        "red": "green",
+        "circle": "cross",
+        "top": "bottom",
+        "left": "right",
+        "gray": "tan",
+    }
     for word, other in wrong.items():
         assert world.judge(image, [true.replace(word, other)])[0] == [False], other
     for objects in [(), (circle, ring)]:
@@ -81,7 +97,17 @@ def test_pipeline_loads_and_agrees_with_ours():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = (
-            pipeline(prompts, num_inference_steps=20, guidance_scale=3.0, generator=generators, height=64, width=64, output_type="pt").images * 2 - 1
+            pipeline(
+                prompts,
+                num_inference_steps=20,
+                guidance_scale=3.0,
+                generator=generators,
+                height=64,
+                width=64,
+                output_type="pt",
+            ).images
+            * 2
+            - 1
         )
     encoder, vae = PromptEncoder("toy/sdxl", 64), load_vae("toy/sdxl")
     teacher = guided(load_denoiser("toy/sdxl"), encoder.null(), 3.0)
@@ -128,5 +154,9 @@ def test_worse_pictures_of_the_reward_models_pairs():
             (found,) = world.detect(worse[kind][None])
             assert list(world.check(found, text).values()).count(False) == false, (kind, text)
         for kind in ("blurred", "saturated", "mixed"):
-            assert worse[kind].shape == image.shape and worse[kind].abs().max() <= 1 and (worse[kind] - image).abs().max() > 0.2
+            assert (
+                worse[kind].shape == image.shape
+                and worse[kind].abs().max() <= 1
+                and (worse[kind] - image).abs().max() > 0.2
+            )
         assert metrics.saturation(worse["saturated"][None]) > metrics.saturation(image[None])

@@ -1,0 +1,143 @@
+"""Flags and settings: presets, methods and their own flags, and run folders of before --method existed."""
+
+import json
+import re
+from dataclasses import asdict, fields
+
+import pytest
+
+import train
+from engine import run_folder
+from engine.config import METHODS, PRESETS, Config, saved_settings
+from engine.errors import UserError
+from siblings import advdmd, dmd2, dmdr, settings_of
+
+PAPER = {  # the paper's tables: stage, batch, iterations, TTUR, student steps, whether LoRAs
+    "sdxl-4step": (1, 64, 1000, 1, 4, False),
+    "sdxl-4step-ttur2": (1, 64, 4000, 2, 4, False),
+    "sdxl-4step-ttur5": (1, 64, 18000, 5, 4, False),
+    "sdxl-8step": (1, 48, 3000, 2, 8, False),
+    "sd3-4step": (1, 32, 4000, 2, 4, True),
+    "sdxl-stage2": (2, 64, 5000, 1, 4, False),
+    "sdxl-8step-stage2": (2, 48, 3000, 1, 8, False),
+    "sdxl-dmd2": (1, 128, 24000, 5, 4, False),
+}
+OWN = {  # a sibling's own flags
+    "flash": set(),
+    "dmd2": {"critic_weight"},
+    "dmdr": {"fake_lora", "dynamic", "real_scale", "reward_weight", "reward_margin"},
+    "advdmd": {"critic_weight", "rl_after", "rl_gate", "judge"},
+}
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_presets_are_the_papers(preset):
+    c = train.read(["--preset", preset])
+    c.check()
+    assert (c.stage, c.batch_size, c.iterations, c.ttur, c.student_steps, bool(c.lora_rank)) == PAPER[preset]
+    assert c.guidance == (7 if c.lora_rank else 8) and c.resolution == 1024  # Table 2's teacher; DMD2's w
+    assert train.read(["--preset", preset, "--ttur", "3"]).ttur == 3
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in METHODS])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_combines_with_every_base_model(method, preset):
+    """The method's own values hold, unless the preset or a flag says otherwise."""
+    flags = ["--method", method, "--preset", preset]
+    if method == "dmdr" and preset.startswith("sd3"):
+        with pytest.raises(UserError, match="pass --fake-lora 0 --dynamic 0"):
+            train.read(flags).check()
+        flags += ["--fake-lora", "0", "--dynamic", "0"]
+    config = train.read(flags)
+    config.check()
+    assert type(config) is settings_of(method) and config.method == method
+    said = PRESETS[preset] | {"preset": preset, "method": method}
+    if "--fake-lora" in flags:
+        said |= {"fake_lora": 0, "dynamic": 0}
+    expected = asdict(settings_of(method)()) | said
+    assert {k: v for k, v in asdict(config).items() if v != expected[k]} == {}
+    assert train.read([*flags, "--ttur", "3", "--gan-weight", "0", "--dm-steps", "high"]).ttur == 3
+
+
+def test_methods_of_their_own_presets():
+    for method in ("dmd2", "dmdr", "advdmd"):
+        by_preset, by_method = train.read(["--preset", method]), train.read(["--method", method])
+        assert type(by_preset) is type(by_method) is settings_of(method)
+        changed = {k for k, v in asdict(by_preset).items() if v != asdict(by_method)[k]}
+        assert changed == {"preset", "iterations"} and by_preset.iterations == 2000
+    c = train.read(["--method", "dmd2"])
+    assert (c.dm_steps, c.ttur, c.ema, c.gan_weight, c.critic_weight) == ("all", 5, 1, 0.005, 0.01)
+    assert type(train.read([])) is Config and train.read([]).method == "flash"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_has_the_methods_own_flags_and_no_others(method, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.read(["--method", method, "--help"])
+    assert end.value.code == 0
+    shown = set(re.findall(r"^  --([\w-]+)", capsys.readouterr().out, re.M))
+    settings = {f.name for f in fields(settings_of(method))}
+    assert shown == {name.replace("_", "-") for name in settings}
+    assert settings - {f.name for f in fields(Config)} == OWN[method]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--critic-weight", "1"], ["--fake-lora", "4"], ["--method", "dmd2", "--judge", "a"]]
+)
+def test_another_methods_flags_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.read(flags)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ") and flags[-2] in error
+
+
+# ----------------------------------------------------------------------- run folders of before --method
+
+BEFORE = {  # settings that every run had, whatever its method
+    **{"critic_weight": 0.01, "fake_lora": 0, "dynamic": 0, "real_scale": 0.75, "reward_weight": 0.0},
+    **{"reward_margin": 8.0, "rl_after": 100, "rl_gate": 0.6, "judge": ""},
+}
+DMD = {"dm_steps": "all", "ttur": 5, "ema": 1.0}
+OLD = {  # method -> a run's settings in that time
+    "flash": {"gan": "pixel", "gan_weight": 0.05},
+    "dmd2": {"gan": "latent", "gan_weight": 0.002, "critic_weight": 0.03, **DMD},
+    "advdmd": {"gan": "online", "gan_weight": 1.0, "rl_after": 7, "rl_gate": 0.5, "candidates": 2, **DMD},
+    "dmdr": {"gan": "pixel", "gan_weight": 0.0, "fake_lora": 8, "dynamic": 5, "reward_weight": 0.2, **DMD},
+}
+
+
+@pytest.fixture(params=OLD)
+def old(request, tmp_path):
+    """-> method, its settings, its run folder as it was written before --method existed."""
+    settings = asdict(Config()) | BEFORE | OLD[request.param] | {"renoise": [0.1, 0.9], "lr": 1e-3}
+    del settings["method"]
+    run = tmp_path / "run"
+    (run / "checkpoint-000002").mkdir(parents=True)
+    (run / "checkpoint-000002" / "progress.json").write_text('{"loops": 2}')
+    (run / "config.json").write_text(json.dumps(settings))
+    return request.param, settings, run
+
+
+def test_an_old_run_has_its_method(old):
+    method, settings, run = old
+    found = saved_settings(run)
+    assert found == {k: v for k, v in settings.items() if k != "gan"} | {"method": method}
+    assert run_folder.find_run(str(run)) == (run, found)
+
+
+def test_an_old_run_goes_on_with_its_method_and_settings(old):
+    method, settings, run = old
+    config = run_folder.look(train.read(["--resume", "--out", str(run), "--iterations", "9"]))
+    assert (
+        type(config)
+        is {"flash": Config, "dmd2": dmd2.Settings, "dmdr": dmdr.Settings, "advdmd": advdmd.Settings}[method]
+    )
+    expected = settings | {"method": method, "resume": True, "iterations": 9, "out": str(run), "renoise": (0.1, 0.9)}
+    assert {k: v for k, v in vars(config).items() if v != expected[k]} == {}
+
+
+def test_a_run_does_not_go_on_with_another_method(old):
+    method, _, run = old
+    other = "dmd2" if method == "flash" else "flash"
+    with pytest.raises(UserError, match=f"--method {method}, not {other}"):
+        run_folder.look(train.read(["--resume", "--out", str(run), "--method", other]))
