@@ -21,7 +21,7 @@ from diffusion import add_noise, rand
 def student_step(S, which, seed, loop):
     """3.3: the student step τ = S[i] of a loop's DM loss -> i, the same on every rank.
 
-    which: "high" draws uniformly from S without its last step (3.3: timestep-aware), "all" from S (Algorithm 1, line 6).
+    which: "high" draws uniformly from S without its last step (3.3: timestep-aware), "all" from S (line 6).
     NOTE: line 6 samples from all of S; 3.3 says high-noise steps, as here by default.
     """
     return int(np.random.default_rng([seed, loop]).integers(len(S) - (which == "high")))

@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 
 from engine import run_folder
-from engine.config import Config, Parser, at_least, fail
+from engine.config import Config
 from engine.errors import UserError
+from engine.flags import Parser, at_least, fail
 
 
 def flags(argv=None):

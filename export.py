@@ -4,8 +4,8 @@ python export.py RUN OUT             the student as a pipeline folder of its own
 python export.py RUN OUT --lora      of a LoRA student: its LoRA, scheduler and card, for a pipeline's load_lora_weights
 """
 
-from engine.config import Parser, fail
 from engine.errors import UserError
+from engine.flags import Parser, fail
 from engine.run_folder import find_run
 
 

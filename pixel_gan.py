@@ -5,7 +5,7 @@
 
     D      SAM encoder (frozen) -> a small head per feature level (ω, trained) -> maps of logits
     V      VAE decoder (frozen)
-    x_adv  the generator's clean estimate at the last, least noisy student step; by default only this loss trains that step
+    x_adv  the generator's clean estimate at the last student step, which by default this loss alone trains
 
 NOTE: the paper prints Eq. 9 as an ascent direction, and the second term of Eq. 10 as +log D(fake). kind =
 "logistic" is what they stand for; the default, "hinge", is the pair of Algorithm 1, line 25.

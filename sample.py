@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 
 from engine import run_folder
-from engine.config import Parser, at_least, fail
 from engine.errors import UserError
+from engine.flags import Parser, at_least, fail
 
 
 def flags(argv=None):

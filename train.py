@@ -15,8 +15,8 @@ logs, checkpoints.
 import os
 import sys
 
-from engine.config import fail, method_of, parse
 from engine.errors import UserError
+from engine.flags import fail, method_of, parse
 from engine.run_folder import look, what_next
 from siblings import settings_of, sibling
 
@@ -97,8 +97,8 @@ def flash(nets, batch, n):
     """Lines 5-26: the n-th loop of distribution matching and Pixel-GAN -> what to log, {name: value}.
 
     Nothing is sampled twice: the DM loss (Eq. 4) and the score estimator (Eq. 6) use the same x, G's adversarial loss
-    (Eq. 9) and D (Eq. 10) the same x_adv. Each loss runs backward at once, so that one graph of G lives at a time: hence
-    the order 13, 14, 20, 9, 11, 15, 16. Gradients of micro-batches add up, weighted by b.weight, their part of the batch.
+    (Eq. 9) and D (Eq. 10) the same x_adv. Each loss runs backward at once, so that one graph of G lives at a time:
+    hence the order 13, 14, 20, 9, 11, 15, 16. Gradients of micro-batches add up, weighted by their part of the batch.
     """
     config, G, fake, D, S = nets.config, nets.G, nets.fake, nets.D, nets.S
     parts = micro_batches(batch, config.micro_batch)

@@ -13,7 +13,7 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
-from engine.config import flag, saved_settings
+from engine.config import flag
 from engine.errors import UserError
 from engine.folders import HERE, folder, part_of
 
@@ -99,6 +99,32 @@ def find_run(name="", stage=None):
         what = f"{name} holds no {kind}" if name else f"no run with a {kind} under runs/"
         raise UserError(f"{what}: train one first (python train.py --stage 1)")
     return max(found, key=lambda pair: (newest(pair[0]) / "progress.json").stat().st_mtime)
+
+
+def saved_settings(run):
+    """The settings in a run folder's config.json as a dict; {} where there is no such file.
+
+    Older runs have `gan` in place of `method`. Raises UserError where the file is torn.
+    """
+    path = Path(run or "", "config.json")
+    if not run or not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is torn: give another --out, or --overwrite and its settings as flags") from None
+    if "method" not in settings:
+        settings["method"] = method_before(settings)
+        settings.pop("gan", None)
+    return settings
+
+
+def method_before(settings):
+    """The method of a run saved before --method existed, from its `gan` and DMDR's settings."""
+    gan = settings.get("gan", "pixel")
+    if gan in ("latent", "online"):
+        return {"latent": "dmd2", "online": "advdmd"}[gan]
+    return "dmdr" if settings.get("fake_lora") or settings.get("reward_weight") else "flash"
 
 
 def from_stage_1(config):

@@ -27,9 +27,9 @@ import score_estimator
 import train
 from engine import data
 from engine.batch import Batch
-from engine.config import at_least, fail
 from engine.distributed import start_process
 from engine.errors import UserError
+from engine.flags import at_least, fail
 from engine.networks import assemble
 from engine.run_folder import look
 from lab import random_models, rows

@@ -9,7 +9,8 @@ from collections import Counter
 
 from diffusion import guided
 from engine import run_folder
-from engine.config import Config, at_least
+from engine.config import Config
+from engine.flags import at_least
 from engine.models import load_denoiser, load_vae
 from engine.pictures import generate
 from engine.prompts import load_encoder

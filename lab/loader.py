@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from engine import data
-from engine.config import at_least
+from engine.flags import at_least
 
 
 def make(folder, count=96):

@@ -12,7 +12,8 @@ from threading import Lock
 
 from tqdm import tqdm
 
-from engine.config import PRESETS, Config, at_least
+from engine.config import PRESETS, Config
+from engine.flags import at_least
 from siblings import settings_of
 
 RUNS = Path("runs/lab")

@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from engine import config, data
+from engine import data
 from engine.batch import Batch
 from engine.distributed import start_process
+from engine.flags import at_least
 from engine.networks import assemble
 
 
@@ -87,7 +88,7 @@ def worker(loops):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--loops", type=config.at_least(1), default=30)
+    parser.add_argument("--loops", type=at_least(1), default=30)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

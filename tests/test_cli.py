@@ -25,6 +25,7 @@ import train
 from engine import benchmark, checkpoint, config, data, monitor, pictures, run_folder, safe_load
 from engine.batch import Batch
 from engine.errors import UserError
+from engine.flags import parse
 from engine.networks import assemble
 from engine.prompts import PromptEncoder
 from toy import world
@@ -277,15 +278,15 @@ def test_restart_by_torchrun_goes_on_with_its_own_run(capsys, monkeypatch, tmp_p
     assert status == 2 and "--max-restarts needs --out" in line
     out = ["--out", str(tmp_path / "run")]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    assert not config.parse(out).resume
-    config_ = config.parse([*out, "--lr", "1e-3"])
+    assert not parse(out).resume
+    config_ = parse([*out, "--lr", "1e-3"])
     run_folder.write_config(run_folder.open_run(config_), config_)
-    assert not config.parse(out).resume  # a second command under the same --rdzv-id, as in a Slurm job of two
+    assert not parse(out).resume  # a second command under the same --rdzv-id, as in a Slurm job of two
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    again = config.parse(out)
+    again = parse(out)
     assert again.resume and again.lr == 1e-3 and run_folder.refusal(again, tmp_path / "run") is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    assert "is not empty" in run_folder.refusal(config.parse(out), tmp_path / "run")
+    assert "is not empty" in run_folder.refusal(parse(out), tmp_path / "run")
 
 
 def test_run_folder_is_never_overwritten_unasked(run, capsys, tmp_path):

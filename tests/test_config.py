@@ -8,8 +8,9 @@ import pytest
 
 import train
 from engine import run_folder
-from engine.config import METHODS, PRESETS, Config, saved_settings
+from engine.config import METHODS, PRESETS, Config
 from engine.errors import UserError
+from engine.run_folder import saved_settings
 from siblings import advdmd, dmd2, dmdr, settings_of
 
 PAPER = {  # the paper's tables: stage, batch, iterations, TTUR, student steps, whether LoRAs

@@ -201,6 +201,7 @@ def test_cached_latents_are_those_of_the_vae(shards, capsys):
         [again[i] for i in range(24)]
 
 
+@pytest.mark.xdist_group("ranks")
 def test_two_ranks_share_the_encoding(shards, two_ranks):
     """Each encodes its half; both then have all. Pictures of 25 samples do not halve evenly, nor do turns of 4."""
     write(shards / "shard-02.tar", {"a.png": picture(7), "a.txt": b"gray 7"})
@@ -209,22 +210,19 @@ def test_two_ranks_share_the_encoding(shards, two_ranks):
 
 
 FILL = """
-import sys, torch, torch.distributed as dist
+import torch, torch.distributed as dist
 from engine import data, distributed, latent_cache
 from engine.config import Config
 from engine.models import load_vae
 
-dist.init_process_group("gloo")
-name, vae, encoded = f"{sys.argv[1]}/shard-*.tar", load_vae("toy/sdxl"), []
+name, vae, encoded = f"{folder}/shard-*.tar", load_vae("toy/sdxl"), []
 encode = vae.encode
 vae.encode = lambda x: encoded.append(1) or encode(x)
 source = data.source(name, 16)
-config = Config(data=name, resolution=16, cache_latents=f"{sys.argv[1]}/kept")
+config = Config(data=name, resolution=16, cache_latents=f"{folder}/kept")
 latent_cache.fill(source, vae, config, dist.get_rank(), 2, together=4)
 assert len(encoded) == (13, 12)[dist.get_rank()]
 assert all(source[i][0].shape == (4, 4, 4) for i in range(25))
-dist.barrier()
-distributed.leave()
 """
 
 

@@ -156,6 +156,7 @@ def test_eq_11_on_the_factors(lam, model):
         torch.testing.assert_close(after[psi], lam * before[psi] + (1 - lam) * v, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.xdist_group("ranks")
 def test_the_frozen_network_in_bf16(two_ranks):
     """Computing in bf16, fp32 LoRAs take the same steps on a network kept in bf16 as on one kept in fp32."""
     two_ranks(KEPT_IN_BF16)
@@ -189,5 +190,4 @@ for model in ("toy/sdxl", "toy/sd3"):
             assert distributed.update(optimizer, loss)[1]
         ends.append([p.full_tensor() for p in trained])
     assert all(map(torch.equal, *ends)) and any(ends[0][i].abs().max() > 1e-3 for i in born_zero)
-distributed.leave()
 """
