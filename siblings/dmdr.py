@@ -31,6 +31,7 @@ from engine.batch import micro_batches
 from engine.config import Config
 from engine.errors import UserError
 from engine.models import add_lora
+from engine.run_folder import reward_folder
 
 FAKE_SCALE = 2.0  # of ΔW in μ_fake
 
@@ -44,7 +45,7 @@ class Settings(Config):
     ttur: int = 5
     ema: float = 1.0
     gan_weight: float = 0.0
-    fake_lora: int = 16  # rank of the LoRA that makes the teacher the score estimator; 0 = a copy, trained whole
+    fake_lora: int = 16  # rank of the LoRA that makes the teacher the score estimator; 0 = a copy of its own
     dynamic: int = 100  # K, generator updates of the cold start (DynaDG, DynaRS); 0 = none. Needs --fake-lora
     real_scale: float = 0.75  # r_0, the LoRA's scale in the real score at the start
     reward_weight: float = 0.1  # w, weight of the reward loss beside the DM loss, after the cold start; 0 = none
@@ -56,14 +57,12 @@ class Settings(Config):
             self.require(name, getattr(self, name) >= 0, "must not be negative")
         if self.gan_weight:
             raise UserError("--method dmdr has no GAN: leave --gan-weight out")
-        if self.dynamic and not self.fake_lora:
+        if self.dynamic and not (self.fake_lora or self.lora_rank):
             raise UserError("--dynamic needs --fake-lora: DynaDG scales the score estimator's LoRA")
-        if self.lora_rank and self.fake_lora:
-            raise UserError(
-                "--lora-rank gives the score estimator a LoRA already: pass --fake-lora 0 --dynamic 0 with it"
-            )
-        if self.fake_lora and self.ema < 1:
+        if self.fake_lora and not self.lora_rank and self.ema < 1:
             raise UserError("--fake-lora needs --ema 1: Eq. 11 pulls whole weights, not a LoRA's")
+        if self.reward_weight and self.reward != "clip" and not self.dry_run:
+            reward_folder(self)
 
 
 # -------------------------------------------------------------------------------- its schedules and reward
@@ -131,7 +130,9 @@ def prepare(nets):
     """Makes the score estimator a LoRA on the frozen teacher's weights, and loads the reward model."""
     config = nets.config
     fake = nets.fake
-    if config.fake_lora:
+    if config.lora_rank:  # the score estimator is a LoRA already
+        fake.scales = fake.scales | {"fake": FAKE_SCALE}
+    elif config.fake_lora:
         add_lora(fake.net, config.fake_lora, "fake", dtype=nets.dtype)
         fake.scales = {"fake": FAKE_SCALE}
     if config.reward_weight and config.stage == 1:  # stage 2 loads its own

@@ -131,7 +131,6 @@ def test_rates_are_halved_once_reward_has_joined():
         (["--dynamic", "5", "--fake-lora", "0"], "--fake-lora"),
         (["--fake-lora", "4", "--ema", "0.9"], "--ema 1"),
         (["--gan-weight", "0.1"], "no GAN"),
-        (["--lora-rank", "4"], "--lora-rank"),
         (["--reward-weight", "-1"], "--reward-weight"),
     ],
 )

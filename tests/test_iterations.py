@@ -73,6 +73,7 @@ METHODS = {
     "pixel-a": (["--gan-weight", "0.5", "--dm-steps", "all", "--adv-reading", "a"], 0),
     "dmd2": (["--method", "dmd2", "--gan-weight", "0.5", "--critic-weight", "0.3"], 0),
     "cold start": (["--method", "dmdr", "--dynamic", "4", "--reward-weight", "5"], 1),
+    "LoRA, cold start": (["--method", "dmdr", "--lora-rank", "4", "--dynamic", "4", "--reward-weight", "5"], 1),
     "reward": (["--method", "dmdr", "--dynamic", "4", "--reward-weight", "5", "--reward-margin", "20"], 4),
     "clip reward": (
         ["--method", "dmdr", "--dynamic", "4", "--reward-weight", "5", "--reward", "clip", "--reward-margin", "1"],
@@ -94,7 +95,7 @@ def test_gradients_of_an_iteration(method, i):
     G, fake, D, S, c, schedule = nets.G, nets.fake, nets.D, nets.S, batch.c, nets.G.schedule
     generators = lambda purpose: sample_generators(0, batch.loop, range(2), purpose)  # noqa: E731
 
-    rollout, noise, cold = generators("rollout"), generators("renoise"), method == "cold start"
+    rollout, noise, cold = generators("rollout"), generators("renoise"), method.endswith("cold start")
     x_i = rolled(nets, c, i, rollout)
     x = G(x_i, times(S[i], x_i), c)
     u = dmdr.noise_level(noise, k, 4) if cold else rand(noise, x.device)
