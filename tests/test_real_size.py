@@ -1,10 +1,8 @@
 """SDXL at 1024 without weights: an iteration of each stage on fake tensors (no numbers), and what it would need."""
 
-import os
 import re
-import subprocess
-import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,52 +16,64 @@ from engine.batch import Batch
 from engine.errors import UserError
 from engine.models import load_denoiser
 
-B = 2
 PUBLISHED = {  # of the released weights' files; SD3's has its fixed table of positions too
     "sdxl": 2_567_463_684,
     "sd3": 2_084_951_104 - 192**2 * 1536,
 }
 
 
-class Checked(real_size.Unmoved):
-    """In place of a step: which trained weights lack a gradient of their own shape and type."""
-
-    def step(self, name, loss, max_norm=None):
-        module, _, lora = self.trained["G" if name == "G, RL" else name]
-        which = f".{lora}." if self.config.lora_rank and lora else ""
-        trained = [(k, p) for k, p in module.named_parameters() if p.requires_grad and which in k]
-        assert trained
-        self.lacking[name] = [k for k, p in trained if p.grad is None or shape(p.grad) != shape(p)]
-        module.zero_grad(set_to_none=True)
-        return loss.detach(), True
-
-
-def shape(tensor):
-    return tensor.shape, tensor.dtype
-
-
-@pytest.mark.parametrize("preset", ["sdxl-4step", "sdxl-stage2", "sd3-4step", "sdxl-dmd2"])
-def test_iteration_at_full_size(preset):
-    """SDXL's UNets in bf16, or two LoRAs on SD3's transformer, the VAE, SAM ViT-B: no shape or dtype clashes.
-
-    Every weight that a network trains gets a gradient of its own shape; DMD2's Eq. 7 reaches no up block.
-    """
+def traced(preset, metered=False):
+    """-> config, networks, what was measured or logged, and per player the weights without a gradient of their shape."""
     config = train.read(["--preset", preset])
     prepare, iterate = train.method(config)
+    lacking = {}
+
+    def watched(nets):
+        prepare(nets)
+        for name, (module, _, lora) in nets.trained.items():
+            which = f".{lora}." if lora else ""
+            trained = {k: p for k, p in module.named_parameters() if p.requires_grad and which in k}
+            assert trained
+            lacking[name] = set(trained)
+            for k, p in trained.items():
+                p.register_post_accumulate_grad_hook(lambda p, k=k, name=name: check(p, k, name))
+
+    def check(p, k, name):
+        if (p.grad.shape, p.grad.dtype) == (p.shape, p.dtype):
+            lacking[name].discard(k)
+
+    if metered:
+        nets, measured = dry_run.measure(config, {"distillation": 1}, watched, iterate, train.prefer)
+        return config, nets, measured, lacking
     with FakeTensorMode(allow_non_fake_inputs=True):
-        nets = real_size.assemble(config, B, prepare, Checked)
-        nets.lacking = {}
-        own = [p.numel() for name, p in nets.G.net.named_parameters() if ".lora_" not in name]
-        assert sum(own) == PUBLISHED[preset[: preset.index("-")]]
+        nets = real_size.assemble(config, 2, watched)
+        nets.meter = SimpleNamespace(turn=lambda name: None)
         c = nets.encoder.encode(["a", "b"])
-        batch = Batch(torch.empty(B, 3, 1024, 1024), ["a", "b"], c, list(range(B)), loop=1)
-        if config.stage == 1:
-            logged = iterate(nets, batch, config.ttur)
-            assert {"dm_loss", "adv_loss", "fake_loss", "d_loss"} <= set(logged)
-            assert nets.lacking == {"G": [], "fake": [], "head" if config.method == "dmd2" else "D": []}
-        else:
-            logged = train.prefer(nets, batch)
-            assert logged["rl_loss"].shape == () and nets.lacking == {"G, RL": []}
+        batch = Batch(torch.empty(2, 3, 1024, 1024), ["a", "b"], c, [0, 1], loop=1)
+        logged = train.prefer(nets, batch) if config.stage == 2 else iterate(nets, batch, config.ttur)
+    return config, nets, logged, lacking
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    return traced("sdxl-4step", metered=True)
+
+
+@pytest.mark.parametrize("preset", ["sdxl-4step", "sdxl-stage2", "sd3-4step"])
+@pytest.mark.xdist_group("full size")
+def test_iteration_at_full_size(preset, sdxl):
+    """SDXL's UNets in bf16, or two LoRAs on SD3's transformer, the VAE, SAM ViT-B: no shape or dtype clashes.
+
+    Every weight that a network trains gets a gradient of its own shape and type.
+    """
+    config, nets, seen, lacking = sdxl if preset == "sdxl-4step" else traced(preset)
+    own = [p.numel() for name, p in nets.G.net.named_parameters() if ".lora_" not in name]
+    assert sum(own) == PUBLISHED[preset[: preset.index("-")]]
+    if config.stage == 2:
+        assert lacking["G"] == set() and seen["rl_loss"].shape == ()
+    else:
+        assert lacking == {"G": set(), "fake": set(), "D": set()}
+        assert set(seen["distillation"]) == {"G", "fake", "D"} if preset == "sdxl-4step" else "d_loss" in seen
 
 
 def test_memory_follows_storages():
@@ -116,15 +126,14 @@ def test_meter_on_fake_tensors(checkpointing):
     )  # attention keeps other statistics on real tensors
 
 
-def test_dry_run_as_a_command(monkeypatch, capsys):
+@pytest.mark.xdist_group("full size")
+def test_dry_run_as_a_command(sdxl, monkeypatch, capsys):
     """SDXL on 4 GPUs: each printed figure by arithmetic from others; then, by the same trace, too little memory."""
     flags = ["--preset", "sdxl-4step", "--dry-run", "--micro-batch", "2", "--gpu-memory", "80", "--iterations", "500"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "train.py", *flags, "--gpus", "4"], capture_output=True, text=True, env=env, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    out = done.stdout
+    _, nets, found, _ = sdxl
+    monkeypatch.setattr(dry_run, "measure", lambda *a: (nets, found))  # as traced already
+    train.main([*flags, "--gpus", "4"])
+    out = capsys.readouterr().out
 
     def row(name):
         return [float(v) for v in re.search(rf"^{re.escape(name)} +([\d. ]+)$", out, re.M)[1].split()]
@@ -170,15 +179,6 @@ def test_dry_run_as_a_command(monkeypatch, capsys):
         "4 x 48 GB or 2 x 80 GB or 1 x 141 GB (--optimizer adamw8bit: " in out
     )
 
-    with FakeTensorMode():
-        nets = real_size.assemble(train.read(flags), 1, train.prepare)
-    found = {
-        "distillation": {
-            name: (gb * 1e9, tflop * 1e12) for name, (gb, tflop) in zip(("G", "fake", "D"), turns, strict=True)
-        }
-    }
-    monkeypatch.setattr(dry_run, "measure", lambda *a: (nets, found))
-
     def verdict(*more):
         dry_run.report(train.read([*flags, *more]), None, None, None)
         return capsys.readouterr().out.splitlines()[-2]
@@ -223,7 +223,8 @@ from dataclasses import fields
 
 import torch, torch.distributed as dist
 import train
-from engine import dry_run
+from engine import dry_run, real_size
+from engine.batch import Batch
 from engine.batch import Batch
 from engine.distributed import start_process
 from engine.networks import Networks, assemble

@@ -292,14 +292,15 @@ ADVDMD = {"method": "advdmd", "ttur": 1, "rl_after": 1, "rl_gate": 0, "iteration
 @pytest.mark.parametrize("method", [{}, DMD2, DMD2 | {"lora_rank": 4}, SD3_LORA, DMDR, ADVDMD])
 @pytest.mark.xdist_group("ranks")
 def test_two_ranks_are_one(method, two_ranks, tmp_path):
-    """2 gloo ranks x 4, sharded by FSDP2, take the same steps as 1 rank x 8: losses, norms, how far the weights moved.
+    """2 gloo ranks, sharded by FSDP2, take the same steps as 1 with twice the batch: losses, norms, weights.
 
     Small learning rates: AdamW turns the rounding noise of gradients near zero into whole steps, which at the default
     rates moves losses by 1e-4 within three loops. adv_loss is a mean of logits of order 1 that crosses zero.
     """
     model = str(smooth(method.get("model", "toy/sdxl"), tmp_path / "model"))
     rates = {"ema": 0.99, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5}
-    settings = {"iterations": 3, "batch_size": 8, **rates, **method, "model": model, "reward": "toy/lrm"}
+    size = 8 if method.get("method") == "advdmd" else 4  # whole groups on each rank
+    settings = {"iterations": 2, "batch_size": size, **rates, **method, "model": model, "reward": "toy/lrm"}
     one, two = on_one_and_two_ranks(settings, two_ranks, tmp_path)
     assert len(one) == len(two) == settings["iterations"]
     losses = {"dm_loss", "adv_loss", "fake_loss", "d_loss", "reward", "rl_loss"}
@@ -334,7 +335,7 @@ def test_two_ranks_are_one_in_stage_2(two_ranks, tmp_path):
     few = SMALL | {"iterations": 1, "batch_size": 2, "gan_weight": 0}
     stage_1 = train.train(Config(**few, out=str(tmp_path / "one")))
     rates = {"lr": 2e-6, "fake_lr": 1e-5, "rl_lr": 1e-6}
-    settings = {"stage": 2, "init": stage_1, "rl_ratio": 2, "batch_size": 8, "gan_weight": 0, **rates}
+    settings = {"stage": 2, "init": stage_1, "rl_ratio": 2, "batch_size": 4, "gan_weight": 0, **rates}
     one, two = on_one_and_two_ranks(settings, two_ranks, tmp_path)
     assert ["rl_loss" in m for m in one] == [True, True, False]
     for a, b in zip(one, two, strict=True):
@@ -557,10 +558,9 @@ assert answers == [[False, True]] * 2, answers
 """
 
 
-@pytest.mark.xdist_group("ranks")
 def test_a_dead_rank_ends_the_others(tmp_path):
     """Within 60 s of its death, and torchrun says which it was and how it ended."""
-    broken = launch(*flags(gan_weight=0, iterations=500, out=tmp_path / "broken"), ranks=2)
+    broken = launch(*flags(gan_weight=0, iterations=500, out=tmp_path / "broken"), ranks=2, patience=3)
     wait_for(tmp_path / "broken" / "metrics.jsonl", content=True)
     kill_a_rank(broken)
     out, _ = broken.communicate(timeout=60)
@@ -574,10 +574,10 @@ def kill_a_rank(torchrun):
 @pytest.mark.xdist_group("ranks")
 def test_a_killed_rank_restarts_the_run(two_ranks, tmp_path):
     """kill -9 on one of two ranks: torchrun restarts both, and they go on to an unbroken run's weights."""
-    settings = {"gan_weight": 0, "iterations": 8, "save_every": 2}
-    broken = launch(*flags(**settings, out=tmp_path / "broken"), ranks=2, restarts=1)
+    settings = {"gan_weight": 0, "iterations": 4, "save_every": 1}
+    broken = launch(*flags(**settings, out=tmp_path / "broken"), ranks=2, restarts=1, patience=3)
     train_on_two(two_ranks, **settings, out=tmp_path / "whole")
-    wait_for(tmp_path / "broken" / "checkpoint-000002")
+    wait_for(tmp_path / "broken" / "checkpoint-000001")
     kill_a_rank(broken)
     out, _ = broken.communicate(timeout=240)
     assert broken.returncode == 0 and "exitcode: -9" in out, out[-3000:]
