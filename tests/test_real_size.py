@@ -23,8 +23,9 @@ PUBLISHED = {  # of the released weights' files; SD3's has its fixed table of po
 
 
 def traced(preset, metered=False):
-    """-> config, networks, what was measured or logged, and per player the weights without a gradient of their shape."""
+    """-> config, networks, what was measured or logged, and per player the weights without a gradient."""
     config = train.read(["--preset", preset])
+    config.checkpointing = metered  # it doubles the forward pass
     prepare, iterate = train.method(config)
     lacking = {}
 
