@@ -15,6 +15,11 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def pytest_collection_modifyitems(items):
+    """Groups first: each runs on one worker, and a long one that begins last is waited for."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 class TwoRanks:
     """Two gloo ranks (tests/ranks.py), started when the first program comes, and again after one that failed."""
 

@@ -61,7 +61,7 @@ def sdxl():
 
 
 @pytest.mark.parametrize("preset", ["sdxl-4step", "sdxl-stage2", "sd3-4step"])
-@pytest.mark.xdist_group("full size")
+@pytest.mark.xdist_group("full_size")
 def test_iteration_at_full_size(preset, sdxl):
     """SDXL's UNets in bf16, or two LoRAs on SD3's transformer, the VAE, SAM ViT-B: no shape or dtype clashes.
 
@@ -127,7 +127,7 @@ def test_meter_on_fake_tensors(checkpointing):
     )  # attention keeps other statistics on real tensors
 
 
-@pytest.mark.xdist_group("full size")
+@pytest.mark.xdist_group("full_size")
 def test_dry_run_as_a_command(sdxl, monkeypatch, capsys):
     """SDXL on 4 GPUs: each printed figure by arithmetic from others; then, by the same trace, too little memory."""
     flags = ["--preset", "sdxl-4step", "--dry-run", "--micro-batch", "2", "--gpu-memory", "80", "--iterations", "500"]
