@@ -4,7 +4,6 @@ For test_gpu.py: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py
 """
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -29,10 +28,11 @@ class TwoRanks:
     def start(self):
         self.box.mkdir()
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        torchrun += ["--shutdown-timeout", "3"]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ".", "TORCHDYNAMO_DISABLE": "1"}
         log = (self.box / "log").open("w")
         program = [*torchrun, "tests/ranks.py", str(self.box)]
-        self.process = subprocess.Popen(program, env=env, stdout=log, stderr=log, start_new_session=True)
+        self.process = subprocess.Popen(program, env=env, stdout=log, stderr=log)
 
     def run(self, text, folder, patience=300):
         """Run a program on both ranks, `folder` its argument; both must end well."""
@@ -58,9 +58,14 @@ class TwoRanks:
             pytest.fail(wrong[0])
 
     def end(self):
+        """The ranks leave by themselves; torchrun ends those that hang."""
         if self.process and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            (self.box / "stop").touch()
+            try:
+                self.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self.process.terminate()
+                self.process.wait()
         self.process = None
 
 
