@@ -1,5 +1,6 @@
 """Every setting of a run, in one flat dataclass. A field's comment is its --help. Nothing here loads torch."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -79,6 +80,9 @@ class Config:
 
     def check(self):
         """Raises UserError for values out of range, and for settings that exclude each other."""
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                self.require(name, not isinstance(number, float) or math.isfinite(number), "must be a finite number")
         for name in NOT_NEGATIVE:
             self.require(name, getattr(self, name) >= 0, "must not be negative")
         for name in POSITIVE:

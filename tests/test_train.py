@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +24,7 @@ from engine import export, run_folder
 from engine.batch import Batch
 from engine.config import Config
 from engine.errors import UserError
-from engine.folders import part_of
-from engine.models import PARTS, load_denoiser, load_sam, load_vae
+from engine.models import load_denoiser, load_sam, load_vae
 from engine.networks import Networks, assemble
 from engine.pictures import generate
 from engine.prompts import PromptEncoder
@@ -166,9 +164,9 @@ def test_frozen_networks_stay_bit_identical(flags):
         assert any(not torch.equal(a, b) for a, b in zip(moved.net.parameters(), nets.teacher.net.parameters()))
 
 
-def test_a_run_saves_its_student_and_draws_previews(tmp_path):
+def test_a_run_saves_its_student_and_draws_previews(small_toys, tmp_path):
     """The newest checkpoint's unet/ is G of its state/; previews at every second loop, and at the end."""
-    settings = SMALL | {"preview_every": 2, "gan_weight": 0, "batch_size": 1}
+    settings = SMALL | {"preview_every": 2, "gan_weight": 0, "batch_size": 1, "model": small_toys["sdxl"]}
     run = train.train(Config(**settings, out=str(tmp_path / "run")))
     assert [p.name for p in sorted(run.glob("*.png"))] == ["preview-000002.png", "preview-000003.png"]
     dcp_to_torch_save(run_folder.newest(run) / "state", tmp_path / "state.pt")
@@ -221,9 +219,10 @@ def test_compiled_steps_are_the_same(tmp_path):
         )
 
 
-def test_checkpointing_changes_nothing_but_memory(tmp_path):
+def test_checkpointing_changes_nothing_but_memory(small_toys, tmp_path):
+    settings = SMALL | {"iterations": 2, "model": small_toys["sdxl"]}
     plain, recomputed = (
-        train.train(Config(**SMALL, checkpointing=on, out=str(tmp_path / str(on)))) for on in (False, True)
+        train.train(Config(**settings, checkpointing=on, out=str(tmp_path / str(on)))) for on in (False, True)
     )
     for a, b in zip(student(plain).values(), student(recomputed).values()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -259,12 +258,13 @@ def test_losses_reach_their_own_steps(noisy, last):
     assert not any(waiting for _, _, waiting, _ in nets.told)
 
 
-def test_non_finite_update_is_skipped_and_ten_end_the_run(tmp_path, monkeypatch):
+def test_non_finite_update_is_skipped_and_ten_end_the_run(small_toys, tmp_path, monkeypatch):
     """Eq. 6's loss is not a number: the score estimator stays, G goes on, the tenth such loop saves and ends."""
     real = train.score_estimator.loss
     monkeypatch.setattr(train.score_estimator, "loss", lambda *args: real(*args) * float("nan"))
     run = tmp_path / "run"
     settings = SMALL | {"iterations": 50, "batch_size": 1, "log_every": 100, "gan_weight": 0, "ema": 1}
+    settings["model"] = small_toys["sdxl"]
     with pytest.raises(UserError, match="10 loops in a row"):
         train.train(Config(**settings, out=str(run)))
     progress = json.loads((run_folder.newest(run) / "progress.json").read_text())
@@ -273,31 +273,20 @@ def test_non_finite_update_is_skipped_and_ten_end_the_run(tmp_path, monkeypatch)
 
 
 DMD2 = {"method": "dmd2", "ttur": 1, "iterations": 2}
-SD3_LORA = {"model": "toy/sd3", "lora_rank": 4, "iterations": 2}
-
-
-def smooth(model, path):
-    """A copy of a toy with random weights in the denoiser: trained ones amplify rounding, in gradients 10,000-fold."""
-    torch.manual_seed(0)
-    part = part_of(model)
-    shutil.copytree(model, path)
-    PARTS[part].from_config(PARTS[part].load_config(path / part)).save_pretrained(path / part)
-    return path
-
-
+SD3_LORA = {"model": "sd3", "lora_rank": 4, "iterations": 2}
 DMDR = {"method": "dmdr", "ttur": 1, "dynamic": 1, "ema": 1, "iterations": 2}
 ADVDMD = {"method": "advdmd", "ttur": 1, "rl_after": 1, "rl_gate": 0, "iterations": 2}
 
 
 @pytest.mark.parametrize("method", [{}, DMD2, DMD2 | {"lora_rank": 4}, SD3_LORA, DMDR, ADVDMD])
 @pytest.mark.xdist_group("ranks")
-def test_two_ranks_are_one(method, two_ranks, tmp_path):
+def test_two_ranks_are_one(method, small_toys, two_ranks, tmp_path):
     """2 gloo ranks, sharded by FSDP2, take the same steps as 1 with twice the batch: losses, norms, weights.
 
     Small learning rates: AdamW turns the rounding noise of gradients near zero into whole steps, which at the default
     rates moves losses by 1e-4 within three loops. adv_loss is a mean of logits of order 1 that crosses zero.
     """
-    model = str(smooth(method.get("model", "toy/sdxl"), tmp_path / "model"))
+    model = small_toys[method.get("model", "sdxl")]
     rates = {"ema": 0.99, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5}
     size = 8 if method.get("method") == "advdmd" else 4  # whole groups on each rank
     settings = {"iterations": 2, "batch_size": size, **rates, **method, "model": model, "reward": "toy/lrm"}
@@ -330,12 +319,12 @@ def train_on_two(two_ranks, **settings):
 
 
 @pytest.mark.xdist_group("ranks")
-def test_two_ranks_are_one_in_stage_2(two_ranks, tmp_path):
+def test_two_ranks_are_one_in_stage_2(small_toys, two_ranks, tmp_path):
     """Two preference updates and one distillation update, with reference and reward model sharded too."""
-    few = SMALL | {"iterations": 1, "batch_size": 2, "gan_weight": 0}
+    few = SMALL | {"iterations": 1, "batch_size": 2, "gan_weight": 0, "model": small_toys["sdxl"]}
     stage_1 = train.train(Config(**few, out=str(tmp_path / "one")))
     rates = {"lr": 2e-6, "fake_lr": 1e-5, "rl_lr": 1e-6}
-    settings = {"stage": 2, "init": stage_1, "rl_ratio": 2, "batch_size": 4, "gan_weight": 0, **rates}
+    settings = {"stage": 2, "init": stage_1, "rl_ratio": 2, **few, "iterations": 3, "batch_size": 4, **rates}
     one, two = on_one_and_two_ranks(settings, two_ranks, tmp_path)
     assert ["rl_loss" in m for m in one] == [True, True, False]
     for a, b in zip(one, two, strict=True):
@@ -346,9 +335,9 @@ def test_two_ranks_are_one_in_stage_2(two_ranks, tmp_path):
 
 
 @pytest.mark.xdist_group("ranks")
-def test_resumes_on_another_number_of_ranks(two_ranks, tmp_path):
+def test_resumes_on_another_number_of_ranks(small_toys, two_ranks, tmp_path):
     """Two loops on one rank; one on two ranks and then one on one; one on one and then one on two: one run."""
-    common = {"model": str(smooth("toy/sdxl", tmp_path / "model")), "batch_size": 4, "ema": 0.99}
+    common = {"model": small_toys["sdxl"], "batch_size": 4, "ema": 0.99}
     common |= {"lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5}
     one = metrics_of(train.train(Config(**SMALL | common | {"iterations": 2}, out=str(tmp_path / "one"))))
     for ranks in (2, 1):
@@ -482,9 +471,9 @@ assert all(torch.allclose(m.full_tensor(), tenth(m)) for m in moments)
 """
 
 
-def test_resume_after_kill(tmp_path):
+def test_resume_after_kill(small_toys, tmp_path):
     """kill -9 in the middle, then --resume: the same weights as a run that was left alone."""
-    settings = {"iterations": 5, "save_every": 2}
+    settings = {"iterations": 5, "save_every": 2, "model": small_toys["sdxl"]}
     broken = launch(*flags(**{**settings, "iterations": 500}, out=tmp_path / "broken"))
     whole = train.train(train.read(flags(**settings, out=tmp_path / "whole")))
     wait_for(tmp_path / "broken" / "checkpoint-000002")
@@ -502,9 +491,9 @@ def run_loops(run):
     return json.loads((run_folder.newest(run) / "progress.json").read_text())["loops"]
 
 
-def test_torn_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
+def test_torn_checkpoint_falls_back_to_the_one_before(small_toys, tmp_path, capsys):
     """The newest checkpoint cut to half: a warning, the one before is resumed, in the end an unbroken run's weights."""
-    settings = SMALL | {"gan_weight": 0, "batch_size": 1, "iterations": 3, "save_every": 1}
+    settings = SMALL | {"gan_weight": 0, "batch_size": 1, "iterations": 3, "save_every": 1, "model": small_toys["sdxl"]}
     run = train.train(Config(**settings, out=str(tmp_path / "run")))
     assert [p.name[-1] for p in run_folder.checkpoints(run)] == ["2", "3"]  # --keep 2
     whole = student(run)
@@ -520,9 +509,10 @@ def test_torn_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_saves_and_ends(ranks, tmp_path):
+def test_sigterm_saves_and_ends(ranks, small_toys, tmp_path):
     """SIGTERM, to loader processes too: saved at the loop in hand, exit 0 (torchrun's is 1). --resume starts afresh."""
     settings = {"gan_weight": 0, "iterations": 500, "save_every": 1000, "resume": True, "workers": 1}
+    settings["model"] = small_toys["sdxl"]
     ended = launch(*flags(**settings, out=tmp_path / "ended"), ranks=ranks, patience=150)
     wait_for(tmp_path / "ended" / "metrics.jsonl", content=True)
     ended.send_signal(signal.SIGTERM)
@@ -558,9 +548,10 @@ assert answers == [[False, True]] * 2, answers
 """
 
 
-def test_a_dead_rank_ends_the_others(tmp_path):
+def test_a_dead_rank_ends_the_others(small_toys, tmp_path):
     """Within 60 s of its death, and torchrun says which it was and how it ended."""
-    broken = launch(*flags(gan_weight=0, iterations=500, out=tmp_path / "broken"), ranks=2, patience=3)
+    settings = {"gan_weight": 0, "iterations": 500, "model": small_toys["sdxl"]}
+    broken = launch(*flags(**settings, out=tmp_path / "broken"), ranks=2, patience=3)
     wait_for(tmp_path / "broken" / "metrics.jsonl", content=True)
     kill_a_rank(broken)
     out, _ = broken.communicate(timeout=60)
@@ -572,9 +563,9 @@ def kill_a_rank(torchrun):
 
 
 @pytest.mark.xdist_group("ranks")
-def test_a_killed_rank_restarts_the_run(two_ranks, tmp_path):
+def test_a_killed_rank_restarts_the_run(small_toys, two_ranks, tmp_path):
     """kill -9 on one of two ranks: torchrun restarts both, and they go on to an unbroken run's weights."""
-    settings = {"gan_weight": 0, "iterations": 4, "save_every": 1}
+    settings = {"gan_weight": 0, "iterations": 3, "save_every": 1, "model": small_toys["sdxl"]}
     broken = launch(*flags(**settings, out=tmp_path / "broken"), ranks=2, restarts=1, patience=3)
     train_on_two(two_ranks, **settings, out=tmp_path / "whole")
     wait_for(tmp_path / "broken" / "checkpoint-000001")
