@@ -34,17 +34,17 @@ UNET = {  # inputs that a UNet can want beside x_t, t, the prompt and sizes -> t
 }
 SPACINGS = {  # score-based schedulers -> the timestep_spacing of a config that has none
     **dict.fromkeys(("DDIMScheduler", "DDPMScheduler", "LCMScheduler", "PNDMScheduler", "TCDScheduler"), "leading"),
-    **dict.fromkeys(("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler"), "linspace"),
+    **dict.fromkeys(("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"), "linspace"),
     **dict.fromkeys(("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"), "linspace"),
     **dict.fromkeys(("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"), "linspace"),
-    **dict.fromkeys(("LMSDiscreteScheduler", "SASolverScheduler", "UniPCMultistepScheduler"), "linspace"),
+    **dict.fromkeys(("DPMSolverSDEScheduler", "LMSDiscreteScheduler", "SASolverScheduler"), "linspace"),
 }
 FLOW = "FlowMatchEulerDiscreteScheduler"
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 def check(model):
-    """Raises UserError for a pipeline folder (or hub name) that lacks a part, or wants what training does not honour."""
+    """Raises UserError for a pipeline folder or hub name that lacks a part or has a setting that training ignores."""
     part = part_of(model)
     index = index_of(model)
     for name, kind in PARTS[part].items():
@@ -102,8 +102,8 @@ def unet_takes_our_inputs(model):
         raise UserError(f"{model}: unet has cross_attention_dim {cross}, its text encoders are {sum(widths)} wide")
     if None not in (pooled, sizes, wanted) and pooled + 6 * sizes != wanted:
         raise UserError(
-            f"{model}: unet has projection_class_embeddings_input_dim {wanted}, where a pooled prompt and six sizes give "
-            f"{pooled + 6 * sizes} (SDXL's refiner is no base model)"
+            f"{model}: unet has projection_class_embeddings_input_dim {wanted}, where a pooled prompt and six sizes "
+            f"give {pooled + 6 * sizes} (SDXL's refiner is no base model)"
         )
 
 
@@ -123,17 +123,15 @@ def scheduler_of(model):
     if config.get("num_train_timesteps", 1000) != 1000:
         raise refusal(model, config, "num_train_timesteps", "only 1000 is supported")
     if kind == FLOW:
-        needed = ["shift"]
+        numbers = ["shift"]
         for key in ("use_dynamic_shifting", "shift_terminal", "invert_sigmas"):
             if config.get(key):
                 raise refusal(model, config, key, "only a fixed `shift` is supported")
     else:
-        needed = ["trained_betas"] if config.get("trained_betas") else ["beta_schedule", "beta_start", "beta_end"]
+        numbers = ["steps_offset"] if config.get("trained_betas") else ["steps_offset", "beta_start", "beta_end"]
         check_score_based(model, config)
-    for key in needed:
-        if key not in config:
-            raise UserError(f"scheduler/scheduler_config.json of {model} lacks {key!r}")
-        if key != "trained_betas" and key != "beta_schedule" and not isinstance(config[key], int | float):
+    for key in numbers:
+        if not isinstance(config.get(key), int | float):
             raise refusal(model, config, key, "it must be a number")
     return config
 
@@ -151,10 +149,10 @@ def check_score_based(model, config):
     betas = config.get("trained_betas")
     if betas and (len(betas) != 1000 or not all(isinstance(beta, float) and 0 < beta < 1 for beta in betas)):
         raise refusal(model, {"trained_betas": f"of length {len(betas)}"}, "trained_betas", "1000 in (0, 1) are wanted")
-    if not betas and config.get("beta_schedule", "linear") not in BETA_SCHEDULES:
+    if not betas and config.get("beta_schedule") not in BETA_SCHEDULES:
         raise refusal(model, config, "beta_schedule", f"only {', '.join(BETA_SCHEDULES)} are supported")
 
 
 def refusal(model, config, key, why):
     """The UserError for a setting of a scheduler's config."""
-    return UserError(f"{model}: scheduler/scheduler_config.json has {key} {config[key]!r}: {why}")
+    return UserError(f"{model}: scheduler/scheduler_config.json has {key} {config.get(key)!r}: {why}")

@@ -21,6 +21,7 @@ from diffusers import (
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
 
+from engine import base_model
 from engine.errors import UserError
 from engine.folders import folder, index_of, on_disk, part_of
 from engine.models import LORA, load_denoiser, load_part, load_vae
@@ -71,7 +72,7 @@ pipe.scheduler = {scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler
 
 SD_SCRIPTS = "lora_for_sd_scripts.safetensors"
 FILES = {  # the card's lines on a LoRA's files, by the kind of denoiser
-    "unet": f"""- `{LORA}`: the LoRA for diffusers, ComfyUI and the WebUI (layers by diffusers' names, in kohya's spelling).
+    "unet": f"""- `{LORA}`: the LoRA for diffusers, ComfyUI and the WebUI (diffusers' names in kohya's spelling).
 - `{SD_SCRIPTS}`: the same LoRA for kohya's sd-scripts (layers by the original SDXL's names).
 """,
     "transformer": f"""- `{LORA}`: the LoRA for diffusers and ComfyUI. kohya's sd-scripts does not read it.
@@ -103,9 +104,9 @@ def export(run, out, lora=False):
     else:
         pipeline_of(model, student.net, scheduler, encoder).save_pretrained(out)
     names = {"model": config["model"], "scheduler": type(scheduler).__name__, "weights": LORA, "variant": ""}
-    _, variant = on_disk(model, part)
-    if variant:
-        names["variant"] = f', variant="{variant}"'
+    variants = {on_disk(model, name)[1] for name in base_model.PARTS[part]} - {None}
+    if variants:
+        names["variant"] = f', variant="{min(variants)}"'
     names["without"] = ", text_encoder_3=None, tokenizer_3=None" if part == "transformer" else ""
     load = (LOAD_LORA if lora else LOAD).format(**names)
     files = FILES[part] if lora else ""

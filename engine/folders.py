@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 from engine.errors import UserError
@@ -83,6 +84,7 @@ def read_json(model, name):
     return found
 
 
+@cache
 def from_hub(model, name):
     """Download a file of a hub repository -> its path. Raises UserError where that fails."""
     from huggingface_hub import hf_hub_download  # it loads slowly, and most runs use local folders

@@ -65,7 +65,7 @@ class PromptEncoder:
         return len(tokenizer(prompt).input_ids) > tokenizer.model_max_length
 
     def null(self):
-        """The null prompt's condition, batch of one: zeros, or the encoded empty prompt, as the pipeline's index says."""
+        """The null prompt's condition, batch of one: zeros, or the encoded empty prompt, as the index says."""
         c = self.encode([""])
         if not index_of(self.model).get("force_zeros_for_empty_prompt", True):
             return c
