@@ -84,7 +84,7 @@ class Schedule:
         return self.steps(n)
 
     def x_0(self, output, x_t, t):
-        """The network's output as a clean estimate: (x_t - σ_t ε̂)/α_t, α_t x_t - σ_t v̂, or x_t - s v̂ (flow). fp32."""
+        """The network's output as a clean estimate: (x_t - σ_t ε̂)/α_t, α_t x_t - σ_t v̂, or x_t - s v̂ (flow)."""
         alpha, sigma = self._amplitudes(t)
         if self.prediction == "eps":
             return (x_t.float() - sigma * output.float()) / alpha

@@ -230,6 +230,11 @@ def test_published_layout(small):
     path, weight = small
     R = load_reward_model(path, 64, tokenizers="toy/sdxl")
     assert torch.equal(R.visual_projection.weight, weight) and R.logit_scale == 2.0
+    state = {"visual_projection": {"weight": weight}, "logit_scale": 4.6052}  # CLIP's, ln 100; 1.1 % off in bf16
+    torch.save(state, path / "state_dict.pt")
+    R = load_reward_model(path, 64, tokenizers="toy/sdxl", dtype=torch.bfloat16)
+    assert R.logit_scale.exp().item() == pytest.approx(100, rel=1e-4)
+    assert R.visual_projection.weight.dtype == R.unet.dtype == torch.bfloat16
     z_t, t = torch.randn(3, 4, 16, 16), torch.tensor([749, 499, 20])
     prompts = ["a red circle", "a ring", "a large blue cross"]
     c = R.encoder.encode(prompts)
