@@ -26,7 +26,7 @@ def folder(path, *parts, hub=True):
     found = next((p for p in (Path(path), HERE / path) if p.is_dir()), None)
     if found is None:
         named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).startswith(("toy/", "runs/"))
-        if hub and named and not Path(path).exists():
+        if hub and named and not str(path).endswith((".safetensors", ".ckpt")) and not Path(path).exists():
             return str(path)
         raise UserError(f"no such folder: {path} (give a diffusers pipeline folder, such as toy/sdxl)")
     for part in parts:
@@ -104,6 +104,7 @@ def on_disk(model, part=""):
     if Path(model).is_dir():
         return model, variant_of(path.name for path in Path(model, part).glob("*"))
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     try:
         try:
@@ -115,6 +116,8 @@ def on_disk(model, part=""):
         variant = variant_of(inside)
         weights = [name for name in inside if variant in variants([name])]
         weights = [name for name in weights if ".safetensors" in name] or weights
+        if not inside:
+            raise FileNotFoundError(f"it is neither in the repository nor, offline, in {HF_HUB_CACHE}")
         kept = weights + [name for name in inside if name.endswith((".json", ".txt")) and not WEIGHTS.fullmatch(name)]
         return snapshot_download(model, allow_patterns=[str(Path(part, name)) for name in kept]), variant
     except Exception as e:
