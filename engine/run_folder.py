@@ -13,6 +13,7 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
+from engine import base_model
 from engine.config import flag
 from engine.errors import UserError
 from engine.folders import HERE, folder, part_of
@@ -33,7 +34,7 @@ def look(config):
     config.check()
     if config.dry_run:
         return config
-    folder(config.model, "model_index.json")
+    base_model.check(config.model)
     if config.prompts and not Path(config.prompts).is_file():
         raise UserError(f"--prompts {config.prompts}: no such file")
     if config.data != "toy" and not config.data.endswith(".tar") and config.stage != "reward":

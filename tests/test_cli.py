@@ -594,6 +594,9 @@ def test_help_without_torch(command):
         ("train.py --lr 0", "--lr must be positive"),
         ("train.py --data DIR/nowhere", "metadata.jsonl"),
         ("train.py --model DIR/nowhere", "no such folder: DIR/nowhere"),
+        ("train.py --model nowhere/sd_xl.safetensors", "no such folder: nowhere/sd_xl.safetensors"),
+        ("train.py --model DIR/file.txt", "DIR/file.txt is no pipeline folder (it lacks model_index.json)"),
+        ("train.py --model DIR/flux", "DIR/flux is a FluxPipeline"),
         ("train.py --sam DIR/nowhere", "no such folder: DIR/nowhere"),
         ("train.py --out DIR", "DIR is not empty"),
         ("train.py --out DIR --resume", "nothing to resume in DIR"),
@@ -609,6 +612,8 @@ def test_help_without_torch(command):
 )
 def test_mistakes_without_torch(command, words, tmp_path):
     (tmp_path / "file.txt").write_text("mine")
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     status, out, err = without_torch(command.replace("DIR", str(tmp_path)))
     assert status == 2 and out == [] and len(err) == 1
     assert err[0].startswith("error: ") and words.replace("DIR", str(tmp_path)) in err[0]
