@@ -43,10 +43,8 @@ class Kept:
 
 
 def check(config):
-    """Raises UserError where --cache-latents is a file or another kind of folder; writes nothing."""
+    """Raises UserError where --cache-latents is another kind of folder; writes nothing."""
     folder = Path(config.cache_latents)
-    if folder.is_file():
-        raise UserError(f"--cache-latents {folder} is a file: give a folder")
     if folder.exists() and any(folder.iterdir()):
         try:
             found = json.loads((folder / "settings.json").read_text())

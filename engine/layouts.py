@@ -72,7 +72,7 @@ def in_folder(folder):
     pictures = Group(str.rpartition)
     for name in names:
         pictures.add(name)
-    if pictures.captions:
+    if pictures.captions.keys() & pictures.pictures.keys():
         return Layout(root, pictures=pictures)
     found = Counter(f".{ending(name)}" if ending(name) else "without an ending" for name in names)
     held = ", ".join(f"{n} {kind}" for kind, n in found.most_common(6)) or "nothing"

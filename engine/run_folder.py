@@ -35,6 +35,8 @@ def look(config):
     if config.dry_run:
         return config
     folder(config.model, "model_index.json")
+    if config.cache_latents and Path(config.cache_latents).is_file():
+        raise UserError(f"--cache-latents {config.cache_latents} is a file: give a folder")
     if config.stage == "reward":
         layouts.pairs(config.pairs)
     elif config.data != "toy":

@@ -88,7 +88,10 @@ def photos(tmp_path):
         (["--method", "dmd3"], "dmd3"),
         (["--prompts", "toy/nothing.txt"], "toy/nothing.txt"),
         (["--method", "dmd2", "--prompts", "README.md"], "--prompts and --method dmd2 exclude each other"),
-        (["--method", "advdmd", "--prompts", "README.md"], "--prompts and --method advdmd exclude each other"),
+        (
+            ["--method", "advdmd", "--batch-size", "4", "--prompts", "README.md"],
+            "--prompts and --method advdmd exclude",
+        ),
         (["--ema", "2"], "--ema"),
         (["--seed", "-1"], "--seed"),
         (["--lr", "0"], "--lr"),
