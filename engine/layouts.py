@@ -31,7 +31,7 @@ PAIR_COLUMNS = ("caption", "jpg_0_file_name", "jpg_1_file_name", "label_0")
 
 @dataclass
 class Layout:
-    """A folder with one kind of captions, or shards: one of the three lists is filled."""
+    """A folder with one kind of captions, or shards: only one of the three fields below is filled."""
 
     root: Path
     tables: list = field(default_factory=list)  # paths of metadata files
@@ -58,7 +58,7 @@ def in_folder(folder):
         tables = [root / name for name in TABLES if (root / name).is_file()]
         if tables:
             if tables[1:]:
-                text.tell(f"{tables[0]} is read, {', '.join(path.name for path in tables[1:])} beside it is left out")
+                text.tell_once(f"{tables[0]} is read, {tables[1].name} beside it is left out")
             return Layout(root, tables=tables[:1])
     own = {ending(name) for name in os.listdir(folder) if (folder / name).is_file()}
     root = folder if own & {"tar", *PICTURES} or not (folder / "train").is_dir() else folder / "train"
@@ -66,8 +66,11 @@ def in_folder(folder):
     tables = [root / name for name in names if name.rpartition("/")[2] in TABLES]
     if tables:
         return Layout(root, tables=tables)
-    tars = [name for name in names if ending(name) == "tar"]
+    tars = [name for name in names if ending(name) == "tar" and not name.rpartition("/")[2].startswith(".")]
     if tars:
+        others = sorted(set(names) - set(tars))
+        if others:
+            text.tell_once(f"left out of {root}: {len(others)} files beside the shards, the first: {others[0]}")
         return Layout(root, shards=[shards.literal(root / name) for name in tars])
     pictures = Group(str.rpartition)
     for name in names:
@@ -106,7 +109,9 @@ def ending(name):
 
 
 def check(name):
-    """Raises UserError where --data cannot be used, as far as that can be said without reading all of it."""
+    """Raises UserError where --data cannot be used, as far as that shows without reading shards, or over a network."""
+    if "://" in str(name):
+        return
     layout = find(name)
     if layout.tables:
         captions(layout)
@@ -187,7 +192,7 @@ def of_json(line, where):
 def of_csv(table):
     """A table with commas, its first row the names of columns -> [(line number, dict)]. Quotes may hold newlines."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(text.decode(text.read(table)), newline="\n"))
+    reader = csv.DictReader(io.StringIO(text.decode(text.read(table)), newline="\n"), skipinitialspace=True)
     records = []
     try:
         for row in reader:

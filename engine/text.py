@@ -7,6 +7,7 @@ above 5 % of the lines it ends the run.
 import codecs
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from engine.errors import UserError
@@ -67,7 +68,7 @@ def report_bad(where, bad, total):
     why = f"{where}: {len(bad)} of {total} captions or lines are not UTF-8 (nor UTF-16 with a BOM)"
     if len(bad) > MOST_BAD * total:
         raise UserError(f"{why}, more than 5 %: {named}; save the text as UTF-8")
-    tell(f"{why} and are left out: {named}")
+    tell_once(f"{why} and are left out: {named}")
 
 
 def caption(row, where):
@@ -93,3 +94,9 @@ def tell(line):
     """Print a line, on the first rank alone. Names of files may hold bytes that are not UTF-8."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(line.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+@lru_cache
+def tell_once(line):
+    """`tell`, but not again: what a run checks before it loads anything is read once more when it begins."""
+    tell(line)

@@ -608,6 +608,7 @@ def put_beside(folder):
 def put_tars(folder):
     for i, (name, said) in enumerate(SAID.items()):
         (folder / f"part {i}").mkdir()
+        (folder / f"part {i}/._shard[{i}].tar").write_bytes(b"of macOS")
         kind = name.rpartition(".")[2]
         write(folder / f"part {i}/shard[{i}].tar", {f"x.{kind}": picture(i), "x.TXT": said.encode()})
 
