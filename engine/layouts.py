@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -44,7 +45,7 @@ def find(name):
     path = Path(name)
     if path.is_dir():
         return in_folder(path)
-    if path.suffix == ".tar" or any(sign in str(name) for sign in ("*", "{", "://")):
+    if path.suffix == ".tar" or any(sign in str(name) for sign in ("*", "{", "://", "pipe:")):
         return Layout(path, shards=shards.find(str(name)))
     if path.is_file():
         folder = f"give its folder, {path.parent}" if path.name in TABLES else WORKS
@@ -110,7 +111,7 @@ def ending(name):
 
 def check(name):
     """Raises UserError where --data cannot be used, as far as that shows without reading shards, or over a network."""
-    if "://" in str(name):
+    if re.match(r"\S+://", str(name)):
         return
     layout = find(name)
     if layout.tables:
@@ -155,7 +156,7 @@ def of_table(table, stamp, size):
         if not name or not any(key in row for key in text.CAPTION):
             raise lacking(where, row)
         if not isinstance(name, str):
-            raise UserError(f"{where}: file_name is a {type(name).__name__}, {str(name)[:80]}: give a text")
+            raise UserError(f"{where}: file_name must be a text, not {repr(name)[:80]}")
         said = text.caption(row, where)
         if not said:
             raise UserError(f"{where}: the caption of {name} is empty")

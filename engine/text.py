@@ -79,8 +79,7 @@ def caption(row, where):
     value = next((row[key] for key in CAPTION if row.get(key) not in (None, "", [])), "")
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        kind = "list of other things than texts" if isinstance(texts, list) else type(value).__name__
-        raise UserError(f"{where}: the caption is a {kind}, {str(value)[:80]}: give a text, or a list of texts")
+        raise UserError(f"{where}: the caption must be a text or a list of texts, not {repr(value)[:80]}")
     texts = [text.strip() for text in texts if text.strip()]
     return texts if len(texts) > 1 else "".join(texts)
 

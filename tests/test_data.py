@@ -549,10 +549,10 @@ def test_bytes_that_are_no_text_are_named_and_counted(place, kind, tmp_path, cap
 @pytest.mark.parametrize("caption", [5, {"en": "a cat"}, [["a cat"]], ["a cat", None], True, 0])
 def test_captions_of_other_types_are_refused_by_name(caption, tmp_path):
     folder = in_folder(tmp_path / "folder", {"a.png": picture(0), "b.png": picture(0)}, {"b.png": caption})
-    with pytest.raises(UserError, match="line 2: the caption is a"):
+    with pytest.raises(UserError, match="line 2: the caption must be"):
         data.source(folder, 16)
     write(tmp_path / "0.tar", {"a.png": picture(0), "a.json": json.dumps({"caption": caption}).encode()})
-    with pytest.raises(UserError, match="a.json: the caption is a"):
+    with pytest.raises(UserError, match="a.json: the caption must be"):
         data.source(tmp_path / "0.tar", 16)
 
 
@@ -653,7 +653,7 @@ def test_layouts_that_people_have(layout, inside, tmp_path):
         ),
         ({"metadata.jsonl": b'{"file_name": "a.png", "label": 1}'}, 'line 1: needs .* has "file_name", "label"'),
         ({"metadata.jsonl": b'[{"file_name": "a.png", "text": "a"}]'}, "line 1: a JSON list"),
-        ({"metadata.jsonl": b'{"file_name": 7, "text": "a"}'}, "line 1: file_name is a int"),
+        ({"metadata.jsonl": b'{"file_name": 7, "text": "a"}'}, "line 1: file_name must be a text, not 7"),
         ({"metadata.jsonl": b"[" * 100000}, "line 1: no JSON object"),
         ({"metadata.csv": b"file_name;text\na.png;a"}, 'line 2: needs .* has "file_name;text"'),
         ({"metadata.csv": b"file_name,text\na.png,a cat, a dog"}, "line 2: more fields .* in quotes"),
