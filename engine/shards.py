@@ -80,7 +80,8 @@ class Group:
         """Names and counts what is left out."""
         no_caption = 'images without a caption (.txt, or .json with "text" or "caption")'
         bare = [name for key, name in self.pictures.items() if key not in self.texts]
-        for why, names in (*self.left_out.items(), (no_caption, bare)):
+        alone = [name for key, names in self.captions.items() if key not in self.pictures for name in names]
+        for why, names in (*self.left_out.items(), (no_caption, bare), ("captions without an image", alone)):
             if names:
                 text.tell(f"left out of {where}: {len(names)} {why}, the first: {names[0]}")
 

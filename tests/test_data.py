@@ -717,6 +717,7 @@ def test_what_shards_hold_beside_samples_is_named_and_counted(tmp_path, capsys):
         "c.npy": b"",
         "d.png": picture(5),
         "d.json": b"{oops",
+        "e.txt": b"a caption of nothing",
     }
     write(tmp_path / "0.tar", good | others)
     source = data.source(tmp_path / "0.tar", 16)
@@ -732,7 +733,7 @@ def test_what_shards_hold_beside_samples_is_named_and_counted(tmp_path, capsys):
             "(.cls)",
             "(.npy)",
         ),
-        *("1 broken .json", "1 images without a caption", "d.png"),
+        *("1 broken .json", "1 captions without an image", "e.txt", "1 images without a caption", "d.png"),
     ):
         assert words in told, words
 
