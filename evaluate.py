@@ -9,7 +9,7 @@ python evaluate.py --run runs/NAME --prompts coco10k.txt --images DIR   the pape
 import json
 from pathlib import Path
 
-from engine import run_folder
+from engine import run_folder, text
 from engine.config import Config
 from engine.errors import UserError
 from engine.flags import Parser, at_least, fail
@@ -79,6 +79,8 @@ def check(args):
     """
     if args.prompts and not args.images:
         raise UserError("--prompts needs --images, a folder for the pictures")
+    if args.prompts:
+        text.prompts(args.prompts)
     if args.num is not None and args.num < 8 and not args.prompts:
         raise UserError("--num must be at least 8: the metrics compare distributions")
     if args.teacher or args.undistilled:

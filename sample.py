@@ -12,6 +12,7 @@ from pathlib import Path
 from engine import run_folder
 from engine.errors import UserError
 from engine.flags import Parser, at_least, fail
+from engine.text import prompts as read_prompts
 
 
 def flags(argv=None):
@@ -33,12 +34,7 @@ def given_prompts(args):
     """The prompts that the flags name; [] where they name none. Raises UserError for an empty one."""
     prompts = args.prompt or []
     if args.prompts:
-        if not Path(args.prompts).is_file():
-            raise UserError(f"no such prompt file: {args.prompts}")
-        text = Path(args.prompts).read_text(encoding="utf-8", errors="replace")
-        prompts = [line for line in text.splitlines() if line.strip()]
-        if not prompts:
-            raise UserError(f"{args.prompts} holds no prompt (one per line)")
+        prompts = read_prompts(args.prompts)
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("--prompt is empty: say what to draw")
     return prompts

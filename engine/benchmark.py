@@ -37,17 +37,6 @@ PAPER = {  # Tables 1, 2, 3, 6, 7: COCO-10k; name: (NFE, *COLUMNS, cost = batch 
 }
 
 
-def read_prompts(path, num):
-    """The first `num` lines of a prompt file. Raises UserError for one that is missing or empty."""
-    if not Path(path).is_file():
-        raise UserError(f"--prompts {path}: no such file (one prompt per line)")
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompts {path} holds no prompt (one per line)")
-    return prompts[:num]
-
-
 def draw(denoiser, encoder, vae, prompts, folder, made_by, batch=None):
     """Writes the pictures of `prompts` that folder lacks.
 

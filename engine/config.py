@@ -18,7 +18,7 @@ class Config:
     method: str = "flash"  # flash; dmd2 = the baseline; dmdr, advdmd = siblings (--method NAME --help: their flags)
     stage: int | str = 1  # 1 = distillation; 2 = preference optimisation joins it; reward = train a reward model
     model: str = "toy/sdxl"  # the teacher: a diffusers pipeline folder, or a hub name
-    data: str = "toy"  # toy, a folder of images with metadata.jsonl (file_name, text), or shards ("s/{000..127}.tar")
+    data: str = "toy"  # toy, a folder of images with captions (docs/data.md), or shards ("s/{000..127}.tar")
     prompts: str = ""  # a text file of prompts for G, one per line; default: the captions of the data
     cache_latents: str = ""  # folder that keeps the VAE's latents of --data, for methods that see latents alone
     size_condition: str = "square"  # SDXL's size conditions: square = an uncropped square; original = the picture's own

@@ -7,7 +7,7 @@ from statistics import mean
 import torch
 
 from diffusion import guided
-from engine import benchmark, data, metrics
+from engine import benchmark, data, metrics, text
 from engine.errors import UserError
 from engine.folders import HERE, part_of
 from engine.models import load_denoiser, load_vae
@@ -99,7 +99,7 @@ def evaluate(denoiser, encoder, vae, clip, source, steps, num, seed, ode, nfe, r
 
 def on_prompts(args, denoiser, encoder, vae, clip, made_by, nfe):
     """The paper's scores of pictures for a file of prompts, as a dict; prints the paper's rows and ours."""
-    prompts = benchmark.read_prompts(args.prompts, args.num)
+    prompts = text.prompts(args.prompts)[: args.num]
     means = benchmark.imported(args.scores, len(prompts))
     scorers = {"CLIP": clip}
     if args.pick:

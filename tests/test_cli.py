@@ -22,7 +22,7 @@ import evaluate
 import export
 import sample
 import train
-from engine import benchmark, checkpoint, config, data, monitor, pictures, run_folder, safe_load
+from engine import benchmark, checkpoint, config, data, decode, monitor, pictures, run_folder, safe_load
 from engine.batch import Batch
 from engine.errors import UserError
 from engine.flags import parse
@@ -87,6 +87,11 @@ def photos(tmp_path):
         (["--gan", "latent"], "--gan"),
         (["--method", "dmd3"], "dmd3"),
         (["--prompts", "toy/nothing.txt"], "toy/nothing.txt"),
+        (["--method", "dmd2", "--prompts", "README.md"], "--prompts and --method dmd2 exclude each other"),
+        (
+            ["--method", "advdmd", "--batch-size", "4", "--prompts", "README.md"],
+            "--prompts and --method advdmd exclude",
+        ),
         (["--ema", "2"], "--ema"),
         (["--seed", "-1"], "--seed"),
         (["--lr", "0"], "--lr"),
@@ -411,7 +416,7 @@ def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
     assert found["HPSv2"] == pytest.approx(0.3) and found["Pick"] == found["CLIP"] and found["num"] == 5
 
     model, tokenizer = CLIPModel.from_pretrained("toy/clip"), CLIPTokenizer.from_pretrained("toy/clip")
-    images = torch.stack([data.pixels(Image.open(pictures / f"{i:05d}.png"), 64) for i in range(5)])
+    images = torch.stack([decode.pixels(Image.open(pictures / f"{i:05d}.png"), 64) for i in range(5)])
     out = model.float()(**tokenizer(prompts, padding=True, return_tensors="pt"), pixel_values=images)
     cosines = (out.logits_per_image / model.logit_scale.exp()).diagonal()
     assert found["CLIP"] == pytest.approx(cosines.mean().item(), abs=1e-4)
@@ -555,7 +560,8 @@ def test_bad_metadata(text, words, photos, capsys, tmp_path):
     "row, words",
     [
         ({"label_0": 3}, "line 2: label_0 is 3"),
-        ({"jpg_1_file_name": "gone.png"}, "line 2: no image gone.png"),
+        ({"jpg_1_file_name": "gone.png"}, "gone.png (no such file)"),
+        ({"jpg_1_file_name": 5}, "line 2: needs caption, jpg_0_file_name"),
         ({"caption": None}, "line 2: needs caption"),
     ],
 )
@@ -593,6 +599,10 @@ def test_help_without_torch(command):
         ("train.py --stage 3", "--stage"),
         ("train.py --lr 0", "--lr must be positive"),
         ("train.py --data DIR/nowhere", "metadata.jsonl"),
+        ("train.py --data DIR", "It holds 1 .txt"),
+        ("train.py --data DIR/*.tar", "matches no file"),
+        ("train.py --prompts DIR/nowhere", "no such file"),
+        ("train.py --stage reward --pairs DIR", "jpg_0_file_name"),
         ("train.py --model DIR/nowhere", "no such folder: DIR/nowhere"),
         ("train.py --model nowhere/sd_xl.safetensors", "no such folder: nowhere/sd_xl.safetensors"),
         ("train.py --model DIR/file.txt", "DIR/file.txt is no pipeline folder (it lacks model_index.json)"),
