@@ -6,7 +6,9 @@ python export.py RUN OUT --lora      of a LoRA student: its LoRA, scheduler and 
 
 from engine.errors import UserError
 from engine.flags import Parser, fail
+from engine.folders import check_new
 from engine.run_folder import find_run
+from engine.stopping import leave_at_once
 
 
 def main(argv=None):
@@ -19,6 +21,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         find_run(args.run)
+        check_new(args.out, "folder")
         from engine.export import export  # it loads torch: mistakes in flags and folders come first
 
         what = "LoRA, scheduler" if args.lora else "pipeline"
@@ -28,4 +31,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    leave_at_once()
     main()

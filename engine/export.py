@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMSch
 from transformers import CLIPTokenizer
 
 from engine.errors import UserError
-from engine.folders import folder, part_of
+from engine.folders import check_new, folder, part_of
 from engine.models import LORA, load_denoiser, load_part
 from engine.run_folder import find_run, newest
 
@@ -69,8 +69,7 @@ def export(run, out, lora=False):
     run, config = find_run(run)
     out = Path(out)
     made = newest(run)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty: name a new folder")
+    check_new(out, "folder")
     if lora and not (made / "lora").is_dir():
         raise UserError(f"{run} has no LoRA (it was trained without --lora-rank): export it without --lora")
     model = folder(config["model"], "model_index.json")
