@@ -73,6 +73,7 @@ def plan(args):
     now = dict.fromkeys(SETTINGS) | defaults | {k: before[k] for k in SETTINGS if k in before} | given
     now |= {"student": str(student.resolve()), "saved": run_folder.made_at(student)}
     picture_folder.compare(out, before, now, "--out")
+    now["batch"] = args.batch_size or before.get("batch")  # another one changes pictures by rounding alone
     folder(now["model"], "model_index.json")
     check_size(now["model"], now["size"])
     if now["steps"] != config["student_steps"]:
@@ -82,12 +83,14 @@ def plan(args):
 
 def load(student, model, resolution, dtype, where):
     """-> prompt encoder, VAE and denoiser of a student's folder, on the device, in a torch dtype (the VAE in fp32)."""
+    import torch
+
     from engine import models, prompts
 
     encoder = prompts.load_encoder(model, resolution, where, dtype)
     vae = models.load_vae(model, where)
     G = models.load_denoiser(model, where, dtype, student=student)
-    G.net.to(dtype).eval()
+    torch.nn.Module.to(G.net, dtype).eval()  # diffusers' own warns
     return encoder, vae, G
 
 
@@ -107,6 +110,7 @@ def draw(args):
     now["prompts"] = now["prompts"] or data.source(
         config["data"], resolution, prompts=config.get("prompts", "")
     ).prompts(8)
+    now["batch"] = now["batch"] or min(16, models.at_once(*now["size"]))
     prompts = [p for p in now["prompts"] for _ in range(now["num"])]
 
     picture_folder.begin(out, now)
@@ -115,9 +119,8 @@ def draw(args):
         f"{len(prompts) - len(picture_folder.missing(out, len(prompts)))} of {len(prompts)} pictures are in {out}; "
         f"draw the rest with: python sample.py --resume --out {out}"
     )
-    batch = args.batch_size or min(16, models.at_once(*now["size"]))
     began = time.time()
-    drawn = pictures.draw(out, G, encoder, vae, prompts, now["steps"], now["seed"], batch, now["size"])
+    drawn = pictures.draw(out, G, encoder, vae, prompts, now["steps"], now["seed"], now["batch"], now["size"])
     seconds = (time.time() - began) / max(drawn, 1)
     save_grid(out, prompts, now["steps"])
     picture_folder.end(out)

@@ -4,9 +4,12 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,12 +25,13 @@ import evaluate
 import export
 import sample
 import train
-from engine import benchmark, checkpoint, config, data, monitor, pictures, run_folder, safe_load
+from engine import benchmark, checkpoint, config, data, folders, monitor, pictures, run_folder, safe_load
 from engine.batch import Batch
 from engine.errors import UserError
 from engine.flags import parse
+from engine.models import load_denoiser, load_vae
 from engine.networks import assemble
-from engine.prompts import PromptEncoder
+from engine.prompts import PromptEncoder, load_encoder
 from toy import world
 
 SMALL = ["--iterations", "1", "--batch-size", "2", "--preview-every", "0", "--log-every", "1"]
@@ -318,6 +322,120 @@ def test_sample_and_evaluate_a_run(run, capsys, tmp_path):
     assert status == 0 and sorted(found) == sorted(keys.split()) and found["nfe"] == 4 and found["num"] == 16
 
 
+def test_a_stopped_sample_goes_on_to_the_same_pictures(run, capsys, tmp_path):
+    """SIGTERM after two pictures of 24: they stay, whole, one line; --resume draws what an unbroken call does."""
+    names = tmp_path / "prompts.txt"
+    names.write_text("".join(f"a red circle, number {i}\n" for i in range(24)))
+    flags = ["--run", str(run), "--prompts", str(names), "--batch-size", "2", "--seed", "3"]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    command = [sys.executable, "sample.py", *flags, "--out", str(out)]
+    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "00001.png").exists() and stopped.poll() is None:
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGTERM)
+    said = stopped.communicate(timeout=60)[1]
+    there = sorted(out.glob("*.png"))
+    assert stopped.returncode == 143 and 2 <= len(there) < 24 and "Traceback" not in said
+    assert f"{len(there)} of 24 pictures" in said.splitlines()[-1] and f"--resume --out {out}" in said.splitlines()[-1]
+    for argv in ([*flags], [*flags, "--resume", "--seed", "4"], ["--resume", "--size", "96"]):
+        status, line = call(sample.main, capsys, *argv, "--out", out)
+        assert status == 2 and "another --out" in line and sorted(out.glob("*.png")) == there
+    assert call(sample.main, capsys, "--resume", "--out", out)[0] == 0
+    assert call(sample.main, capsys, *flags, "--out", whole)[0] == 0
+    for picture in (*whole.glob("*.png"), whole / "prompts.txt"):
+        assert (out / picture.name).read_bytes() == picture.read_bytes()
+    assert len(list(out.glob("*.png"))) == 25  # and grid.png
+
+
+@pytest.mark.parametrize("model, step, most", [("toy/sdxl", 16, None), ("toy/sd3", 8, 64)])
+def test_sizes(model, step, most, capsys, tmp_path, monkeypatch):
+    """Pictures that are not square, and what SDXL is told of them; other sizes are refused before torch is loaded."""
+    seen, forward = [], UNet2DConditionModel.forward
+
+    def told(net, *args, **kwargs):
+        seen.append(kwargs["added_cond_kwargs"]["time_ids"])
+        return forward(net, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", told)
+    encoder, vae, G = load_encoder(model, 64), load_vae(model), load_denoiser(model)
+    size = (step, 2 * step)
+    folders.check_size(model, size)
+    pictures.draw(tmp_path, G, encoder, vae, ["a red circle"] * 3, 1, 0, batch=2, size=size)
+    assert {Image.open(path).size for path in tmp_path.glob("*.png")} == {size[::-1]} and len(
+        list(tmp_path.iterdir())
+    ) == 3
+    assert {tuple(row) for rows in seen for row in rows.tolist()} <= {(*size, 0, 0, *size)}
+    assert bool(seen) == (model == "toy/sdxl")
+    with pytest.raises(UserError, match=f"multiples of {step} pixels, such as {2 * step}x{step}"):
+        folders.check_size(model, (2 * step + 1, 1))
+    if most:
+        with pytest.raises(UserError, match=f"at most {most} pixels"):
+            folders.check_size(model, (most, 2 * most))
+
+
+def test_without_a_run_the_shipped_student_draws(run, capsys, tmp_path, monkeypatch):
+    """An fp16 UNet and its run's settings, in bf16 and to a rounding in fp32; a trained run goes before it."""
+    shipped = tmp_path / "student"
+    net = UNet2DConditionModel.from_pretrained(run_folder.newest(run) / "unet")
+    net.half().save_pretrained(shipped / "unet")
+    shutil.copy(run / "config.json", shipped)
+    monkeypatch.chdir(tmp_path)
+    prompt = ["--prompt", "a red circle"]
+    assert "no run with a checkpoint" in call(sample.main, capsys, *prompt)[1]
+    monkeypatch.setattr(run_folder, "SHIPPED", shipped)
+    for dtype, out in (("bf16", "half"), ("fp32", "shipped")):
+        sample.main([*prompt, "--out", out, "--dtype", dtype])
+        assert f"drawing with the student that comes along, {shipped}" in capsys.readouterr().out
+    assert call(sample.main, capsys, "--resume", "--out", "shipped")[0] == 0
+    assert call(evaluate.main, capsys, "--num", "8")[0] == 0
+    shutil.copytree(run, "runs/mine")
+    status, line = call(sample.main, capsys, *prompt, "--out", "trained")
+    half, fp16, trained = (pictures.read_picture(Path(out, "00000.png")) for out in ("half", "shipped", "trained"))
+    assert status == 0 and 0 < (fp16 - trained).abs().max() < 0.1 and 0 < (half - trained).abs().mean() < 0.1
+    assert {path.name for path in shipped.iterdir()} == {"unet", "config.json"}
+
+
+def test_a_run_folder_has_one_process(run, capsys, tmp_path):
+    """Another process holds the lock: refused, nothing changed. It is killed: nothing stands in the way."""
+    out = shutil.copytree(run, tmp_path / "run")
+    hold = f"from engine.locks import lock; lock({str(out / 'lock')!r}); print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    for resume in ("--resume", "--overwrite"):
+        status, line = call(train.main, capsys, *SMALL, *NO_GAN, "--out", out, resume)
+        assert status == 2 and f"{out} is in use" in line and run_folder.newest(out)
+    settings = train.read([*SMALL, *NO_GAN, "--out", str(out), "--resume"])
+    with pytest.raises(UserError, match="in use"):
+        run_folder.open_run(settings)
+    other.kill()
+    other.wait()
+    run_folder.close_run(run_folder.open_run(settings))
+
+
+def test_fewer_loops_than_done(run, capsys):
+    """--iterations below what a resumed run has done: said, and its settings stay."""
+    before = (run / "config.json").read_bytes()
+    newest = run_folder.newest(run) / "progress.json"
+    saved = newest.read_text()
+    newest.write_text(json.dumps(json.loads(saved) | {"loops": 9}))
+    status, line = call(train.main, capsys, "--resume", "--out", run, "--iterations", "5")
+    newest.write_text(saved)
+    assert status == 2 and "has done 9 loops already" in line and (run / "config.json").read_bytes() == before
+
+
+def test_full_disk(run, capsys, tmp_path):
+    """Files that cannot grow beyond 1 MB: one line, the last checkpoint whole, no torn one, and the run goes on."""
+    out = shutil.copytree(run, tmp_path / "run")
+    resumed = ["--resume", "--out", out, "--iterations", "2"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    status, line = call(train.main, capsys, *resumed)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and "cannot save checkpoint-000002" in line and "checkpoint-000001 is whole" in line
+    assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint-000001"]
+    assert call(train.main, capsys, *resumed)[0] == 0 and run_folder.newest(out).name == "checkpoint-000002"
+
+
 def test_bare_commands_take_the_newest_run(run, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for age, name in enumerate(("new", "old")):
@@ -355,7 +473,7 @@ def test_resume_keeps_the_runs_settings(capsys, tmp_path):
 def test_a_run_of_before_method_goes_on_as_it_was(capsys, tmp_path):
     """A DMD2 run whose config.json says gan = latent: its head learns on, and all scripts read it."""
     out = tmp_path / "run"
-    assert call(train.main, capsys, *SMALL, "--method", "dmd2", "--out", out)[0] == 0
+    assert call(train.main, capsys, *SMALL, "--method", "dmd2", "--ttur", "1", "--out", out)[0] == 0
     saved = json.loads((out / "config.json").read_text())
     assert saved.pop("method") == "dmd2"
     (out / "config.json").write_text(json.dumps(saved | {"gan": "latent"}))
@@ -426,7 +544,8 @@ def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
     for extra, words in [
         (["--seed", "1"], "another --images"),
         (["--scores", tmp_path / "prompts.txt"], "--scores"),
-        (["--num", "4"], "5 scores of HPSv2 for 4 pictures"),
+        (["--num", "4"], "another --images"),
+        (["--num", "4", "--images", tmp_path / "four"], "5 scores of HPSv2 for 4 pictures"),
     ]:
         status, line = call(evaluate.main, capsys, *flags, *extra)
         assert status == 2 and words in line
@@ -490,7 +609,11 @@ def test_photographs_train_preview_and_resume(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    [("--method", "dmd2"), ("--gan-reals", "vae"), ("--method", "advdmd", "--candidates", "2")],
+    [
+        ("--method", "dmd2", "--ttur", "1"),
+        ("--gan-reals", "vae"),
+        ("--method", "advdmd", "--ttur", "1", "--candidates", "2"),
+    ],
     ids=lambda flags: flags[1],
 )
 def test_training_on_cached_latents_is_training_on_pictures(method, photos, capsys, tmp_path):
@@ -598,7 +721,18 @@ def test_help_without_torch(command):
         ("train.py --out DIR", "DIR is not empty"),
         ("train.py --out DIR --resume", "nothing to resume in DIR"),
         ("train.py --stage 2 --init DIR/nowhere", "DIR/nowhere holds no stage-1 checkpoint"),
+        ("train.py --out DIR/file.txt/run", "cannot write to DIR/file.txt/run"),
+        ("train.py --ttur 5 --iterations 4", "--ttur 5 is above --iterations 4"),
         ("sample.py --steps 0", "--steps"),
+        ("sample.py --size 64x", "--size"),
+        ("sample.py --device tpu", "--device"),
+        ("sample.py --resume", "--out"),
+        ("sample.py --out DIR", "DIR holds something already"),
+        ("sample.py --out DIR/file.txt/new", "cannot write to DIR/file.txt/new"),
+        ("evaluate.py --teacher --prompts DIR/file.txt --images DIR", "another --images"),
+        ("evaluate.py --teacher --prompts DIR/file.txt --images DIR/file.txt", "cannot write to DIR/file.txt"),
+        ("evaluate.py --teacher --json DIR/file.txt/m.json", "another --json"),
+        ("evaluate.py --teacher --json DIR", "is a folder"),
         ("sample.py --run DIR/nowhere", "DIR/nowhere holds no checkpoint"),
         ("evaluate.py --nonsense", "--nonsense"),
         ("evaluate.py --run DIR/nowhere", "DIR/nowhere holds no checkpoint"),
