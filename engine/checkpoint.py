@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from engine.distributed import barrier, together
 from engine.errors import UserError
 from engine.folders import first_line
-from engine.models import LORA, PARTS, part_name
+from engine.models import LORA, PARTS, gigabytes, part_name, waiting
 from engine.run_folder import checkpoints, newest
 from engine.safe_load import Planner, Reader
 
@@ -87,7 +87,9 @@ def save(run, players, progress, keep=1, write=None, background=False):
         else:
             state = _state(players)
             write_state = partial(dcp.save, state, checkpoint_id=aside / "state", no_dist=not dist.is_initialized())
-            together(lambda: finish(write_state))
+            trained = {p for module, _ in players.values() for p in module.parameters() if p.requires_grad}
+            with waiting(f"writing {final.name}", sum(p.numel() for p in trained) * 12 / 1e9):  # with AdamW's moments
+                together(lambda: finish(write_state))
 
 
 @contextmanager
@@ -163,7 +165,8 @@ def load(path, players, optimizers=True):
     reader = Reader(Path(path) / "state")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(state, storage_reader=reader, planner=Planner(), no_dist=not dist.is_initialized())
+        with waiting(f"reading {path}", gigabytes(path)):
+            dcp.load(state, storage_reader=reader, planner=Planner(), no_dist=not dist.is_initialized())
     for name, (module, optimizer) in players.items():
         if "model" in state[name]:
             set_model_state_dict(module, state[name]["model"], options=TRAINED)

@@ -4,6 +4,8 @@ import time
 from pathlib import Path
 from statistics import mean
 
+from tqdm import tqdm
+
 from diffusion import guided
 from engine import benchmark, data, metrics, picture_folder, stopping
 from engine.errors import UserError
@@ -67,10 +69,16 @@ def evaluate(denoiser, encoder, vae, clip, source, steps, num, seed, ode, nfe, r
     compared = reals
     if reference == "teacher":
         compared = generate(teacher, encoder, vae, prompts, 50, seed + 1, ode=True, bar="the teacher's pictures")
-    features = clip.features(images.to(clip.device))
-    features_ref = clip.features(compared.to(clip.device))
-    precision, recall = metrics.precision_recall(features, features_ref)
-    right, attributes = source.judge(images, prompts) if source.judge else ([], {})
+    with tqdm(total=4, desc="scores") as bar:
+        features = clip.features(images.to(clip.device))
+        features_ref = clip.features(compared.to(clip.device))
+        bar.update()
+        precision, recall = metrics.precision_recall(features, features_ref)
+        bar.update()
+        right, attributes = source.judge(images, prompts) if source.judge else ([], {})
+        bar.update()
+        reward = R.score_finished(vae.encode(images.to(clip.device)), prompts).mean().item() if R else None
+        bar.update()
     return {
         "prompt_accuracy": sum(right) / num if right else None,
         "attribute_accuracy": {k: sum(v) / len(v) for k, v in sorted(attributes.items())},
@@ -78,7 +86,7 @@ def evaluate(denoiser, encoder, vae, clip, source, steps, num, seed, ode, nfe, r
         "precision": precision,
         "recall": recall,
         "clip_score": clip.score(features, prompts).mean().item(),
-        "reward": R.score_finished(vae.encode(images.to(clip.device)), prompts).mean().item() if R else None,
+        "reward": reward,
         "saturation": metrics.saturation(images),
         "contrast": metrics.contrast(images),
         "nfe": nfe,

@@ -7,6 +7,7 @@ sigmas) and no guidance scale; these are on the card.
 
 import json
 import shutil
+from math import inf
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from transformers import CLIPTokenizer
 
 from engine.errors import UserError
 from engine.folders import check_new, folder, part_of
-from engine.models import LORA, load_denoiser, load_part
+from engine.models import LORA, load_denoiser, load_part, waiting
 from engine.run_folder import find_run, newest
 
 CARD = """---
@@ -82,7 +83,9 @@ def export(run, out, lora=False):
         shutil.copy(made / "lora" / LORA, out)
     else:
         parts = {part: student.net, "scheduler": scheduler, **without}
-        DiffusionPipeline.from_pretrained(model, **parts, torch_dtype=torch.float32).save_pretrained(out)
+        pipeline = DiffusionPipeline.from_pretrained(model, **parts, torch_dtype=torch.float32)
+        with waiting(f"writing {out}", size=inf):
+            pipeline.save_pretrained(out)
     names = {"model": config["model"], "scheduler": type(scheduler).__name__, "weights": LORA}
     missing = "".join(f", {name}=None" for name in without)
     load = (LOAD_LORA if lora else LOAD).format(**names, without=missing)

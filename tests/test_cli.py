@@ -84,10 +84,13 @@ def photos(tmp_path):
         (["--renoise", "0.9,0.1"], "renoise"),
         (["--cache-latents", "kept", "--data", "a.tar"], "--gan-reals vae"),
         (["--cache-latents", "kept", "--method", "dmd2"], "the toy world"),
-        (["--cache-latents", "README.md", "--method", "dmd2", "--data", "a.tar"], "is a file"),
+        (["--cache-latents", "README.md", "--method", "dmd2", "--ttur", "1", "--data", "a.tar"], "is a file"),
         (["--size-condition", "original"], "their own captions"),
         (["--judge", "runs/none"], "--judge"),
-        (["--judge", "runs/none", "--method", "advdmd", "--batch-size", "4"], "runs/none holds no stage-1 checkpoint"),
+        (
+            ["--judge", "runs/none", "--method", "advdmd", "--ttur", "1", "--batch-size", "4"],
+            "runs/none holds no stage-1 checkpoint",
+        ),
         (["--gan", "latent"], "--gan"),
         (["--method", "dmd3"], "dmd3"),
         (["--prompts", "toy/nothing.txt"], "toy/nothing.txt"),
@@ -462,7 +465,7 @@ def test_a_run_that_cannot_start_replaces_none(run, capsys, tmp_path):
 
 def test_resume_keeps_the_runs_settings(capsys, tmp_path):
     out = tmp_path / "run"
-    flags = [*SMALL, *NO_GAN, "--ttur", "2", "--renoise", "0.1,0.9"]
+    flags = [*SMALL, *NO_GAN, "--iterations", "2", "--ttur", "2", "--renoise", "0.1,0.9"]
     assert call(train.main, capsys, *flags, "--out", out)[0] == 0
     assert call(train.main, capsys, "--resume", "--out", out, "--iterations", "3")[0] == 0
     saved = json.loads((out / "config.json").read_text())
