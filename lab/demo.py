@@ -31,9 +31,9 @@ class Step:
     part: float
 
 
-def steps(out, seed):
+def steps(out):
     """The demo's commands in order. The parts of the time are those on two AVX2 cores."""
-    two = f"{out}-stage2"
+    out, two = shlex.quote(out), shlex.quote(f"{out}-stage2")
     evaluated = f"--steps 4 --num {EVALUATED} --json"
     return [
         Step("stage 1: distribution matching and Pixel-GAN", "train.py", f"--stage 1 --out {out} {STAGE_1}", 0.5),
@@ -82,7 +82,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     began = time.time()
     done = 0.0
-    plan = steps(shlex.quote(args.out), args.seed)
+    plan = steps(args.out)
     try:
         for n, step in enumerate(plan, 1):
             spent = time.time() - began
