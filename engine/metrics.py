@@ -35,13 +35,20 @@ class Clip:
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
         pixels = ((images + 1) / 2 - self.mean) / self.std
+        return self.embed(pixels)
+
+    def embed(self, pixels):
+        """CLIP's own input (N, 3, side, side) -> the projected image embeddings, not normalised, (N, d)."""
         return torch.cat([self.model.visual_projection(self.model.vision_model(p)[1]) for p in pixels.split(256)])
+
+    def embed_text(self, texts):
+        """Texts -> their projected embeddings, not normalised, (N, d)."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        return self.model.text_projection(self.model.text_model(**tokens)[1])
 
     def score(self, features, prompts):
         """CLIP scores (N,): the cosine of image features (N, d) with those of their N prompts."""
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(features.device)
-        text = self.model.text_projection(self.model.text_model(**tokens)[1])
-        return F.cosine_similarity(features, text)
+        return F.cosine_similarity(features, self.embed_text(prompts))
 
 
 def frechet(a, b):
