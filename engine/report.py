@@ -107,11 +107,9 @@ def markdown(rows):
 
 def cell(value):
     """A value of the table as text; None is empty."""
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) >= 10 else (
-        f"{value:.4f}" if isinstance(value, float) else str(value)
-    )
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
 
 
 def shared(results):
