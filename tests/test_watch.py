@@ -1,49 +1,42 @@
 """--watch: scores of a file of prompts at previews."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import train
 from diffusion import guided
 from engine import metrics, run_folder, watch
 from engine.config import Config
 from engine.errors import UserError
-from engine.models import load_denoiser, load_vae
+from engine.networks import assemble
 from engine.pictures import generate
-from engine.prompts import load_encoder
 from engine.reward_model import load_reward_model
 
-SMALL = {"iterations": 1, "batch_size": 1, "preview_every": 1, "gan_weight": 0, "student_steps": 4}
+SMALL = {"batch_size": 1, "gan_weight": 0, "student_steps": 4}
 
 
 def test_watch(small_toys, tmp_path):
-    """A preview's scores are those of the saved student's pictures, four per prompt; the teacher's stand beside."""
+    """The scores are those of G's pictures, four per prompt; the teacher's diversity at the same noise is beside."""
     model, prompts = small_toys["sdxl"], ["a small red circle on a white background", "a blue square"]
     (tmp_path / "prompts.txt").write_text("\n\n".join(prompts))
-    settings = SMALL | {"watch": str(tmp_path / "prompts.txt"), "reward": "toy/lrm", "model": model, "log_every": 1}
-    run = train.train(Config(**settings, out=str(tmp_path / "run")))
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seen = [line for line in lines if "watch_diversity" in line]
-    assert [line["loops"] for line in seen] == [1]
+    config = Config(**SMALL, watch=str(tmp_path / "prompts.txt"), reward="toy/lrm", model=model, preview_every=1)
+    nets = assemble(config, 1, torch.device("cpu"))
     four_each = [prompt for prompt in prompts for _ in range(4)]
-    G = load_denoiser(model, student=run_folder.newest(run))
-    vae = load_vae(model)
-    images = generate(G, load_encoder(model, 64), vae, four_each, 4, seed=0)
+    seen = watch.Watch(nets).look(nets.G)
+    images = generate(nets.G, nets.encoder, nets.vae, four_each, 4, seed=0)
     clip = metrics.Clip("toy/clip")
     f = torch.nn.functional.normalize(clip.features(images), dim=-1)
-    assert seen[-1]["watch_clip_score"] == pytest.approx(clip.score(f, four_each).mean().item(), abs=1e-3)
+    assert seen["watch_clip_score"] == pytest.approx(clip.score(f, four_each).mean().item(), abs=1e-4)
     cosines = [(f[g + i] @ f[g + j]).item() for g in (0, 4) for i in range(4) for j in range(i)]
-    assert seen[-1]["watch_diversity"] == pytest.approx(1 - sum(cosines) / 12, abs=1e-3)
+    assert seen["watch_diversity"] == pytest.approx(1 - sum(cosines) / 12, abs=1e-4)
     R = load_reward_model("toy/lrm", 64, model)
-    reward = R.score_finished(vae.encode(images), four_each).mean().item()
-    assert seen[-1]["watch_reward"] == pytest.approx(reward, abs=1e-2)
-    teacher = guided(load_denoiser(model), load_encoder(model, 64).null(), Config.teacher_guidance)
-    images = generate(teacher, load_encoder(model, 64), vae, four_each, 50, seed=0, ode=True)
+    reward = R.score_finished(nets.vae.encode(images), four_each).mean().item()
+    assert seen["watch_reward"] == pytest.approx(reward, abs=1e-3)
+    teacher = guided(nets.teacher, nets.null, config.teacher_guidance)
+    images = generate(teacher, nets.encoder, nets.vae, four_each, 50, seed=0, ode=True)
     theirs = metrics.cosine_diversity(clip.features(images), 4).mean().item()
-    assert seen[-1]["watch_diversity_teacher"] == pytest.approx(theirs, abs=1e-3)
+    assert seen["watch_diversity_teacher"] == pytest.approx(theirs, abs=1e-4)
 
 
 def test_collapse_is_told():
