@@ -5,8 +5,8 @@
     Eq. 8   x_{t1} = G(x_t, t);  x_0 = B(x_{t1}, 0)                   backward simulation B: re-noise, denoise, ... to 0
 
     x_0, x_t, ε    clean latent, noisy latent, noise, (B, C, h, w)
-    α_t, σ_t       amplitudes. Score-based (SDXL, "eps"): sqrt(abar_t), sqrt(1 - abar_t). Flow (SD3, "flow"): 1 - s, s
-    t              0 = data, larger = noisier. eps: integers 0 .. 999. flow: 1000 s, s = shift u / (1 + (shift - 1) u)
+    α_t, σ_t       amplitudes. Score-based (SDXL, "eps" or "v"): sqrt(abar_t), sqrt(1 - abar_t). Flow (SD3): 1 - s, s
+    t              0 = data, larger = noisier. Integers 0 .. 999; flow: 1000 s, s = shift u / (1 + (shift - 1) u)
     S              student steps τ_K > ... > τ_1, noisiest first
 
 NOTE: the paper's Eq. 1 prints one step x_{t-1} -> x_t with α a variance factor; its Eq. 3 uses α_t as an amplitude.
@@ -26,12 +26,15 @@ T = 1000
 
 @dataclass(frozen=True)
 class Schedule:
-    """α_t, σ_t and the two prediction types. prediction: "eps" (SDXL; betas "scaled_linear") or "flow" (SD3; shift)."""
+    """α_t, σ_t, and what the network predicts: "eps" = ε, "v" = α_t ε - σ_t x_0, "flow" = ε - x_0."""
 
     prediction: str = "eps"
-    beta_start: float = 0.00085
+    beta_start: float = 0.00085  # eps, v: betas are linear in their square roots
     beta_end: float = 0.012
-    shift: float = 1.0
+    shift: float = 1.0  # flow
+    betas: tuple = ()  # eps, v: all T of them, where they are not linear in their square roots
+    spacing: str = "trailing"  # of the multi-step sampler's timesteps: trailing, leading or linspace
+    offset: int = 0  # added to leading ones
 
     def alpha(self, t):
         """α_t for t (B,) -> (B, 1, 1, 1), fp32 on t's device."""
@@ -46,7 +49,8 @@ class Schedule:
             s = t.float() / T
             pair = 1 - s, s
         else:
-            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, T, dtype=torch.float64) ** 2
+            roots = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, T, dtype=torch.float64)
+            betas = torch.tensor(self.betas, dtype=torch.float64) if self.betas else roots**2
             abar = torch.cumprod(1 - betas, 0).to(t.device)[t.long()]
             pair = abar.sqrt().float(), (1 - abar).sqrt().float()
         return [a.view(-1, 1, 1, 1) for a in pair]
@@ -54,14 +58,14 @@ class Schedule:
     def t_at(self, u):
         """The timestep at a fraction u in [0, 1] of the noise range.
 
-        eps: floor(1000 u), at most 999; flow: the shifted 1000 s.
+        eps, v: floor(1000 u), at most 999; flow: the shifted 1000 s.
         """
         if self.prediction == "flow":
             return T * self.shift * u / (1 + (self.shift - 1) * u)
         return (T * u).floor().clamp(0, T - 1).long()
 
     def steps(self, n):
-        """The n timesteps of a sampler, noisiest first, (n,).
+        """The n timesteps of a student, noisiest first, (n,).
 
         For n = 4, SDXL: 999, 749, 499, 249; SD3: s = 1, .9, .75, .5.
         NOTE: section 8 prints 629 among the 8 steps, where equal spacing gives 624.
@@ -71,19 +75,28 @@ class Schedule:
             return self.t_at(u).float()
         return (T * u).round().long() - 1
 
+    def sampler_steps(self, n):
+        """The n timesteps of the multi-step teacher, noisiest first, (n,): as its scheduler's config spaces them."""
+        if self.spacing == "leading":
+            return torch.arange(n - 1, -1, -1) * (T // n) + self.offset
+        if self.spacing == "linspace":
+            return torch.linspace(T - 1, 0, n, dtype=torch.float64).round().long()
+        return self.steps(n)
+
     def x_0(self, output, x_t, t):
-        """The network's output as a clean estimate: (x_t - σ_t ε̂)/α_t, or x_t - s v̂. fp32."""
-        if self.prediction == "flow":
-            return x_t.float() - self.sigma(t) * output.float()
-        return (x_t.float() - self.sigma(t) * output.float()) / self.alpha(t)
+        """The network's output as a clean estimate: (x_t - σ_t ε̂)/α_t, α_t x_t - σ_t v̂, or x_t - s v̂ (flow)."""
+        alpha, sigma = self._amplitudes(t)
+        if self.prediction == "eps":
+            return (x_t.float() - sigma * output.float()) / alpha
+        return (x_t.float() if self.prediction == "flow" else alpha * x_t.float()) - sigma * output.float()
 
     def weight(self, t):
         """The factor from a squared error of x_0 to one of the network's output, (B, 1, 1, 1).
 
-        eps: (α_t/σ_t)²; v: 1/s².
+        eps: (α_t/σ_t)²; v, flow: 1/σ_t².
         """
         alpha, sigma = self._amplitudes(t)
-        return sigma**-2 if self.prediction == "flow" else (alpha / sigma) ** 2
+        return (alpha / sigma) ** 2 if self.prediction == "eps" else sigma**-2
 
 
 def times(t, x):
@@ -126,7 +139,7 @@ def guided(denoiser, null, w):
 def sample_ode(denoiser, x_t, c, n):
     """n reverse steps (Eq. 2) from pure noise x_t (B, C, h, w) to x_0: the multi-step teacher's sampler."""
     schedule = denoiser.schedule
-    steps = schedule.steps(n)
+    steps = schedule.sampler_steps(n)
     for i in range(n):
         t = times(steps[i], x_t)
         x_0 = denoiser(x_t, t, c)

@@ -62,13 +62,14 @@ def gradient(teacher, fake, x, t, eps, c):
     """Eq. 4 with DMD's weight: g = w_t (s_fake - s_real), w_t = (σ_t²/α_t) / mean|x - x0_real|, per sample.
 
     That is g = (x0_fake - x0_real) / mean|x - x0_real|: the same scale at every noise level. (B, C, h, w).
-    ASSUMPTION: the weight is DMD's (Flash-DMD prints none). Elements of g that are not finite are set to 0.
+    ASSUMPTION: the weight is DMD's (Flash-DMD prints none). Where x is x0_real, w_t has no value and g is 0; any other
+    g that is not finite stays so, and the update is skipped.
     """
     schedule = fake.schedule
     difference, x0_real = score_difference(teacher, fake, x, t, eps, c)
     error = (x.float() - x0_real).abs().mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     w_t = schedule.sigma(t) ** 2 / schedule.alpha(t) / error
-    return (w_t * difference).nan_to_num(0, 0, 0)
+    return (w_t * difference).where(error != 0, 0)
 
 
 def loss(x, g):

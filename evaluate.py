@@ -9,12 +9,13 @@ python evaluate.py --run runs/NAME --prompts coco10k.txt --images DIR   the pape
 import json
 from pathlib import Path
 
-from engine import picture_folder, run_folder
+from engine import base_model, picture_folder, run_folder
 from engine.config import Config
 from engine.errors import UserError
-from engine.flags import Parser, at_least, device, fail
-from engine.folders import check_writable, folder
+from engine.flags import Parser, at_least, device, fail, finite
+from engine.folders import check_writable
 from engine.stopping import leave_at_once
+from engine.text import prompts as read_prompts
 
 
 def flags(argv=None):
@@ -38,7 +39,7 @@ def flags(argv=None):
     add("--loops", type=at_least(1), help="--run: the checkpoint of this loop (default: the newest)")
     add(
         "--guidance",
-        type=float,
+        type=finite,
         default=Config.teacher_guidance,
         help="the teacher's guidance scale (default: %(default)s)",
     )
@@ -82,6 +83,7 @@ def check(args):
     """
     if args.prompts and not args.images:
         raise UserError("--prompts needs --images, a folder for the pictures")
+    prompts = read_prompts(args.prompts)[: args.num] if args.prompts else []
     if args.num is not None and args.num < 8 and not args.prompts:
         raise UserError("--num must be at least 8: the metrics compare distributions")
     if args.teacher or args.undistilled:
@@ -91,23 +93,23 @@ def check(args):
     else:
         student, config = run_folder.find_student(args.run, args.loops)
         steps = args.steps or config["student_steps"]
-    folder(config["model"], "model_index.json")
+    base_model.check(config["model"])
     if args.json:
         if Path(args.json).is_dir():
             raise UserError(f"--json {args.json} is a folder: name a file")
         check_writable(Path(args.json).parent, "--json")
-    return student, config, steps, drawn_by(args, student, config, steps) if args.prompts else None
+    return student, config, steps, drawn_by(args, prompts, student, config, steps) if prompts else None
 
 
-def drawn_by(args, student, config, steps):
-    """What the pictures of --prompts depend on, a dict. Raises UserError where --images holds others."""
+def drawn_by(args, prompts, student, config, steps):
+    """What the pictures of `prompts` depend on, a dict. Raises UserError where --images holds others."""
     made_by = {"model": str(student or config["model"]), "resolution": config["resolution"]}
     made_by |= {"steps": steps, "seed": args.seed, "ode": args.teacher}
     if student is None:
         made_by["guidance"] = args.guidance
     else:
         made_by["saved"] = run_folder.made_at(student)
-    made_by["prompts"] = picture_folder.read_prompts(args.prompts)[: args.num]
+    made_by["prompts"] = prompts
     before = picture_folder.settings_of(args.images, "--images")
     picture_folder.compare(args.images, before, made_by, "--images")
     return made_by

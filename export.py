@@ -4,6 +4,7 @@ python export.py RUN OUT             the student as a pipeline folder of its own
 python export.py RUN OUT --lora      of a LoRA student: its LoRA, scheduler and card, for a pipeline's load_lora_weights
 """
 
+from engine import base_model
 from engine.errors import UserError
 from engine.flags import Parser, fail
 from engine.folders import check_new
@@ -20,7 +21,8 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     try:
-        find_run(args.run)
+        _, config = find_run(args.run)
+        base_model.check(config["model"])
         check_new(args.out, "folder")
         from engine.export import export  # it loads torch: mistakes in flags and folders come first
 

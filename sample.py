@@ -10,10 +10,11 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from engine import picture_folder, run_folder, stopping
+from engine import base_model, picture_folder, run_folder, stopping
 from engine.errors import UserError
 from engine.flags import Parser, at_least, device, fail, size
-from engine.folders import check_size, folder
+from engine.folders import check_size
+from engine.text import prompts as read_prompts
 
 SETTINGS = ("model", "steps", "num", "seed", "size", "dtype", "prompts")  # beside the student, what pictures depend on
 
@@ -41,7 +42,7 @@ def flags(argv=None):
 def given_prompts(args):
     """The prompts that the flags name; None where they name none. Raises UserError for an empty one."""
     if args.prompts:
-        return picture_folder.read_prompts(args.prompts)
+        return read_prompts(args.prompts)
     if args.prompt and not all(prompt.strip() for prompt in args.prompt):
         raise UserError("--prompt is empty: say what to draw")
     return args.prompt
@@ -74,7 +75,7 @@ def plan(args):
     now |= {"student": str(student.resolve()), "saved": run_folder.made_at(student)}
     picture_folder.compare(out, before, now, "--out")
     now["batch"] = args.batch_size or before.get("batch")  # another one changes pictures by rounding alone
-    folder(now["model"], "model_index.json")
+    base_model.check(now["model"])
     check_size(now["model"], now["size"])
     if now["steps"] != config["student_steps"]:
         print(f"warning: {student} is for {config['student_steps']} steps, not {now['steps']}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Every setting of a run, in one flat dataclass. A field's comment is its --help. Nothing here loads torch."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ class Config:
     method: str = "flash"  # flash; dmd2 = the baseline; dmdr, advdmd = siblings (--method NAME --help: their flags)
     stage: int | str = 1  # 1 = distillation; 2 = preference optimisation joins it; reward = train a reward model
     model: str = "toy/sdxl"  # the teacher: a diffusers pipeline folder, or a hub name
-    data: str = "toy"  # toy, a folder of images with metadata.jsonl (file_name, text), or shards ("s/{000..127}.tar")
+    data: str = "toy"  # toy, a folder of images with captions (docs/data.md), or shards ("s/{000..127}.tar")
     prompts: str = ""  # a text file of prompts for G, one per line; default: the captions of the data
     cache_latents: str = ""  # folder that keeps the VAE's latents of --data, for methods that see latents alone
     size_condition: str = "square"  # SDXL's size conditions: square = an uncropped square; original = the picture's own
@@ -79,6 +80,9 @@ class Config:
 
     def check(self):
         """Raises UserError for values out of range, and for settings that exclude each other."""
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                self.require(name, not isinstance(number, float) or math.isfinite(number), "must be a finite number")
         for name in NOT_NEGATIVE:
             self.require(name, getattr(self, name) >= 0, "must not be negative")
         for name in POSITIVE:

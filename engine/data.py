@@ -1,34 +1,29 @@
-"""Captioned images: the toy world's scenes, a folder of photographs with a metadata.jsonl, or WebDataset shards.
+"""Captioned images: the toy world's scenes, a folder of photographs, or WebDataset shards.
 
 A source is endless: source[sample number] is (image (3, H, W) in [-1, 1], prompt, sizes (6,)). So a sample meets
 the same noise on any number of ranks, and a resumed run needs no stored position. The sizes are SDXL's conditions: the
 image's original height and width, its crop's top and left after resizing, and the crop's height and width.
 `prompts(n)` are fixed ones for previews. `held_out(start, n)` gives images and prompts that training never sees, and
 `judge(images, prompts)` checks pictures exactly: the toy has both, in other sources they are None.
+
+How pictures are read is in engine/decode.py, text in engine/text.py, folders in engine/layouts.py, shards in
+engine/shards.py.
 """
 
 import io
-import json
+import os
 import pickle
-import re
 import signal
-import tarfile
 from functools import lru_cache
-from pathlib import Path
 
-import fsspec
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from engine import layouts, shards, text
+from engine.decode import Unreadable, Unusable, read, square_sizes
 from engine.errors import UserError
-from engine.run_folder import metadata
 from toy import world
-
-# pillow's errors for a file that it cannot read
-UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, EOFError, ValueError, SyntaxError)
 
 
 def source(name, resolution, seed=0, prompts=""):
@@ -41,7 +36,9 @@ def source(name, resolution, seed=0, prompts=""):
             raise UserError(f"the toy world's images are {world.SIZE} pixels wide, --resolution says {resolution}")
         found = Toy(seed)
     else:
-        found = (Shards if str(name).endswith(".tar") else ImageFolder)(name, resolution, seed)
+        layout = layouts.find(name)
+        kind = Shards if layout.shards else ImageFolder
+        found = kind(layout, resolution, seed)
     return Prompted(found, prompts, seed) if prompts else found
 
 
@@ -49,6 +46,56 @@ def source(name, resolution, seed=0, prompts=""):
 def order_of(n, seed, epoch):
     """The permutation of n samples in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def candidates(i, n, seed):
+    """The rows that can serve as sample i of n shuffled ones: its own, then those after it -> epoch, row numbers."""
+    epoch, place = divmod(i, n)
+    order = order_of(n, seed, epoch)
+    return epoch, (order[(place + offset) % n] for offset in range(n))
+
+
+def one_of(caption, seed, epoch, row):
+    """The caption of a row in an epoch: of several, one drawn by (seed, epoch, row)."""
+    if isinstance(caption, str):
+        return caption
+    return caption[np.random.default_rng([seed, epoch, row]).integers(len(caption))]
+
+
+def first_of(caption):
+    """The caption, or the first of several."""
+    return caption if isinstance(caption, str) else caption[0]
+
+
+class PassedOver(dict):
+    """Pictures that are passed over, {name: why}: named and counted as they come.
+
+    More than 5 % broken ones, in one process, raise UserError. A shape, or a lack of memory, does not end a run.
+    """
+
+    def __init__(self, where, total):
+        super().__init__()
+        self.where = where
+        self.total = total
+        self.broken = 0
+
+    def add(self, name, error):
+        """error: an Unusable of engine/decode.py."""
+        self[name] = str(error)
+        self.broken += isinstance(error, Unreadable)
+        text.tell(f"skipped image {name} ({len(self)} so far): {error}")
+        if self.broken > text.MOST_BAD * self.total:
+            raise UserError(
+                f"{self.broken} of {self.total} images in {self.where} cannot be read (more than 5 %): {self}"
+            )
+
+    def none_left(self):
+        """The UserError for a source of which no picture can be used."""
+        return UserError(f"none of the {self.total} images in {self.where} can be used: {self}")
+
+    def __str__(self):
+        first = [f"{name} ({why})" for name, why in list(self.items())[:3]]
+        return ", ".join(first) + (" ..." if len(self) > 3 else "")
 
 
 class Toy:
@@ -72,107 +119,70 @@ class Toy:
 
 
 class ImageFolder:
-    """A folder in Hugging Face's ImageFolder layout: images, and metadata.jsonl with "file_name" and "text" per line.
+    """A folder in one of the layouts of engine/layouts.py.
 
-    (seed, epoch) shuffles an epoch. Images are resized by their short side and cropped at the centre. An unreadable one
-    is replaced by the next, and its name added to `bad`; more than 5 % of them, in one process, raise UserError.
+    (seed, epoch) shuffles an epoch. Images are resized by their short side and cropped at the centre. One that cannot
+    be used is replaced by the next, and its name added to `bad`. Raises UserError above 5 % of broken ones.
     """
 
     judge = held_out = None
     latents = None  # a latent cache (engine/latent_cache.py): name -> latent and sizes, in place of pictures
 
-    def __init__(self, path, resolution, seed):
-        self.path = path
+    def __init__(self, layout, resolution, seed):
+        self.path = layout.root
         self.resolution = resolution
         self.seed = seed
-        self.bad = {}  # name -> why it cannot be read
-        self.rows = self._index()  # (file name, caption)
+        self.rows = self._index(layout)  # (file name, caption or several)
+        self.bad = PassedOver(self.path, len(self.rows))
         for name in self._missing():
-            self.skip(name, "no such file")
+            self.bad.add(name, Unreadable("no such file"))
 
-    def _index(self):
-        table = metadata(self.path)
-        rows = []
-        for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                    rows.append((str(row["file_name"]), row["text"].strip()))
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise UserError(f'{table}, line {number}: needs "file_name" and "text" (a caption)') from None
-                if not rows[-1][1]:
-                    raise UserError(f"{table}, line {number}: the caption of {rows[-1][0]} is empty")
-        if not rows:
-            raise UserError(f"{table} names no image")
-        return rows
+    def _index(self, layout):
+        return layouts.captions(layout)
 
     def _missing(self):
-        return [name for name, _ in self.rows if not Path(self.path, name).is_file()]
+        return [name for name, _ in self.rows if not os.path.isfile(self.path / name)]
 
     def _open(self, name):
-        return open(Path(self.path, name), "rb")
+        return open(self.path / name, "rb")
 
     def __getitem__(self, i):
-        epoch, place = divmod(i, len(self.rows))
-        order = order_of(len(self.rows), self.seed, epoch)
-        for offset in range(len(self.rows)):
-            name, text = self.rows[order[(place + offset) % len(self.rows)]]
+        epoch, rows = candidates(i, len(self.rows), self.seed)
+        for row in rows:
+            name, caption = self.rows[row]
             if name in self.bad:
                 continue
             try:
                 picture, sizes = self.load(name)
-                return picture, text, sizes
-            except UNREADABLE as e:
-                self.skip(name, e)
+                return picture, one_of(caption, self.seed, epoch, row), sizes
+            except Unusable as e:
+                self.bad.add(name, e)
+        raise self.bad.none_left()
 
     def load(self, name):
-        """-> a picture (3, H, W), or its cached latent, and its sizes (6,). Raises one of UNREADABLE."""
+        """-> a picture (3, H, W), or its cached latent, and its sizes (6,). Raises Unusable."""
         if self.latents:
             return self.latents(name)
-        with self._open(name) as file, Image.open(file) as image:
-            return pixels(image, self.resolution), sizes_of(image, self.resolution)
-
-    def skip(self, name, why):
-        self.bad[name] = str(why)
-        print(f"skipped unreadable image {name} ({len(self.bad)} so far): {why}")
-        if len(self.bad) > 0.05 * len(self.rows):
-            names = ", ".join(list(self.bad)[:3])
-            how_many = f"{len(self.bad)} of {len(self.rows)} images in {self.path}"
-            raise UserError(f"{how_many} cannot be read (more than 5 %): {names} ...")
+        try:
+            file = self._open(name)
+        except Exception as e:  # files of remote shards: every protocol has errors of its own
+            raise Unreadable(str(e) or type(e).__name__) from None
+        with file:
+            return read(file, self.resolution)
 
     def prompts(self, n):
-        return [self.rows[i % len(self.rows)][1] for i in range(n)]
+        return [first_of(self.rows[i % len(self.rows)][1]) for i in range(n)]
 
 
 class Shards(ImageFolder):
     """WebDataset shards: a pattern of .tar files, such as "shards/{000..127}.tar", "shards/*.tar" or a URL for fsspec.
 
-    A sample is the members with one name up to the first dot: an image (jpg, jpeg, png, webp) and its caption, .txt or
-    .json ("text" or "caption"). The shards are read once, for names, captions and places. Then every image is one seek
-    away, so shuffling is global and resuming exact on any number of ranks. Samples without a caption and the ends of
-    torn shards are reported and left out.
+    The shards are read once, for names, captions and places. Then every image is one seek away, so shuffling is global
+    and resuming exact on any number of ranks.
     """
 
-    def _index(self):
-        self.places = {}  # name -> (shard, first byte, length)
-        rows = []
-        try:
-            shards = fsspec.open_files(list(braces(str(self.path))))
-        except (OSError, ValueError, ImportError) as e:
-            raise UserError(f"cannot find the shards {self.path}: {e}") from None
-        if not shards:
-            raise UserError(f"{self.path} matches no file")
-        for shard in tqdm(shards, desc="shards", disable=len(shards) < 20):
-            images, captions = members(shard)
-            for key, (name, *place) in images.items():
-                if captions.get(key):
-                    rows.append((f"{shard.full_name}/{name}", captions[key]))
-                    self.places[rows[-1][0]] = (shard, *place)
-            bare = [name for key, (name, *_) in images.items() if not captions.get(key)]
-            if bare:
-                print(f"{len(bare)} images of {shard.full_name} have no caption and are left out, the first: {bare[0]}")
-        if not rows:
-            raise UserError(f"{self.path} holds no image with a caption (.txt or .json of the same name)")
+    def _index(self, layout):
+        rows, self.places = shards.index(layout.shards, self.path)
         return rows
 
     def _missing(self):
@@ -187,80 +197,16 @@ class Shards(ImageFolder):
             return io.BytesIO(file.read(length))
 
 
-def members(shard):
-    """A shard's images {key: (name, first byte, length)} and captions {key: text}.
-
-    A torn shard is reported, and read up to where it is torn. Raises UserError where no image of it can be read.
-    """
-    images = {}
-    captions = {}
-    try:
-        with shard as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
-                folder, slash, base = member.name.rpartition("/")
-                stem, _, kind = base.partition(".")
-                key = folder + slash + stem
-                if kind.lower() in ("jpg", "jpeg", "png", "webp"):
-                    images[key] = (member.name, member.offset_data, member.size)
-                elif kind.lower() in ("txt", "json"):
-                    captions[key] = captions.get(key) or _caption(tar.extractfile(member).read(), kind.lower())
-            check_end(file, tar.offset)
-    except (tarfile.TarError, OSError) as e:
-        if not images:
-            raise UserError(f"cannot read the shard {shard.full_name}: {e}") from None
-        print(f"shard {shard.full_name} is torn ({e}): what follows {list(images.values())[-1][0]} is left out")
-    return images, captions
-
-
-def check_end(file, offset):
-    """Raises tarfile.ReadError where tarfile took a broken header for the end, which is at least two zero blocks."""
-    if file.seek(0, io.SEEK_END) < offset + 1024:
-        raise tarfile.ReadError("it has no end")
-    file.seek(offset)
-    if any(any(part) for part in iter(lambda: file.read(1 << 20), b"")):
-        raise tarfile.ReadError(f"no header at byte {offset}")
-
-
-def braces(pattern):
-    """Brace patterns, as in shells and WebDataset: "a{00..11}b", "a{x,y}b" -> the names, in order."""
-    m = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", pattern)
-    if not m:
-        return [pattern]
-    low, high, words = m.groups()
-    if low is None:
-        options = words.split(",")
-    else:
-        options = [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
-    return [name for option in options for name in braces(pattern[: m.start()] + option + pattern[m.end() :])]
-
-
-def _caption(content, kind):
-    """The caption in a member: the whole text, or a JSON object's "text" or "caption"; empty where there is none."""
-    text = content.decode("utf-8", "replace")
-    if kind == "json":
-        try:
-            row = json.loads(text)
-            text = row.get("text") or row.get("caption") or ""
-        except (ValueError, AttributeError):
-            return ""
-    return str(text).strip()
-
-
 class Prompted:
     """Another source's images with prompts from a text file, one per line, shuffled every epoch.
 
-    The prompts need not fit the images: D sees no prompt.
+    The prompts need not fit the images: Pixel-GAN's D sees no prompt.
     """
 
     def __init__(self, source, path, seed):
-        if not Path(path).is_file():
-            raise UserError(f"--prompts {path}: no such file")
         self.source = source
         self.seed = seed
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-        self.lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not self.lines:
-            raise UserError(f"--prompts {path} holds no prompt (one per line)")
+        self.lines = text.prompts(path)
         self.held_out = source.held_out
         self.judge = source.judge
 
@@ -272,32 +218,6 @@ class Prompted:
 
     def prompts(self, n):
         return [self.lines[i % len(self.lines)] for i in range(n)]
-
-
-def pixels(image, side):
-    """A PIL image -> (3, side, side) in [-1, 1]: resized by its short side, cropped at the centre."""
-    resized, left, top = crop(image, side)
-    image = image.convert("RGB").resize(resized, Image.Resampling.LANCZOS)
-    array = np.array(image.crop((left, top, left + side, top + side)), dtype=np.float32)
-    return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
-
-
-def crop(image, side):
-    """-> the size (width, height) to resize an image to, and the left and the top of the square in its centre."""
-    scale = side / min(image.size)
-    width, height = (max(side, round(s * scale)) for s in image.size)
-    return (width, height), (width - side) // 2, (height - side) // 2
-
-
-def sizes_of(image, side):
-    """SDXL's conditions of a PIL image as `pixels` shows it: (height, width, top, left, side, side)."""
-    _, left, top = crop(image, side)
-    return torch.tensor([image.height, image.width, top, left, side, side], dtype=torch.float32)
-
-
-def square_sizes(side):
-    """SDXL's size conditions of a square picture that was never cropped: (side, side, 0, 0, side, side)."""
-    return torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32)
 
 
 class _Indexed(torch.utils.data.Dataset):

@@ -3,20 +3,30 @@
 The folder's scheduler draws the student's steps: LCMScheduler with original_inference_steps = K for SDXL,
 FlowMatchEulerDiscreteScheduler with stochastic_sampling for SD3. diffusers' configs hold no number of steps (SD3:
 sigmas) and no guidance scale; these are on the card.
+
+LoRAs of SDXL are written twice, because no one naming of layers is read by all: by diffusers' names in kohya's
+spelling, and by those of the original SDXL, which kohya's sd-scripts has. LoRAs of SD3 have diffusers' own keys.
 """
 
 import json
-import shutil
+import re
 from math import inf
 from pathlib import Path
 
-import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
-from transformers import CLIPTokenizer
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.utils import convert_state_dict_to_kohya
+from safetensors.torch import load_file, save_file
 
+from engine import base_model
 from engine.errors import UserError
-from engine.folders import check_new, folder, part_of
-from engine.models import LORA, load_denoiser, load_part, waiting
+from engine.folders import check_new, folder, index_of, on_disk, part_of
+from engine.models import LORA, load_denoiser, load_part, load_vae, waiting
+from engine.prompts import load_encoder
 from engine.run_folder import find_run, newest
 
 CARD = """---
@@ -36,8 +46,8 @@ image = pipe("a prompt", {call}, guidance_scale=0, height={resolution}, width={r
 
 - Steps: {steps}, at timesteps {timesteps}; the scheduler in this folder gives them for `{call}`.
 - Guidance: none, `guidance_scale=0`. The teacher's guidance ({guidance:g}) is distilled into the weights.
-- ComfyUI (untested): sampler "lcm", scheduler "sgm_uniform", {steps} steps, cfg 1{shift}.
-
+- ComfyUI (untested): sampler "lcm", scheduler "simple", {steps} steps, cfg 1{shift}.
+{files}
 ## Metrics
 
 {metrics}
@@ -56,9 +66,19 @@ pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER"{without})"""
 LOAD_LORA = """import torch
 from diffusers import DiffusionPipeline, {scheduler}
 
-pipe = DiffusionPipeline.from_pretrained("{model}", torch_dtype=torch.float32{without})
+pipe = DiffusionPipeline.from_pretrained("{model}", torch_dtype=torch.float32{variant}{without})
 pipe.load_lora_weights("THIS_FOLDER", weight_name="{weights}")
 pipe.scheduler = {scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler")"""
+
+
+SD_SCRIPTS = "lora_for_sd_scripts.safetensors"
+FILES = {  # the card's lines on a LoRA's files, by the kind of denoiser
+    "unet": f"""- `{LORA}`: the LoRA for diffusers, ComfyUI and the WebUI (diffusers' names in kohya's spelling).
+- `{SD_SCRIPTS}`: the same LoRA for kohya's sd-scripts (layers by the original SDXL's names).
+""",
+    "transformer": f"""- `{LORA}`: the LoRA for diffusers and ComfyUI. kohya's sd-scripts does not read it.
+""",
+}
 
 
 def export(run, out, lora=False):
@@ -73,40 +93,89 @@ def export(run, out, lora=False):
     check_new(out, "folder")
     if lora and not (made / "lora").is_dir():
         raise UserError(f"{run} has no LoRA (it was trained without --lora-rank): export it without --lora")
-    model = folder(config["model"], "model_index.json")
+    model = folder(config["model"])
     part = part_of(model)
     student = load_denoiser(model, student=made)  # raises UserError for a torn LoRA
-    without = {"text_encoder_3": None, "tokenizer_3": None} if part == "transformer" else {}  # the student has no T5
     scheduler = student_scheduler(model, config["student_steps"])
+    encoder = load_encoder(model, config["resolution"])
     if lora:
         scheduler.save_pretrained(out / "scheduler")
-        shutil.copy(made / "lora" / LORA, out)
+        save_lora(load_file(made / "lora" / LORA), student.net, out)
     else:
-        parts = {part: student.net, "scheduler": scheduler, **without}
-        pipeline = DiffusionPipeline.from_pretrained(model, **parts, torch_dtype=torch.float32)
+        pipeline = pipeline_of(model, student.net, scheduler, encoder)
         with waiting(f"writing {out}", size=inf):
             pipeline.save_pretrained(out)
-    names = {"model": config["model"], "scheduler": type(scheduler).__name__, "weights": LORA}
-    missing = "".join(f", {name}=None" for name in without)
-    load = (LOAD_LORA if lora else LOAD).format(**names, without=missing)
-    (out / "README.md").write_text(card(run, made, config, load, student.schedule))
+    names = {"model": config["model"], "scheduler": type(scheduler).__name__, "weights": LORA, "variant": ""}
+    variants = {on_disk(model, name)[1] for name in base_model.PARTS[part]} - {None}
+    if variants:
+        names["variant"] = f', variant="{min(variants)}"'
+    names["without"] = ", text_encoder_3=None, tokenizer_3=None" if part == "transformer" else ""
+    load = (LOAD_LORA if lora else LOAD).format(**names)
+    files = FILES[part] if lora else ""
+    (out / "README.md").write_text(card(run, made, config, load, files, student.schedule, encoder))
     return out
 
 
 def student_scheduler(model, steps):
-    """diffusers' scheduler for a student of pipeline folder `model`: its steps, re-noised as by backward_simulation."""
+    """diffusers' scheduler for a student of pipeline folder `model`: its steps, re-noised as by backward_simulation.
+
+    What a config says of other samplers (clipped estimates, other noise levels) is left out.
+    """
     if part_of(model) == "unet":
-        return load_part(LCMScheduler, model, "scheduler", original_inference_steps=steps)
-    return load_part(FlowMatchEulerDiscreteScheduler, model, "scheduler", stochastic_sampling=True)
+        plain = {"clip_sample": False, "thresholding": False}
+        return load_part(LCMScheduler, model, "scheduler", original_inference_steps=steps, **plain)
+    plain = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
+    return load_part(FlowMatchEulerDiscreteScheduler, model, "scheduler", stochastic_sampling=True, **plain)
 
 
-def card(run, made, config, load, schedule):
-    """The model card of checkpoint folder `made`. load: the code that makes `pipe`."""
+def pipeline_of(model, net, scheduler, encoder):
+    """A diffusers pipeline, in fp32, of a student's network and the other parts of pipeline folder `model`."""
+    parts = {"vae": load_vae(model).net, "scheduler": scheduler, part_of(model): net}
+    for n, tokenizer, text in zip(("", "_2"), encoder.tokenizers, encoder.encoders):
+        parts |= {f"tokenizer{n}": tokenizer, f"text_encoder{n}": text}
+    if part_of(model) == "unet":
+        zeros = index_of(model).get("force_zeros_for_empty_prompt", True)
+        return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros)
+    return StableDiffusion3Pipeline(**parts, text_encoder_3=None, tokenizer_3=None)  # students have no T5
+
+
+def save_lora(weights, net, out):
+    """Write a LoRA of network `net`, {its key for diffusers: tensor}, into folder `out`: the files of FILES."""
+    if next(iter(weights)).startswith("unet."):
+        weights = convert_state_dict_to_kohya(weights)  # with one alpha per layer: its rank, as in training
+        weights = {key: v.float() if key.endswith(".alpha") else v for key, v in weights.items()}
+        layers = net.config.layers_per_block
+        save_file({original_name(key, layers): v for key, v in weights.items()}, out / SD_SCRIPTS, {"format": "pt"})
+    save_file(weights, out / LORA, metadata={"format": "pt"})
+
+
+def original_name(key, layers):
+    """A LoRA's key by diffusers' name of a UNet layer -> by the original SDXL's. layers: residual blocks per level.
+
+    lora_unet_down_blocks_1_attentions_0_proj_in.alpha -> lora_unet_input_blocks_4_1_proj_in.alpha, for two layers.
+    """
+    place = re.match(r"lora_unet_(down|mid|up)_blocks?_(?:(\d+)_)?(resnets|attentions)_(\d+)_(.*)", key)
+    where, level, kind, i, rest = place.groups()
+    attention = kind == "attentions"
+    if where == "mid":  # residual block, attention, residual block
+        block = f"middle_block_{1 if attention else 2 * int(i)}"
+    elif where == "down":  # the stem comes first, each level ends in its downsampler
+        block = f"input_blocks_{1 + int(level) * (layers + 1) + int(i)}_{int(attention)}"
+    else:
+        block = f"output_blocks_{int(level) * (layers + 1) + int(i)}_{int(attention)}"
+    if not attention:
+        layer, end = rest.split(".", 1)
+        rest = {"conv1": "in_layers_2", "conv2": "out_layers_3", "conv_shortcut": "skip_connection"}[layer] + "." + end
+    return f"lora_unet_{block}_{rest}"
+
+
+def card(run, made, config, load, files, schedule, encoder):
+    """The model card of checkpoint folder `made`. load: the code that makes `pipe`; files: its lines on other files."""
     steps = config["student_steps"]
     call = f"num_inference_steps={steps}"
     shift = ""
     if schedule.prediction == "flow":  # sigmas before the shift; for the missing T5 as many zero tokens as CLIP's
-        length = load_part(CLIPTokenizer, folder(config["model"]), "tokenizer").model_max_length
+        length = encoder.tokenizers[0].model_max_length
         call = f"sigmas={[n / steps for n in range(steps, 0, -1)]}, max_sequence_length={length}"
         shift = f"; node ModelSamplingSD3 with shift {schedule.shift:g}"
     measured = run / "metrics.json"
@@ -117,6 +186,7 @@ def card(run, made, config, load, schedule):
         **{k: config[k] for k in ("model", "stage", "batch_size", "resolution", "guidance")},
         steps=steps,
         load=load,
+        files=files,
         call=call,
         shift=shift,
         loops=json.loads((made / "progress.json").read_text())["loops"],

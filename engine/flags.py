@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import math
 import os
 import re
 import sys
@@ -49,6 +50,14 @@ def at_least(low):
         return value
 
     return number
+
+
+def finite(text):
+    """An argparse type: a number, not nan or inf."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
+    return value
 
 
 def device(text):

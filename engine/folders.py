@@ -5,12 +5,19 @@ import os
 import re
 import tempfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from engine.errors import UserError
 
 HERE = Path(__file__).parent.parent  # the project: toy/sdxl is found from any working directory
 PIPELINES = {"StableDiffusionXLPipeline": "unet", "StableDiffusion3Pipeline": "transformer"}
+INDEX = "model_index.json"
+CONVERT = "from diffusers import StableDiffusionXLPipeline as P; P.from_single_file({!r}).save_pretrained({!r})"
+WEIGHTS = re.compile(  # of diffusers and transformers: whole or in parts, of a variant ("fp16") or none
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(\w+))??(?:-\d+-of-\d+)?(?:\.(\w+))?\.(?:safetensors|bin)"
+    r"(?:\.index(?:\.(\w+))?\.json)?"
+)
 
 
 def folder(path, *parts, hub=True):
@@ -21,7 +28,8 @@ def folder(path, *parts, hub=True):
     """
     found = next((p for p in (Path(path), HERE / path) if p.is_dir()), None)
     if found is None:
-        if hub and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).startswith(("toy/", "runs/")):
+        named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).startswith(("toy/", "runs/"))
+        if hub and named and not str(path).endswith((".safetensors", ".ckpt")) and not Path(path).exists():
             return str(path)
         raise UserError(f"no such folder: {path} (give a diffusers pipeline folder, such as toy/sdxl)")
     for part in parts:
@@ -58,7 +66,8 @@ def check_new(path, flag):
 def check_size(model, size):
     """Raises UserError where the denoiser and the VAE of pipeline folder `model` cannot draw size = (height, width)."""
     part = part_of(model)
-    net, vae = part_config(model, part), part_config(model, "vae")
+    net = read_json(model, f"{part}/config.json")
+    vae = read_json(model, "vae/config.json")
     try:
         step = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels of a latent
         most = None
@@ -78,32 +87,56 @@ def check_size(model, size):
         raise UserError(f"--size {asked}: {model} has positions for at most {most} pixels a side")
 
 
-def part_config(model, part):
-    """The config.json of a part of pipeline folder (or hub name) `model`, a dict. Raises UserError."""
-    where = folder(model, f"{part}/config.json")
-    path = Path(where, part, "config.json") if Path(where).is_dir() else from_hub(model, f"{part}/config.json")
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"cannot read {part}/config.json of {model}: download it again") from None
-
-
 def part_of(model):
     """The name of the denoiser in pipeline folder (or hub name) `model`: "unet" (SDXL) or "transformer" (SD3).
 
-    Raises UserError for a pipeline of another kind, and for an index that cannot be read.
+    Raises UserError for a pipeline of another kind, for what is no pipeline, and for an index that cannot be read.
     """
-    where = folder(model, "model_index.json")
-    index = Path(where, "model_index.json") if Path(where).is_dir() else from_hub(model, "model_index.json")
-    try:
-        kind = json.loads(index.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        kind = None
+    kind = index_of(model).get("_class_name")
     if kind not in PIPELINES:
         raise UserError(f"{model} is a {kind}: only {' and '.join(PIPELINES)} are supported")
     return PIPELINES[kind]
 
 
+def index_of(model):
+    """model_index.json of a pipeline folder or hub name, as a dict. Raises UserError, which says what else it is."""
+    path = next((p for p in (Path(model), HERE / model) if p.exists()), None)
+    if path and not (path / INDEX).is_file():
+        raise UserError(f"{model} is no pipeline folder (it lacks {INDEX}): {what_else(path)}")
+    return read_json(model, INDEX)
+
+
+def what_else(path):
+    """What a path is that is no pipeline folder, and what to do with it."""
+    singles = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.ckpt"))
+    if any(path.glob("checkpoint-*")):
+        return f"it is a run; make a pipeline of its student with: python export.py {path} FOLDER"
+    if any((path / name).exists() for name in ("adapter_config.json", "pytorch_lora_weights.safetensors")):
+        return "it is a LoRA; merge it into its pipeline by diffusers' load_lora_weights, fuse_lora and save_pretrained"
+    if (path / "config.json").is_file() or any((path / part).is_dir() for part in PIPELINES.values()):
+        return "it is a network alone; give the folder of the whole pipeline that it belongs to, with it in its place"
+    if singles and singles[0].suffix in (".safetensors", ".ckpt"):
+        new = str(singles[0].with_suffix(""))
+        return f'single files are converted, once, with: python -c "{CONVERT.format(str(singles[0]), new)}"'
+    return "give a diffusers pipeline folder, such as toy/sdxl"
+
+
+def read_json(model, name):
+    """A JSON file of a pipeline folder or hub name, as a dict. Raises UserError where it is missing or torn."""
+    where = folder(model)
+    path = Path(where, name) if Path(where).is_dir() else from_hub(where, name)
+    if not path.is_file():
+        raise UserError(f"{model} is incomplete: it lacks {name} (download or build the folder again)")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{name} of {model} is torn: download or build the folder again")
+    return found
+
+
+@cache
 def from_hub(model, name):
     """Download a file of a hub repository -> its path. Raises UserError where that fails."""
     from huggingface_hub import hf_hub_download  # it loads slowly, and most runs use local folders
@@ -111,7 +144,48 @@ def from_hub(model, name):
     try:
         return Path(hf_hub_download(model, name))
     except Exception as e:  # no network, no such repository, a gated one: the hub has an error for each
-        raise out_of_reach(model, "", e) from None
+        raise out_of_reach(model, name, e) from None
+
+
+def on_disk(model, part=""):
+    """A local folder that holds `part` of a pipeline folder or hub name, and the variant of its weights or None.
+
+    Of a hub name, the part's configs and the weights of one variant are downloaded; without a network, what an earlier
+    download left in the hub's cache is used. Raises UserError where that fails.
+    """
+    if Path(model).is_dir():
+        return model, variant_of(path.name for path in Path(model, part).glob("*"))
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        try:
+            names = HfApi().list_repo_files(model)
+        except Exception:  # no network, or HF_HUB_OFFLINE: as in from_hub
+            cached = Path(snapshot_download(model, local_files_only=True))
+            names = [str(path.relative_to(cached)) for path in cached.rglob("*")]
+        inside = [Path(name).name for name in names if Path(name).parent == Path(part)]
+        variant = variant_of(inside)
+        weights = [name for name in inside if variant in variants([name])]
+        weights = [name for name in weights if ".safetensors" in name] or weights
+        if not inside:
+            raise FileNotFoundError(f"it is neither in the repository nor, offline, in {HF_HUB_CACHE}")
+        kept = weights + [name for name in inside if name.endswith((".json", ".txt")) and not WEIGHTS.fullmatch(name)]
+        return snapshot_download(model, allow_patterns=[str(Path(part, name)) for name in kept]), variant
+    except Exception as e:
+        raise out_of_reach(model, part, e) from None
+
+
+def variants(names):
+    """The variants of weights among file names: {None} for plain ones, "fp16" of model.fp16.safetensors."""
+    found = [WEIGHTS.fullmatch(name) for name in names]
+    return {next(filter(None, match.groups()), None) for match in found if match}
+
+
+def variant_of(names):
+    """The variant to load among file names: None, the plain one, where there is one or no weights at all."""
+    found = variants(names)
+    return None if None in found or not found else "fp16" if "fp16" in found else min(found)
 
 
 def out_of_reach(model, part, error):

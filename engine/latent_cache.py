@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from tqdm import trange
 
-from engine.data import UNREADABLE
+from engine.decode import Unusable
 from engine.distributed import barrier
 from engine.errors import UserError
 
@@ -30,23 +30,21 @@ class Kept:
     folder: Path
 
     def place(self, name):
-        return self.folder / (hashlib.sha1(name.encode()).hexdigest() + ".safetensors")
+        return self.folder / (hashlib.sha1(name.encode("utf-8", "surrogateescape")).hexdigest() + ".safetensors")
 
     def __call__(self, name):
         try:
             kept = load_file(self.place(name))
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError:  # another rank could not use the picture, and said why
+            raise Unusable("it has no latent in the cache") from None
         except Exception as e:  # safetensors has its own error
             raise UserError(f"cannot read {self.place(name)}: delete it, and it is made again ({e})") from None
         return kept["latent"].float(), kept["sizes"]
 
 
 def check(config):
-    """Raises UserError where --cache-latents is a file or another kind of folder; writes nothing."""
+    """Raises UserError where --cache-latents is another kind of folder; writes nothing."""
     folder = Path(config.cache_latents)
-    if folder.is_file():
-        raise UserError(f"--cache-latents {folder} is a file: give a folder")
     if folder.exists() and any(folder.iterdir()):
         try:
             found = json.loads((folder / "settings.json").read_text())
@@ -75,12 +73,12 @@ def fill(source, vae, config, rank=0, ranks=1, together=256):
     barrier()
     for first in trange(0, len(source.rows), together * ranks, desc="latents", disable=rank > 0):
         for name, _ in source.rows[first + rank : first + together * ranks : ranks]:
-            if kept.place(name).exists():
+            if kept.place(name).exists() or name in source.bad:
                 continue
             try:
                 picture, sizes = source.load(name)
-            except UNREADABLE as e:
-                source.skip(name, e)
+            except Unusable as e:
+                source.bad.add(name, e)
                 continue
             aside = kept.place(name).with_suffix(f".{os.getpid()}-{rank}")
             latent = vae.encode(picture[None].to(device))[0].half().cpu()

@@ -10,16 +10,12 @@ import re
 import threading
 import warnings
 from contextlib import contextmanager
+from itertools import chain
 from math import inf
 from pathlib import Path
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, SD3Transformer2DModel, UNet2DConditionModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -29,29 +25,39 @@ from torch import nn
 from tqdm import tqdm
 
 from diffusion import Schedule
+from engine import base_model
 from engine.errors import UserError
-from engine.folders import first_line, folder, out_of_reach, part_of
+from engine.folders import first_line, folder, on_disk, part_of
 
 LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 PARTS = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}  # a denoiser's name in a pipeline folder
 
 
 def load_part(cls, path, sub="", how="from_pretrained", **kwargs):
-    """Part `sub` of a pipeline folder or hub name, by cls.how. Raises UserError where it cannot be loaded."""
+    """Part `sub` of a pipeline folder or hub name, by cls.how. Of weights in variants alone, fp16 is taken.
+
+    Raises UserError where it cannot be loaded, and for weights that are not finite.
+    """
+    where, variant = on_disk(path, sub)
     if sub:
         kwargs["subfolder"] = sub
+    if variant and how == "from_pretrained":
+        kwargs["variant"] = variant
     try:
-        with waiting(f"loading {sub or path}", gigabytes(Path(path, sub)) if Path(path).is_dir() else _weights(cls)):
-            return getattr(cls, how)(path, **kwargs)
+        with waiting(f"loading {sub or path}", gigabytes(Path(where, sub))):
+            made = getattr(cls, how)(where, **kwargs)
     except Exception as e:  # the libraries raise OSError, ValueError, SafetensorError, ...
-        if not Path(path).is_dir():
-            raise out_of_reach(path, sub, e) from None
         raise UserError(f"cannot read {sub or 'the model'} of {path}: {first_line(e)}") from None
+    if isinstance(made, nn.Module):
+        check_finite(made, f"{sub or 'the model'} of {path}")
+    return made
 
 
-def _weights(cls):
-    """For a hub name, whose size is not known: infinite where weights are loaded."""
-    return inf if isinstance(cls, type) and issubclass(cls, nn.Module) else 0
+def check_finite(net, name):
+    """Raises UserError for a network whose weights hold nan or inf: before training, which would be blamed for it."""
+    for key, p in chain(net.named_parameters(), net.named_buffers()):
+        if p.is_floating_point() and not torch.isfinite(p.sum(dtype=torch.float32)):  # a sum reads p once, in place
+            raise UserError(f"{name} holds nan or inf, first in {key}: its weights are broken, get them again")
 
 
 def gigabytes(path):
@@ -183,18 +189,18 @@ def lora_scale(net, scales):
 
 
 def load_schedule(model):
-    """The noise schedule of a pipeline folder's (or hub name's) scheduler config."""
-    where = folder(model, "scheduler/scheduler_config.json")
-    config = load_part(FlowMatchEulerDiscreteScheduler, where, "scheduler", how="load_config")
-    try:
-        if config["_class_name"] == "FlowMatchEulerDiscreteScheduler":
-            return Schedule("flow", shift=config["shift"])
-        if config.get("prediction_type", "epsilon") == "epsilon" and config["beta_schedule"] == "scaled_linear":
-            return Schedule("eps", config["beta_start"], config["beta_end"])
-    except (KeyError, TypeError) as e:
-        raise UserError(f"scheduler/scheduler_config.json of {model} lacks {e}") from None
-    supported = "eps-prediction with scaled_linear betas (SDXL) and flow matching (SD3)"
-    raise UserError(f"{model}: only {supported} are supported")
+    """The noise schedule of a pipeline folder's (or hub name's) scheduler config. Raises UserError for unknown ones."""
+    config = base_model.scheduler_of(model)
+    if config["_class_name"] == base_model.FLOW:
+        return Schedule("flow", shift=config["shift"])
+    kind = {"epsilon": "eps", "v_prediction": "v"}[config["prediction_type"]]
+    spacing = {"spacing": config["timestep_spacing"], "offset": config["steps_offset"]}
+    special = config.get("trained_betas") or config.get("rescale_betas_zero_snr")
+    if config.get("beta_schedule") == "scaled_linear" and not special:
+        return Schedule(kind, config["beta_start"], config["beta_end"], **spacing)
+    names = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    betas = DDIMScheduler(**{name: config[name] for name in names if name in config}).betas
+    return Schedule(kind, betas=tuple(betas.tolist()), **spacing)
 
 
 def load_denoiser(model, device="cpu", dtype=torch.float32, student=None, name="a denoiser"):
@@ -202,14 +208,16 @@ def load_denoiser(model, device="cpu", dtype=torch.float32, student=None, name="
 
     The schedule is that of `model`. name: its name in error messages.
     """
+    base_model.check(model)
     part = part_of(model)
     lora = student is not None and (Path(student) / "lora").is_dir()
-    where = folder(model, "model_index.json", part) if student is None or lora else str(student)
+    where = folder(model) if student is None or lora else str(student)
     net = load_part(PARTS[part], where, part, low_cpu_mem_usage=False)
     if lora:
         load_part(net, str(student), "lora", "load_lora_adapter", prefix=part, weight_name=LORA)
         net.fuse_lora()
         net.unload_lora()
+        check_finite(net, f"lora of {student}")
     return Denoiser(net.float().to(device), load_schedule(model), dtype, name=name)
 
 
@@ -232,22 +240,27 @@ class VAE(nn.Module):
         """net: an AutoencoderKL."""
         super().__init__()
         self.net = net.eval().requires_grad_(False)
-        self.channels = self.net.config.latent_channels
-        self.factor = 2 ** (len(self.net.config.block_out_channels) - 1)
+        config = net.config
+        self.channels = config.latent_channels
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        if config.get("latents_mean") and config.get("latents_std"):  # a number per channel
+            std = torch.tensor(config.latents_std).view(-1, 1, 1)
+            self.register_buffer("shift", torch.tensor(config.latents_mean).view(-1, 1, 1), persistent=False)
+            self.register_buffer("scale", config.scaling_factor / std, persistent=False)
+        else:
+            self.shift = config.shift_factor or 0
+            self.scale = config.scaling_factor
 
     @torch.no_grad()
     def encode(self, images):
-        """The posterior mean, scaled."""
-        config = self.net.config
-        means = torch.cat(
-            [self.net.encode(part).latent_dist.mean for part in images.split(at_once(*images.shape[-2:]))]
-        )
-        return (means - (config.shift_factor or 0)) * config.scaling_factor
+        """The posterior mean, scaled: (mean - shift) * scale."""
+        parts = images.split(at_once(*images.shape[-2:]))
+        means = torch.cat([self.net.encode(part).latent_dist.mean for part in parts])
+        return (means - self.shift) * self.scale
 
     def decode(self, z):
         """V: latents -> images, with gradient to z, not to V's weights."""
-        config = self.net.config
-        z = z / config.scaling_factor + (config.shift_factor or 0)
+        z = z / self.scale + self.shift
         with_gradient = z.requires_grad and torch.is_grad_enabled()
         together = len(z) if with_gradient else at_once(*(side * self.factor for side in z.shape[-2:]))
         with at_work("the VAE"):
@@ -288,4 +301,5 @@ def load_sam(path, device="cpu", dtype=torch.float32):
             encoder = build()
     except Exception as e:
         raise UserError(f"cannot read the SAM image encoder in {path}: {first_line(e)}") from None
+    check_finite(encoder, f"the SAM image encoder in {path}")
     return encoder.to(device, dtype).eval().requires_grad_(False)

@@ -13,17 +13,6 @@ from engine.folders import check_writable
 from engine.locks import check_free, lock, unlock
 
 
-def read_prompts(path):
-    """The lines of a prompt file that are not empty. Raises UserError for one that is missing or empty."""
-    if not Path(path).is_file():
-        raise UserError(f"--prompts {path}: no such file (one prompt per line)")
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompts {path} holds no prompt (one per line)")
-    return prompts
-
-
 def picture(folder, i):
     """The file of the i-th picture."""
     return Path(folder) / f"{i:05d}.png"

@@ -4,10 +4,9 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from engine.folders import folder, part_of
+from engine.folders import folder, index_of, part_of, read_json
 from engine.models import load_part
 
 
@@ -25,6 +24,7 @@ class PromptEncoder:
         for n, cls in self.classes.items():
             encoder = load_part(cls, path, f"text_encoder{n}").to(device, dtype)
             self.encoders.append(encoder.eval().requires_grad_(False))
+        self.model = model
         self.size = image_size
         self.device = device
         self.warned = False
@@ -65,8 +65,10 @@ class PromptEncoder:
         return len(tokenizer(prompt).input_ids) > tokenizer.model_max_length
 
     def null(self):
-        """The null prompt's condition, batch of one: zeros, as in SDXL's pipeline (`force_zeros_for_empty_prompt`)."""
+        """The null prompt's condition, batch of one: zeros, or the encoded empty prompt, as the index says."""
         c = self.encode([""])
+        if not index_of(self.model).get("force_zeros_for_empty_prompt", True):
+            return c
         return {"tokens": torch.zeros_like(c["tokens"]), "pooled": torch.zeros_like(c["pooled"]), "size": c["size"]}
 
 
@@ -81,8 +83,7 @@ class SD3Encoder(PromptEncoder):
 
     def __init__(self, model, image_size, device="cpu", dtype=torch.float32):
         super().__init__(model, image_size, device, dtype)
-        config = load_part(SD3Transformer2DModel, folder(model, "transformer"), "transformer", how="load_config")
-        self.width = config["joint_attention_dim"]
+        self.width = read_json(model, "transformer/config.json")["joint_attention_dim"]
 
     def encode(self, prompts, sizes=None):
         """sizes: SDXL's, ignored here."""

@@ -25,7 +25,7 @@ def untrained_reward_model(model, image_size, device="cpu"):
 
 
 def load_reward_model(path, image_size, tokenizers=None, device="cpu", dtype=torch.float32):
-    """R from a folder in the published layout, frozen, in `dtype`. logit_scale may be a float or a tensor.
+    """R from a folder in the published layout, frozen, in `dtype`, but for logit_scale: a float or a tensor, kept fp32.
 
     tokenizers: the pipeline folder of the tokenizers, where this one has none. Raises UserError for a missing or
     unreadable part.
@@ -38,10 +38,12 @@ def load_reward_model(path, image_size, tokenizers=None, device="cpu", dtype=tor
     try:
         state = torch.load(where / "state_dict.pt", map_location="cpu", weights_only=True)
         R.visual_projection.load_state_dict(state["visual_projection"])
-        R.logit_scale.data = torch.as_tensor(state["logit_scale"]).float()
+        logit_scale = torch.as_tensor(state["logit_scale"], dtype=torch.float32, device=device)
     except Exception as e:  # another width, other keys, a torn file, pickled objects: torch has an error for each
         raise UserError(f"cannot read state_dict.pt of {path}: {str(e).strip().splitlines()[-1].strip()}") from None
-    return R.to(device, dtype).eval().requires_grad_(False)
+    R.to(device, dtype).eval().requires_grad_(False)
+    R.logit_scale.data = logit_scale  # scores are its exponential: in bf16 they, and the gaps of pairs, were 1 % off
+    return R
 
 
 def save_reward_model(R, path, model, half=False):

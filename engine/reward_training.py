@@ -7,14 +7,14 @@ R starts from the model's UNet and text encoders. NOTE: LPO trains the text enco
 Every rank holds all of R; gradients are averaged over ranks.
 """
 
-import json
+from itertools import islice
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from diffusion import rand, randn, sample_generators, times
-from engine import checkpoint, data, monitor, run_folder
+from engine import checkpoint, data, layouts, monitor, run_folder, text
+from engine.decode import Unreadable, Unusable, read
 from engine.distributed import Ending, adamw, average_gradients, from_rank_0, start_process, update
 from engine.errors import UserError
 from engine.models import load_schedule, load_vae
@@ -29,57 +29,58 @@ class Pairs:
 
     Per line: "caption", "jpg_0_file_name", "jpg_1_file_name", and "label_0": 1 where picture 0 is preferred, 0 where
     picture 1 is, 0.5 for a tie. An item is a pair's pictures (2, 3, H, W), the better first, and its caption. Pairs are
-    shuffled every epoch; ties are left out. One pair in twenty, at most 512, is `kept_out` of training.
-    Raises UserError for a missing or unreadable image, or an unknown label.
+    shuffled every epoch; ties are left out. One pair in twenty, at most 512, is `kept_out` of training. A pair with a
+    picture that cannot be used is replaced by the next, by the rules of engine/data.py.
+    Raises UserError for too many of those, missing columns and unknown labels.
     """
 
     def __init__(self, path, resolution, seed):
         self.path = Path(path)
         self.resolution = resolution
         self.seed = seed
-        table = self.path / "metadata.jsonl"
-        if not table.is_file():
-            columns = "caption, jpg_0_file_name, jpg_1_file_name, label_0"
-            raise UserError(f"{path} has no metadata.jsonl (per line: {columns})")
         pairs = []
-        for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
+        for number, row in layouts.pairs(path):
+            if row["label_0"] != 0.5:
                 names = (row["jpg_0_file_name"], row["jpg_1_file_name"])
-                caption = row["caption"].strip()
-                label = row["label_0"]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                columns = "caption, jpg_0_file_name, jpg_1_file_name and label_0"
-                raise UserError(f"{table}, line {number}: needs {columns}") from None
-            if label not in (0, 0.5, 1):
-                raise UserError(f"{table}, line {number}: label_0 is {label!r}, must be 1, 0 or 0.5 (a tie)")
-            for name in names:
-                if not (self.path / str(name)).is_file():
-                    raise UserError(f"{table}, line {number}: no image {name} in {path}")
-            if label != 0.5:
-                pairs.append({"caption": caption, "names": names if label == 1 else names[::-1]})
+                caption = text.caption(row, f"line {number}")
+                pairs.append({"caption": caption, "names": names if row["label_0"] == 1 else names[::-1]})
         self.kept_out = pairs[::20][:512]
         self.rows = [pair for i, pair in enumerate(pairs) if i % 20 or i >= 20 * 512]
         if not self.rows:
-            raise UserError(f"{table} has too few pairs without a tie: {len(pairs)}, needs at least 2")
+            raise UserError(f"{path} has too few pairs without a tie: {len(pairs)}, needs at least 2")
+        self.bad = data.PassedOver(path, 2 * len(pairs))
+        for name in dict.fromkeys(name for pair in pairs for name in pair["names"]):
+            if not (self.path / name).is_file():
+                self.bad.add(name, Unreadable("no such file"))
 
     def pictures(self, row):
-        """The pair's pictures, (2, 3, H, W) in [-1, 1], the better first."""
+        """The pair's pictures, (2, 3, H, W) in [-1, 1], the better first; None where one cannot be used."""
         out = []
         for name in row["names"]:
+            if name in self.bad:
+                return None
             try:
-                with Image.open(self.path / name) as image:
-                    out.append(data.pixels(image, self.resolution))
-            except data.UNREADABLE as e:
-                raise UserError(f"cannot read {self.path / name}: {e}") from None
+                out.append(read(self.path / name, self.resolution)[0])
+            except Unusable as e:
+                self.bad.add(name, e)
+                return None
         return torch.stack(out)
 
     def __getitem__(self, i):
-        epoch, place = divmod(i, len(self.rows))
-        row = self.rows[data.order_of(len(self.rows), self.seed, epoch)[place]]
-        return self.pictures(row), row["caption"]
+        epoch, rows = data.candidates(i, len(self.rows), self.seed)
+        for number in rows:
+            row = self.rows[number]
+            pictures = self.pictures(row)
+            if pictures is not None:
+                return pictures, data.one_of(row["caption"], self.seed, epoch, number)
+        raise self.bad.none_left()
+
+    def held_out(self):
+        """The kept-out pairs that can be used: (number, pictures, caption) of each."""
+        for number, row in enumerate(self.kept_out):
+            pictures = self.pictures(row)
+            if pictures is not None:
+                yield number, pictures, data.first_of(row["caption"])
 
 
 def train_reward(config):
@@ -148,15 +149,15 @@ def held_out(R, schedule, vae, source, batch=16):
     """The fraction of held-out pairs that R ranks right, per noise level: {name: value} to log."""
     right = {t: [] for t in LEVELS}
     device = next(R.parameters()).device
-    for i in range(0, len(source.kept_out), batch):
-        rows = source.kept_out[i : i + batch]
-        pictures = torch.stack([source.pictures(row) for row in rows])
-        win, lose = vae.encode(pictures.flatten(0, 1).to(device)).unflatten(0, (-1, 2)).unbind(1)
-        c = R.encoder.encode([row["caption"] for row in rows])
-        noise = sample_generators(0, 0, range(i, i + len(rows)), "held out")
+    pairs = source.held_out()
+    while rows := list(islice(pairs, batch)):
+        numbers, pictures, captions = zip(*rows)
+        win, lose = vae.encode(torch.stack(pictures).flatten(0, 1).to(device)).unflatten(0, (-1, 2)).unbind(1)
+        c = R.encoder.encode(list(captions))
+        noise = sample_generators(0, 0, numbers, "held out")
         for t in LEVELS:
             level = times(torch.tensor(t), win)
             eps_win, eps_lose = randn(noise, win), randn(noise, win)
             better, worse = pair_scores(R, schedule, win, lose, level, eps_win, eps_lose, c)
             right[t] += (better > worse).tolist()
-    return {f"held_out_right_at_{t}": sum(v) / len(v) for t, v in right.items()}
+    return {f"held_out_right_at_{t}": sum(v) / len(v) for t, v in right.items() if v}

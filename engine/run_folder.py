@@ -14,6 +14,7 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
+from engine import base_model, layouts, text
 from engine.config import flag
 from engine.errors import UserError
 from engine.folders import HERE, check_writable, folder, part_of
@@ -37,11 +38,15 @@ def look(config):
     config.check()
     if config.dry_run:
         return config
-    folder(config.model, "model_index.json")
-    if config.prompts and not Path(config.prompts).is_file():
-        raise UserError(f"--prompts {config.prompts}: no such file")
-    if config.data != "toy" and not config.data.endswith(".tar") and config.stage != "reward":
-        metadata(config.data)
+    base_model.check(config.model)
+    if config.cache_latents and Path(config.cache_latents).is_file():
+        raise UserError(f"--cache-latents {config.cache_latents} is a file: give a folder")
+    if config.stage == "reward":
+        layouts.pairs(config.pairs)
+    elif config.data != "toy":
+        layouts.check(config.data)
+    if config.prompts:
+        text.prompts(config.prompts)
     if config.method == "flash" and config.gan_weight and config.stage != "reward" and not config.sam.endswith(".pth"):
         folder(config.sam, "config.json", "image_encoder.safetensors", hub=False)
     if config.stage == 2:
@@ -54,14 +59,6 @@ def look(config):
             check_free(Path(config.out) / "lock")
         check_writable(config.out or "runs", "--out")
     return config
-
-
-def metadata(path):
-    """The metadata.jsonl of a folder of images. Raises UserError where there is none."""
-    table = Path(path, "metadata.jsonl")
-    if not table.is_file():
-        raise UserError(f'{path} has no metadata.jsonl (one line per image: {{"file_name": ..., "text": ...}})')
-    return table
 
 
 def checkpoints(run):

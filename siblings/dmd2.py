@@ -41,6 +41,9 @@ class Settings(Config):
     def check(self):
         super().check()
         self.require("critic_weight", self.critic_weight >= 0, "must not be negative")
+        if self.prompts and self.gan_weight:
+            why = "D reads the prompt, and would be told another picture's"
+            raise UserError(f"--prompts and --method {self.method} exclude each other: {why} (--gan-weight 0: no D)")
         if self.compile and self.gan_weight:
             raise UserError(
                 f"--compile and --method {self.method} exclude each other: a compiled network hides its features"

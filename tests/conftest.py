@@ -4,9 +4,11 @@ For test_gpu.py: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +83,37 @@ def ranks(tmp_path_factory):
 def two_ranks(ranks, tmp_path):
     """A function that runs a program, given as text, on 2 gloo ranks; `folder` in it is tmp_path; it must end well."""
     return lambda text: ranks.run(text, tmp_path)
+
+
+SMALL = {
+    "sdxl": {
+        "block_out_channels": [16, 32],
+        "attention_head_dim": [2, 2],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 1],
+    },
+    "sd3": {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 48},
+}
+
+
+@pytest.fixture(scope="session")
+def small_toys(tmp_path_factory):
+    """The toys with small denoisers of random weights, {"sdxl": folder, "sd3": folder}; a reward model is beside them.
+
+    They are quicker than the trained ones, which amplify rounding, too: in gradients 10,000-fold.
+    """
+    import torch
+
+    from engine.folders import part_of
+    from engine.models import PARTS
+
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "lrm").symlink_to(Path("toy/lrm").resolve())
+    for name, changes in SMALL.items():
+        part = part_of(f"toy/{name}")
+        shutil.copytree(f"toy/{name}", folder / name, ignore=shutil.ignore_patterns(part))
+        config = dict(PARTS[part].load_config(f"toy/{name}/{part}")) | changes
+        torch.manual_seed(0)
+        PARTS[part].from_config(config).save_pretrained(folder / name / part)
+    return {name: str(folder / name) for name in SMALL}

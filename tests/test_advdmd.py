@@ -85,20 +85,20 @@ def test_groups_that_do_not_fit_are_refused(flags):
         look(config)
 
 
-def run(tmp_path, name, *flags):
+def run(model, tmp_path, name, *flags):
     few = "--batch-size 4 --iterations 2 --preview-every 0 --log-every 1 --save-every 2"
-    common = f"--preset advdmd --ttur 1 --rl-after 0 {few}".split()
+    common = f"--preset advdmd --ttur 1 --rl-after 0 --model {model} {few}".split()
     folder = train.train(train.read([*common, *flags, "--out", str(tmp_path / name)]))
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], run_folder.newest(
         folder
     ) / "unet"
 
 
-def test_gate_stops_reinforcement_while_d_is_blind(tmp_path):
+def test_gate_stops_reinforcement_while_d_is_blind(small_toys, tmp_path):
     """At --rl-gate 1 nothing is reinforced, to the bit as with --rl-after 1000; at 0 all is, at K - 1 passes more."""
-    shut, weights_shut = run(tmp_path, "shut", "--rl-gate", "1")
-    late, weights_late = run(tmp_path, "late", "--rl-after", "1000")
-    open_, weights_open = run(tmp_path, "open", "--rl-gate", "0")
+    shut, weights_shut = run(small_toys["sdxl"], tmp_path, "shut", "--rl-gate", "1")
+    late, weights_late = run(small_toys["sdxl"], tmp_path, "late", "--rl-after", "1000")
+    open_, weights_open = run(small_toys["sdxl"], tmp_path, "open", "--rl-gate", "0")
     read = lambda folder: (folder / "diffusion_pytorch_model.safetensors").read_bytes()  # noqa: E731
     assert all(m["rl_open"] == 0 and m["rl_loss"] == 0 and m["d_accuracy_unseen"] < 1 for m in shut) and all(
         m["rl_open"] == 1 for m in open_
@@ -123,15 +123,17 @@ def test_gate_is_shut_while_d_is_at_chance():
     assert all(p.grad is None for p in nets.G.net.parameters())
 
 
-def test_a_frozen_reward_is_another_run_s_discriminator(tmp_path):
+def test_a_frozen_reward_is_another_run_s_discriminator(small_toys, tmp_path):
     """With --judge, R comes from that run's score estimator and head, bit for bit, while the run's own are trained.
 
     A run without a latent discriminator is refused.
     """
-    run(tmp_path, "first", "--rl-gate", "1")
-    flags = ["--preset", "advdmd", "--batch-size", "4", "--judge", str(tmp_path / "first")]
+    model = small_toys["sdxl"]
+    run(model, tmp_path, "first", "--rl-gate", "1")
+    common = ["--preset", "advdmd", "--batch-size", "4", "--model", model]
+    flags = [*common, "--judge", str(tmp_path / "first")]
     nets = assemble(train.read(flags), 1, torch.device("cpu"), advdmd.prepare)
-    first = assemble(train.read(["--preset", "advdmd", "--batch-size", "4"]), 1, torch.device("cpu"), advdmd.prepare)
+    first = assemble(train.read(common), 1, torch.device("cpu"), advdmd.prepare)
     checkpoint.restore(tmp_path / "first", {name: first.players[name] for name in ("fake", "head")}, optimizers=False)
     fake, head = nets.rewarding
     assert fake is not nets.fake and head is not nets.D and first.rewarding == (first.fake, first.D)
@@ -148,6 +150,6 @@ def test_a_frozen_reward_is_another_run_s_discriminator(tmp_path):
     assert advdmd.reinforce(nets, batch, states)[1]["reward"] == R[:, -1].mean()
 
     no_head = ["--batch-size", "2", "--iterations", "1", "--gan-weight", "0", "--preview-every", "0"]
-    plain = train.train(train.read([*no_head, "--out", str(tmp_path / "flash")]))
+    plain = train.train(train.read([*no_head, "--model", model, "--out", str(tmp_path / "flash")]))
     with pytest.raises(UserError, match="--method dmd2 or advdmd"):
         assemble(train.read([*flags[:-1], str(plain)]), 1, torch.device("cpu"), advdmd.prepare)

@@ -25,7 +25,7 @@ import evaluate
 import export
 import sample
 import train
-from engine import benchmark, checkpoint, config, data, folders, monitor, pictures, run_folder, safe_load
+from engine import benchmark, checkpoint, config, data, decode, folders, monitor, pictures, run_folder, safe_load
 from engine.batch import Batch
 from engine.errors import UserError
 from engine.flags import parse
@@ -55,9 +55,9 @@ def call(main, capsys, *argv):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of one loop, without a GAN. Not to be changed."""
-    argv = [*SMALL, *NO_GAN, "--out", str(tmp_path_factory.mktemp("runs") / "run")]
+def run(small_toys, tmp_path_factory):
+    """A run of one loop of a small model, without a GAN. Not to be changed."""
+    argv = [*SMALL, *NO_GAN, "--model", small_toys["sdxl"], "--out", str(tmp_path_factory.mktemp("runs") / "run")]
     return train.train(train.read(argv))
 
 
@@ -94,6 +94,14 @@ def photos(tmp_path):
         (["--gan", "latent"], "--gan"),
         (["--method", "dmd3"], "dmd3"),
         (["--prompts", "toy/nothing.txt"], "toy/nothing.txt"),
+        (
+            ["--method", "dmd2", "--ttur", "1", "--prompts", "README.md"],
+            "--prompts and --method dmd2 exclude each other",
+        ),
+        (
+            ["--method", "advdmd", "--ttur", "1", "--batch-size", "4", "--prompts", "README.md"],
+            "--prompts and --method advdmd exclude",
+        ),
         (["--ema", "2"], "--ema"),
         (["--seed", "-1"], "--seed"),
         (["--lr", "0"], "--lr"),
@@ -296,7 +304,7 @@ def test_restart_by_torchrun_goes_on_with_its_own_run(capsys, monkeypatch, tmp_p
     assert "is not empty" in run_folder.refusal(parse(out), tmp_path / "run")
 
 
-def test_run_folder_is_never_overwritten_unasked(run, capsys, tmp_path):
+def test_run_folder_is_never_overwritten_unasked(run, small_toys, capsys, tmp_path):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     status, line = call(train.main, capsys, *SMALL, "--out", run)
     assert status == 2 and "--resume" in line and "--overwrite" in line
@@ -306,7 +314,7 @@ def test_run_folder_is_never_overwritten_unasked(run, capsys, tmp_path):
         assert call(train.main, capsys, *SMALL, "--out", keep, "--overwrite")[0] == 2 and mine.exists()
     model = shutil.copytree("toy/sdxl", tmp_path / "other")
     status, line = call(train.main, capsys, *SMALL, "--out", run, "--resume", "--model", model)
-    assert status == 2 and "--model" in line and "toy/sdxl" in line
+    assert status == 2 and f"--model {small_toys['sdxl']}" in line
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
@@ -364,9 +372,7 @@ def test_sizes(model, step, most, capsys, tmp_path, monkeypatch):
     size = (step, 2 * step)
     folders.check_size(model, size)
     pictures.draw(tmp_path, G, encoder, vae, ["a red circle"] * 3, 1, 0, batch=2, size=size)
-    assert {Image.open(path).size for path in tmp_path.glob("*.png")} == {size[::-1]} and len(
-        list(tmp_path.iterdir())
-    ) == 3
+    assert [Image.open(path).size for path in tmp_path.iterdir()] == [size[::-1]] * 3
     assert {tuple(row) for rows in seen for row in rows.tolist()} <= {(*size, 0, 0, *size)}
     assert bool(seen) == (model == "toy/sdxl")
     with pytest.raises(UserError, match=f"multiples of {step} pixels, such as {2 * step}x{step}"):
@@ -456,10 +462,10 @@ def test_bare_commands_take_the_newest_run(run, capsys, tmp_path, monkeypatch):
         assert status == 2 and "config.json" in line and "torn" in line
 
 
-def test_a_run_that_cannot_start_replaces_none(run, capsys, tmp_path):
+def test_a_run_that_cannot_start_replaces_none(run, small_toys, capsys, tmp_path):
     out = shutil.copytree(run, tmp_path / "run")
-    stage_2 = ["--stage", "2", *NO_GAN, "--init", run, "--out", out, "--overwrite", "--clip", "toy/nothing"]
-    status, line = call(train.main, capsys, *stage_2)
+    stage_2 = ["--stage", "2", *NO_GAN, "--model", small_toys["sdxl"], "--init", run, "--out", out, "--overwrite"]
+    status, line = call(train.main, capsys, *stage_2, "--clip", "toy/nothing")
     assert status == 2 and "toy/nothing" in line and (out / "metrics.jsonl").exists()
 
 
@@ -532,7 +538,7 @@ def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
     assert found["HPSv2"] == pytest.approx(0.3) and found["Pick"] == found["CLIP"] and found["num"] == 5
 
     model, tokenizer = CLIPModel.from_pretrained("toy/clip"), CLIPTokenizer.from_pretrained("toy/clip")
-    images = torch.stack([data.pixels(Image.open(pictures / f"{i:05d}.png"), 64) for i in range(5)])
+    images = torch.stack([decode.pixels(Image.open(pictures / f"{i:05d}.png"), 64) for i in range(5)])
     out = model.float()(**tokenizer(prompts, padding=True, return_tensors="pt"), pixel_values=images)
     cosines = (out.logits_per_image / model.logit_scale.exp()).diagonal()
     assert found["CLIP"] == pytest.approx(cosines.mean().item(), abs=1e-4)
@@ -681,7 +687,8 @@ def test_bad_metadata(text, words, photos, capsys, tmp_path):
     "row, words",
     [
         ({"label_0": 3}, "line 2: label_0 is 3"),
-        ({"jpg_1_file_name": "gone.png"}, "line 2: no image gone.png"),
+        ({"jpg_1_file_name": "gone.png"}, "gone.png (no such file)"),
+        ({"jpg_1_file_name": 5}, "line 2: needs caption, jpg_0_file_name"),
         ({"caption": None}, "line 2: needs caption"),
     ],
 )
@@ -719,7 +726,14 @@ def test_help_without_torch(command):
         ("train.py --stage 3", "--stage"),
         ("train.py --lr 0", "--lr must be positive"),
         ("train.py --data DIR/nowhere", "metadata.jsonl"),
+        ("train.py --data DIR", "It holds 1 .txt"),
+        ("train.py --data DIR/*.tar", "matches no file"),
+        ("train.py --prompts DIR/nowhere", "no such file"),
+        ("train.py --stage reward --pairs DIR", "jpg_0_file_name"),
         ("train.py --model DIR/nowhere", "no such folder: DIR/nowhere"),
+        ("train.py --model nowhere/sd_xl.safetensors", "no such folder: nowhere/sd_xl.safetensors"),
+        ("train.py --model DIR/file.txt", "DIR/file.txt is no pipeline folder (it lacks model_index.json)"),
+        ("train.py --model DIR/flux", "DIR/flux is a FluxPipeline"),
         ("train.py --sam DIR/nowhere", "no such folder: DIR/nowhere"),
         ("train.py --out DIR", "DIR is not empty"),
         ("train.py --out DIR --resume", "nothing to resume in DIR"),
@@ -737,7 +751,13 @@ def test_help_without_torch(command):
         ("evaluate.py --teacher --json DIR/file.txt/m.json", "another --json"),
         ("evaluate.py --teacher --json DIR", "is a folder"),
         ("sample.py --run DIR/nowhere", "DIR/nowhere holds no checkpoint"),
+        ("sample.py --run DIR/run --model DIR/flux", "DIR/flux is a FluxPipeline"),
+        ("sample.py --run DIR/run --prompts DIR/nowhere", "no such file"),
         ("evaluate.py --nonsense", "--nonsense"),
+        ("evaluate.py --guidance nan", "--guidance: must be a finite number, not nan"),
+        ("evaluate.py --guidance inf", "--guidance: must be a finite number, not inf"),
+        ("evaluate.py --teacher --model DIR/flux", "DIR/flux is a FluxPipeline"),
+        ("evaluate.py --run DIR/run", "DIR/flux is a FluxPipeline"),
         ("evaluate.py --run DIR/nowhere", "DIR/nowhere holds no checkpoint"),
         ("evaluate.py --prompts DIR/prompts.txt", "--images"),
         ("export.py DIR/nowhere", "out"),
@@ -746,6 +766,12 @@ def test_help_without_torch(command):
 )
 def test_mistakes_without_torch(command, words, tmp_path):
     (tmp_path / "file.txt").write_text("mine")
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    made = tmp_path / "run" / "checkpoint-000001"
+    made.mkdir(parents=True)
+    (made / "progress.json").write_text("{}")
+    (made.parent / "config.json").write_text(json.dumps(vars(config.Config(model=str(tmp_path / "flux")))))
     status, out, err = without_torch(command.replace("DIR", str(tmp_path)))
     assert status == 2 and out == [] and len(err) == 1
     assert err[0].startswith("error: ") and words.replace("DIR", str(tmp_path)) in err[0]

@@ -1,6 +1,7 @@
 """Flags and settings: presets, methods and their own flags, and run folders of before --method existed."""
 
 import json
+import math
 import re
 from dataclasses import asdict, fields
 
@@ -136,3 +137,18 @@ def test_a_run_does_not_go_on_with_another_method(old):
     other = "dmd2" if method == "flash" else "flash"
     with pytest.raises(UserError, match=f"--method {method}, not {other}"):
         run_folder.look(train.read(["--resume", "--out", str(run), "--method", other]))
+
+
+FLOATS = [(method, f.name) for method in METHODS for f in fields(settings_of(method)) if f.type in (float, tuple)]
+
+
+@pytest.mark.parametrize("method, name", FLOATS)
+def test_numbers_that_are_not_finite_are_refused(method, name):
+    """No float of any method may be NaN or infinite; the message names its flag."""
+    config = settings_of(method)()
+    config.batch_size = 4  # whole groups of AdvDMD
+    config.check()
+    for value in (math.nan, math.inf, -math.inf):
+        setattr(config, name, (0.1, value) if name == "renoise" else value)
+        with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} must"):
+            config.check()

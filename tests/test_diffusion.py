@@ -72,11 +72,15 @@ def test_eq_1_and_x_0_conversion_match_diffusers():
 
 def test_weight_turns_x_0_error_into_the_networks_own():
     x_0, eps, guess = torch.randn(3, *SHAPE)
+    v = Schedule("v")
+    noisy = torch.tensor([10, 500, 999])
     for schedule, t, target in (
         (Schedule("eps"), torch.tensor([10, 500, 999]), eps),
         (Schedule("flow"), torch.tensor([50.0, 500.0, 999.0]), eps - x_0),
+        (v, noisy, v.alpha(noisy) * eps - v.sigma(noisy) * x_0),
     ):
         x_t = add_noise(schedule, x_0, t, eps)
+        torch.testing.assert_close(schedule.x_0(target, x_t, t), x_0, atol=1e-4, rtol=1e-4)
         through_x_0 = schedule.weight(t) * (schedule.x_0(guess, x_t, t) - x_0) ** 2
         torch.testing.assert_close(through_x_0, (guess - target) ** 2, atol=1e-3, rtol=1e-3)
 

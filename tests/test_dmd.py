@@ -79,11 +79,41 @@ def test_loss_has_the_gradient_g_over_n():
     torch.testing.assert_close(x.grad, g / g.numel())
 
 
-def test_a_non_finite_sample_contributes_nothing():
+@pytest.mark.parametrize("broken", ["teacher", "fake", "x"])
+def test_what_is_not_finite_stays_so(broken):
+    """A NaN or an infinity of the teacher, of the fake or of x reaches g, in its own sample alone."""
+    x = torch.randn(3, 4, 8, 8)
+    nets = {"teacher": gaussian_denoiser(EPS, *REAL), "fake": gaussian_denoiser(EPS, *FAKE)}
+    if broken == "x":
+        x[1, 0, 0, 0] = math.nan
+        x[2, 0, 0, 0] = math.inf
+    else:
+        nets[broken] = breaking(nets[broken])
+    g = dmd.gradient(nets["teacher"], nets["fake"], x, torch.tensor([500] * 3), torch.randn_like(x), None)
+    assert [bool(sample.isfinite().all()) for sample in g] == [True, False, False]
+    assert not dmd.loss(x, g).isfinite()
+
+
+def breaking(denoiser):
+    """A denoiser whose second sample has a NaN and whose third has an infinity."""
+
+    def x_0(x_t, t, c):
+        out = denoiser(x_t, t, c)
+        out[1, 0, 0, 0] = math.nan
+        out[2, 0, 0, 0] = math.inf
+        return out
+
+    x_0.schedule = denoiser.schedule
+    return x_0
+
+
+def test_g_is_zero_where_x_is_the_teachers_estimate():
+    """There Eq. 4's weight has no value."""
     teacher, fake = gaussian_denoiser(EPS, *REAL), gaussian_denoiser(EPS, *FAKE)
+    zero = lambda x_t, t, c: teacher(x_t, t, c) * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1)  # noqa: E731
     x = torch.randn(2, 4, 8, 8)
-    x[1] = math.nan
-    g = dmd.gradient(teacher, fake, x, torch.tensor([500, 500]), torch.randn_like(x), None)
+    x[1] = 0
+    g = dmd.gradient(zero, fake, x, torch.tensor([500, 500]), torch.randn_like(x), None)
     assert g[0].abs().min() > 0 and g[1].abs().max() == 0
 
 

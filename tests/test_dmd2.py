@@ -98,10 +98,10 @@ def test_optimal_logit_is_log_p_over_q():
     torch.testing.assert_close(logits.detach(), (p / q).log(), atol=1e-3, rtol=0)
 
 
-def test_preset_dmd2_counts_its_passes(tmp_path):
+def test_preset_dmd2_counts_its_passes(small_toys, tmp_path):
     """Samples: batch x loops, as the paper counts; passes of the UNets by hand, one with gradient as 3."""
-    small = "--preset dmd2 --iterations 6 --save-every 5 --batch-size 4 --preview-every 0 --log-every 100".split()
-    run = train.train(train.read([*small, "--out", str(tmp_path / "run")]))
+    flags = "--preset dmd2 --iterations 6 --save-every 5 --batch-size 4 --preview-every 0 --log-every 100".split()
+    run = train.train(train.read([*flags, "--model", small_toys["sdxl"], "--out", str(tmp_path / "run")]))
     progress = json.loads((run / "checkpoint-000005" / "progress.json").read_text())
     steps = [dmd.student_step(range(4), "all", 0, loop) for loop in range(1, 6)]
     rollout = sum(steps)
@@ -112,12 +112,13 @@ def test_preset_dmd2_counts_its_passes(tmp_path):
     assert progress["passes"] == 4 * (rollout + 4 * without_G + with_G + 5 * fake)
 
 
-def test_preset_dmd2_trains_its_networks(tmp_path):
+def test_preset_dmd2_trains_its_networks(small_toys, tmp_path):
     """TTUR 5: G moves in loop 5, by both terms. Eq. 5 leaves the score estimator alone. --resume keeps the method."""
-    small = ["--preset", "dmd2", "--iterations", "5", "--batch-size", "4", "--preview-every", "0", "--log-every", "1"]
+    flags = ["--preset", "dmd2", "--iterations", "5", "--batch-size", "4", "--preview-every", "0", "--log-every", "1"]
+    flags += ["--model", small_toys["sdxl"]]
     last = {}
     for weight in ("0.005", "50"):
-        run = train.train(train.read([*small, "--gan-weight", weight, "--out", str(tmp_path / weight)]))
+        run = train.train(train.read([*flags, "--gan-weight", weight, "--out", str(tmp_path / weight)]))
         logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert [m["loops"] for m in logged if "dm_loss" in m and "adv_loss" in m] == [5]
         assert logged[-1]["generator_updates"] == 1
@@ -127,4 +128,4 @@ def test_preset_dmd2_trains_its_networks(tmp_path):
     for key in ("fake_loss", "fake_norm", "d_loss"):
         assert last["50"][key] == pytest.approx(last["0.005"][key], rel=1e-5)
     with pytest.raises(UserError, match="--method dmd2"):
-        train.train(train.read([*small, "--out", str(tmp_path / "50"), "--resume", "--method", "flash"]))
+        train.train(train.read([*flags, "--out", str(tmp_path / "50"), "--resume", "--method", "flash"]))

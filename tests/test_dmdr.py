@@ -86,10 +86,10 @@ def test_reward_gradient_through_one_step(kind, scene):
     assert dmdr.reward_loss(lambda x: torch.tensor([3.0, 1.0]), None, 2.0)[0] == 0.5  # above the margin it is 0
 
 
-def test_preset_dmdr_moves_who_it_should(tmp_path):
+def test_preset_dmdr_moves_who_it_should(small_toys, tmp_path):
     """K = 1: reward joins at G's second update; the score estimator's LoRA alone learns; a resumed run goes on."""
     few = "--lr-schedule constant --batch-size 4 --save-every 3 --preview-every 0 --log-every 1"
-    flags = f"--preset dmdr --dynamic 1 --ttur 2 --fake-lora 4 {few}".split()
+    flags = f"--preset dmdr --dynamic 1 --ttur 2 --fake-lora 4 --model {small_toys['sdxl']} {few}".split()
     whole = train.train(train.read([*flags, "--iterations", "4", "--out", str(tmp_path / "whole")]))
     logged = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert ["reward" in m for m in logged] == [False, False, False, True] and logged[-1]["generator_updates"] == 2

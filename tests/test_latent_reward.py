@@ -273,12 +273,18 @@ def test_saved_layout_has_the_up_blocks_and_reads_back(small, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
+def first(small_toys, tmp_path_factory):
     """A stage-1 run of one loop, without a GAN."""
-    return train.train(Config(iterations=1, out=str(tmp_path_factory.mktemp("stage-1") / "run"), **FEW))
+    out = tmp_path_factory.mktemp("stage-1") / "run"
+    return train.train(Config(iterations=1, model=small_toys["sdxl"], out=str(out), **FEW))
 
 
 FEW = {"batch_size": 2, "preview_every": 0, "log_every": 1, "gan_weight": 0.0, "lr_schedule": "constant"}
+
+
+def after(run):
+    """The settings that a stage 2 has of its stage-1 run."""
+    return {"stage": 2, "init": str(run), "model": json.loads((run / "config.json").read_text())["model"]}
 
 
 def metrics(run):
@@ -305,9 +311,7 @@ def batch(nets, loop):
 
 def test_stage_2_moves_g_and_pulls_the_score_estimator(first, small):
     """After an update of either kind ψ = λ ψ + (1 - λ) θ; reference and R stay as they came, bit for bit."""
-    config = Config(
-        stage=2, init=str(first), reward=str(small[0]), pair_threshold=0.0, rl_lr=1e-4, fake_lr=1e-30, **FEW
-    )
+    config = Config(**after(first), reward=str(small[0]), pair_threshold=0.0, rl_lr=1e-4, fake_lr=1e-30, **FEW)
     nets = networks(config)
     data = batch(nets, loop=1)
     for update in (lambda: train.prefer(nets, data), lambda: train.flash(nets, data, 1)):
@@ -328,7 +332,7 @@ def test_stage_2_alternates_and_resumes(first, small, tmp_path):
 
     The reward here is real but untrained.
     """
-    settings = {**FEW, "stage": 2, "init": str(first), "reward": str(small[0]), "rl_ratio": 2, "rl_lr": 1e-4}
+    settings = {**FEW, **after(first), "reward": str(small[0]), "rl_ratio": 2, "rl_lr": 1e-4}
     settings["pair_threshold"] = 0.0
     whole = train.train(Config(iterations=4, out=str(tmp_path / "whole"), **settings))
     lines = metrics(whole)
@@ -351,7 +355,7 @@ def test_stage_2_alternates_and_resumes(first, small, tmp_path):
 
 def test_both_kinds_of_update_are_logged(first, small, tmp_path):
     """At 1:1 every loop that --log-every 2 names is a distillation update: the next preference update is logged too."""
-    settings = {**FEW, "stage": 2, "init": str(first), "reward": str(small[0]), "rl_ratio": 1, "log_every": 2}
+    settings = {**FEW, **after(first), "reward": str(small[0]), "rl_ratio": 1, "log_every": 2}
     run = train.train(Config(iterations=4, out=str(tmp_path / "run"), **settings))
     assert [(m["loops"], "rl_loss" in m) for m in metrics(run)] == [(2, False), (3, True), (4, False)]
 
@@ -361,7 +365,7 @@ def test_preference_in_micro_batches(first, small):
 
     Agreement is compared in the second update, where H is far from 0; in the first it is 0 for every pair.
     """
-    settings = {**FEW, "batch_size": 4, "stage": 2, "init": str(first), "reward": str(small[0]), "rl_lr": 1e-4}
+    settings = {**FEW, "batch_size": 4, **after(first), "reward": str(small[0]), "rl_lr": 1e-4}
     runs = []
     for size in (0, 1):
         nets = networks(Config(micro_batch=size, pair_threshold=0.04, **settings))
@@ -389,6 +393,16 @@ def test_a_reward_run_ends_on_sigterm(preferences, tmp_path, monkeypatch):
     assert [path.name for path in run_folder.checkpoints(run)] == ["checkpoint-000002"]
 
 
+def test_the_scale_of_scores_stays_in_fp32(tmp_path):
+    """CLIP's, exp 4.6052 = 100: rounded to bf16 it would be 101.1, and every gap of a pair 1.1 % off."""
+    path = shutil.copytree("toy/lrm", tmp_path / "lrm")
+    state = torch.load(path / "state_dict.pt", weights_only=True)
+    torch.save(state | {"logit_scale": 4.6052}, path / "state_dict.pt")
+    R = load_reward_model(path, 64, tokenizers="toy/sdxl", dtype=torch.bfloat16)
+    assert R.logit_scale.exp().item() == pytest.approx(100, rel=1e-4)
+    assert R.visual_projection.weight.dtype == R.unet.dtype == torch.bfloat16
+
+
 def test_half_written_folder(small, tmp_path):
     with pytest.raises(UserError, match="state_dict.pt"):
         (tmp_path / "unet").mkdir()
@@ -404,7 +418,7 @@ def test_reward_model_of_another_width(first, small, tmp_path):
     config = dict(UNet2DConditionModel.load_config(other / "unet")) | {"in_channels": 16}
     UNet2DConditionModel.from_config(config).save_pretrained(other / "unet")
     with pytest.raises(UserError, match="latents of 16 channels"):
-        train.train(Config(stage=2, init=str(first), reward=str(other), out=str(tmp_path / "second"), **FEW))
+        train.train(Config(**after(first), reward=str(other), out=str(tmp_path / "second"), **FEW))
     assert not (tmp_path / "second").exists()
     torch.save({"visual_projection": {"weight": torch.zeros(64, 7)}, "logit_scale": 2.0}, other / "state_dict.pt")
     with pytest.raises(UserError, match="state_dict.pt.*7"):

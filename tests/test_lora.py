@@ -2,20 +2,25 @@
 
 import json
 import os
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 import export as export_script
 import train
 from diffusion import backward_simulation, randn
-from engine import run_folder
+from engine import real_size, run_folder
 from engine.batch import Batch
 from engine.errors import UserError
-from engine.export import export
-from engine.models import Denoiser, add_lora, load_denoiser, load_schedule, load_vae
+from engine.export import SD_SCRIPTS, export, save_lora
+from engine.models import LORA, Denoiser, add_lora, load_denoiser, load_schedule, load_vae
 from engine.networks import assemble
 from engine.pictures import to_pil
 from engine.prompts import load_encoder
@@ -67,12 +72,21 @@ def test_gradient_reaches_the_lora_that_was_worn(model):
 
 @both
 def test_students_lora_trains_resumes_and_loads_back(model, tmp_path, capsys):
-    """Its checkpoint is the LoRAs alone; 2 + 1 loops are 3; the code on either export's card draws our picture."""
+    """Its checkpoint is the LoRAs alone; 2 + 1 loops are 3; the code on either export's card draws our picture.
+
+    SDXL's weights are of variant fp16 alone, which the card's code must know.
+    """
+    loras = [LORA]
+    if model == "toy/sdxl":
+        loras.append(SD_SCRIPTS)
+        model = shutil.copytree(model, tmp_path / "base")
+        for path in list(model.glob("*/*.safetensors")):
+            path.rename(path.with_suffix(".fp16.safetensors"))
     whole, logged, weights = run(
-        tmp_path / "whole", "--model", model, "--iterations", "3", "--save-every", "2", "--keep", "2"
+        tmp_path / "whole", "--model", str(model), "--iterations", "3", "--save-every", "2", "--keep", "2"
     )
     assert all(m["g_norm"] > 0 and m["fake_norm"] > 0 for m in logged) and logged[-1]["skipped_updates"] == 0
-    run(tmp_path / "half", "--model", model, "--iterations", "2")
+    run(tmp_path / "half", "--model", str(model), "--iterations", "2")
     _, _, again = run(tmp_path / "half", "--iterations", "3", "--resume")
     assert weights.keys() == again.keys() and all(torch.equal(weights[k], again[k]) for k in weights)
     size = sum(p.stat().st_size for p in (run_folder.newest(whole) / "state").iterdir())
@@ -81,11 +95,13 @@ def test_students_lora_trains_resumes_and_loads_back(model, tmp_path, capsys):
 
     ours, teachers = (drawn(model, student) for student in (run_folder.newest(whole), None))
     (whole / "metrics.json").write_text('{"prompt_accuracy": 0.875}')
-    for lora, files in ((True, ["README.md", "pytorch_lora_weights.safetensors", "scheduler"]), (False, None)):
+    for lora, files in ((True, loras), (False, [LORA])):
         out = export(whole, tmp_path / f"out-{lora}", lora)
-        assert files in (None, sorted(os.listdir(out)))
-        theirs = drawn_by_card(out)
-        assert abs(theirs - ours).max() <= 2 and abs(theirs - teachers).max() > 8
+        assert not lora or sorted(os.listdir(out)) == sorted(["README.md", "scheduler", *files])
+        for file in files:
+            assert not lora or f"- `{file}`: the" in (out / "README.md").read_text()
+            theirs = drawn_by_card(out, file)
+            assert abs(theirs - ours).max() <= 2 and abs(theirs - teachers).max() > 8
         check_card((out / "README.md").read_text(), whole, model)
 
     torn = run_folder.newest(whole) / "lora" / "pytorch_lora_weights.safetensors"
@@ -117,9 +133,9 @@ def drawn(model, student):
     return pixels(to_pil(vae.decode(backward_simulation(G, z, c, G.schedule.steps(4), generators))[0]))
 
 
-def drawn_by_card(out):
-    """The picture of the code on the card in folder `out`, run as it is but for the folder's name and the prompt."""
-    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+def drawn_by_card(out, file):
+    """The picture of the code on the card in folder `out`, run as it is but for the names of folder, LoRA, prompt."""
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0].replace(LORA, file)
     load, image, draw = code.replace("THIS_FOLDER", str(out)).replace("a prompt", "a red circle").partition("image = ")
     names = {}
     exec(load, names)
@@ -133,10 +149,69 @@ def check_card(text, run, model):
     metrics, settings = map(json.loads, blocks)
     assert metrics == {"prompt_accuracy": 0.875}
     assert settings == json.loads((run / "config.json").read_text()) and settings["lora_rank"] == 2
-    (comfy,) = (line for line in text.splitlines() if "ComfyUI" in line)
-    assert 'sampler "lcm", scheduler "sgm_uniform", 4 steps, cfg 1' in comfy
+    (comfy,) = (line for line in text.splitlines() if line.startswith("- ComfyUI"))
+    assert 'sampler "lcm", scheduler "simple", 4 steps, cfg 1' in comfy
     assert ("ModelSamplingSD3 with shift 3." in comfy) == (model == "toy/sd3") == ("shift" in comfy)
     assert ("1000, 900, 750, 500" if model == "toy/sd3" else "999, 749, 499, 249") in text
+
+
+def numbered(build, prefix):
+    """A network of real geometry on the meta device, and a LoRA for all its LAYERS: keys for diffusers -> numbers."""
+    with torch.device("meta"):
+        net = build()
+        add_lora(net, 4, "student")
+    keys = get_peft_model_state_dict(net, adapter_name="student")
+    return net, {f"{prefix}.{key}": torch.full((4, 1), float(i)) for i, key in enumerate(keys)}
+
+
+def original_layers():
+    """SDXL's layers under a LoRA, by the names of the original code: residual blocks and transformers of its UNet."""
+    depths = {f"input_blocks_{i}": depth for i, depth in ((1, 0), (2, 0), (4, 2), (5, 2), (7, 10), (8, 10))}
+    depths |= {f"output_blocks_{i}": (10, 2, 0)[i // 3] for i in range(9)}
+    residual = {f"{block}_0": block for block in depths} | {"middle_block_0": "", "middle_block_2": ""}
+    names = {f"{block}_{layer}" for block in residual for layer in ("in_layers_2", "out_layers_3")}
+    widens = ["input_blocks_4", "input_blocks_7", *(f"output_blocks_{i}" for i in range(9))]
+    names |= {f"{block}_0_skip_connection" for block in widens}
+    transformers = {f"{block}_1": depth for block, depth in depths.items() if depth} | {"middle_block_1": 10}
+    inside = [f"attn{n}_to_{x}" for n in (1, 2) for x in ("q", "k", "v", "out_0")] + ["ff_net_0_proj", "ff_net_2"]
+    for block, depth in transformers.items():
+        names |= {f"{block}_proj_in", f"{block}_proj_out"}
+        names |= {f"{block}_transformer_blocks_{d}_{layer}" for d in range(depth) for layer in inside}
+    return names
+
+
+def test_keys_of_sdxls_lora_at_real_size(tmp_path):
+    """ComfyUI: "lora_unet_", a diffusers module's path with _ for dots. sd-scripts: the same with the original names.
+
+    Both: lora_down, lora_up and alpha, the rank. diffusers' own reader finds in both what went in.
+    """
+    net, weights = numbered(lambda: UNet2DConditionModel(**real_size.SDXL), "unet")
+    save_lora(weights, net, tmp_path)
+    paths = {key.rsplit(".lora_", 1)[0].removeprefix("unet.") for key in weights}
+    assert len(paths) == 767 and all(net.get_submodule(path) is not None for path in paths)
+    for file, layers in ((LORA, {path.replace(".", "_") for path in paths}), (SD_SCRIPTS, original_layers())):
+        kohya = load_file(tmp_path / file)
+        ends = ("lora_down.weight", "lora_up.weight", "alpha")
+        assert kohya.keys() == {f"lora_unet_{layer}.{end}" for layer in layers for end in ends}
+        assert {v.item() for key, v in kohya.items() if key.endswith("alpha")} == {4.0}
+        read, alphas = StableDiffusionXLPipeline.lora_state_dict(kohya, unet_config=net.config)
+        assert set(alphas.values()) == {4.0}
+        read = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in read.items()})
+        assert {f"unet.{k}": v.mean().item() for k, v in read.items()} == {
+            k: v.mean().item() for k, v in weights.items()
+        }
+
+
+def test_keys_of_sd3s_lora_at_real_size(tmp_path):
+    """ComfyUI: "transformer.", a diffusers module's path, of the layers that its table has; kohya has no such names."""
+    net, weights = numbered(lambda: SD3Transformer2DModel(**real_size.SD3), "transformer")
+    save_lora(weights, net, tmp_path)
+    kept = load_file(tmp_path / LORA)
+    assert kept.keys() == weights.keys() and os.listdir(tmp_path) == [LORA]
+    attention = "to_q|to_k|to_v|to_out.0|add_q_proj|add_k_proj|add_v_proj|to_add_out".replace(".", "[.]")
+    inside = rf"attn[.]({attention})|ff(_context)?[.]net[.](0[.]proj|2)|norm1(_context)?[.]linear"
+    known = rf"transformer[.](transformer_blocks[.]\d+[.]({inside})|norm_out[.]linear|proj_out)[.]lora_[AB][.]weight"
+    assert len(kept) == 2 * 335 and all(re.fullmatch(known, key) for key in kept)
 
 
 @both
