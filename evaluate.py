@@ -9,10 +9,13 @@ python evaluate.py --run runs/NAME --prompts coco10k.txt --images DIR   the pape
 import json
 from pathlib import Path
 
-from engine import run_folder, text
+from engine import base_model, picture_folder, run_folder
 from engine.config import Config
 from engine.errors import UserError
-from engine.flags import Parser, at_least, fail
+from engine.flags import Parser, at_least, device, fail, finite
+from engine.folders import check_writable
+from engine.stopping import leave_at_once
+from engine.text import prompts as read_prompts
 
 
 def flags(argv=None):
@@ -36,7 +39,7 @@ def flags(argv=None):
     add("--loops", type=at_least(1), help="--run: the checkpoint of this loop (default: the newest)")
     add(
         "--guidance",
-        type=float,
+        type=finite,
         default=Config.teacher_guidance,
         help="the teacher's guidance scale (default: %(default)s)",
     )
@@ -69,35 +72,56 @@ def flags(argv=None):
         help="--prompts: JSON files of scores made elsewhere (lab/external_scores.py)",
     )
     add("--json", help="write the metrics to this file too")
+    add("--device", type=device, help="cpu, cuda or cuda:N (default: the GPU where there is one)")
     return parser.parse_args(argv)
 
 
 def check(args):
-    """Check flags and folders before torch is loaded -> the student's checkpoint folder or None, settings, steps.
+    """Check flags and folders before torch is loaded -> a student's folder or None, settings, steps, made_by.
 
-    The settings are a dict. Raises UserError.
+    The settings are a dict; made_by is what the pictures of --prompts depend on. Raises UserError.
     """
     if args.prompts and not args.images:
         raise UserError("--prompts needs --images, a folder for the pictures")
-    if args.prompts:
-        text.prompts(args.prompts)
+    prompts = read_prompts(args.prompts)[: args.num] if args.prompts else []
     if args.num is not None and args.num < 8 and not args.prompts:
         raise UserError("--num must be at least 8: the metrics compare distributions")
     if args.teacher or args.undistilled:
+        student = None
         config = {"model": args.model, "data": Config.data, "resolution": args.resolution, "clip": Config.clip}
-        return None, config, args.steps or (50 if args.teacher else 4)
-    run, config = run_folder.find_run(args.run)
-    student = run_folder.checkpoint_at(run, args.loops)
-    return student, config, args.steps or config["student_steps"]
+        steps = args.steps or (50 if args.teacher else 4)
+    else:
+        student, config = run_folder.find_student(args.run, args.loops)
+        steps = args.steps or config["student_steps"]
+    base_model.check(config["model"])
+    if args.json:
+        if Path(args.json).is_dir():
+            raise UserError(f"--json {args.json} is a folder: name a file")
+        check_writable(Path(args.json).parent, "--json")
+    return student, config, steps, drawn_by(args, prompts, student, config, steps) if prompts else None
+
+
+def drawn_by(args, prompts, student, config, steps):
+    """What the pictures of `prompts` depend on, a dict. Raises UserError where --images holds others."""
+    made_by = {"model": str(student or config["model"]), "resolution": config["resolution"]}
+    made_by |= {"steps": steps, "seed": args.seed, "ode": args.teacher}
+    if student is None:
+        made_by["guidance"] = args.guidance
+    else:
+        made_by["saved"] = run_folder.made_at(student)
+    made_by["prompts"] = prompts
+    before = picture_folder.settings_of(args.images, "--images")
+    picture_folder.compare(args.images, before, made_by, "--images")
+    return made_by
 
 
 def main(argv=None):
     args = flags(argv)
     try:
-        student, config, steps = check(args)
+        checked = check(args)
         from engine import evaluation  # it loads torch: flags and folders are checked first
 
-        result = evaluation.run(args, student, config, steps)
+        result = evaluation.run(args, *checked)
     except UserError as e:
         fail(e)
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
@@ -109,4 +133,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    leave_at_once()
     main()

@@ -7,7 +7,9 @@ python export.py RUN OUT --lora      of a LoRA student: its LoRA, scheduler and 
 from engine import base_model
 from engine.errors import UserError
 from engine.flags import Parser, fail
+from engine.folders import check_new
 from engine.run_folder import find_run
+from engine.stopping import leave_at_once
 
 
 def main(argv=None):
@@ -21,6 +23,7 @@ def main(argv=None):
     try:
         _, config = find_run(args.run)
         base_model.check(config["model"])
+        check_new(args.out, "folder")
         from engine.export import export  # it loads torch: mistakes in flags and folders come first
 
         what = "LoRA, scheduler" if args.lora else "pipeline"
@@ -30,4 +33,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    leave_at_once()
     main()

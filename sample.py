@@ -1,7 +1,8 @@
-"""Few-step sampling: a trained student's pictures as PNG files.
+"""Few-step sampling: a trained student's pictures as PNG files, each written when it is drawn.
 
 python sample.py --steps 4                                    the newest run, the toy's held-out prompts
 python sample.py --run runs/NAME --prompt "a red circle" "a large blue ring" --num 2
+python sample.py --resume --out FOLDER                        the rest of a call that was stopped
 """
 
 import sys
@@ -9,78 +10,137 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from engine import run_folder
+from engine import base_model, picture_folder, run_folder, stopping
 from engine.errors import UserError
-from engine.flags import Parser, at_least, fail
+from engine.flags import Parser, at_least, device, fail, size
+from engine.folders import check_size
 from engine.text import prompts as read_prompts
+
+SETTINGS = ("model", "steps", "num", "seed", "size", "dtype", "prompts")  # beside the student, what pictures depend on
 
 
 def flags(argv=None):
     """The command line, read. Exits with status 2 and one line on a bad flag."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=at_least(1), help="sampling steps (default: what the student was trained for)")
-    parser.add_argument("--run", default="", help="run folder (default: the newest under runs/)")
-    parser.add_argument("--model", help="pipeline folder of encoders, VAE and schedule (default: the run's)")
-    parser.add_argument("--prompt", nargs="+", help="one or more prompts")
-    parser.add_argument("--prompts", help="a text file, one prompt per line")
-    parser.add_argument("--num", type=at_least(1), default=1, help="pictures per prompt (default: 1)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise (default: 0)")
-    parser.add_argument("--batch-size", type=at_least(1), default=16, help="pictures at a time; does not change them")
-    parser.add_argument("--out", help="folder for the pictures (default: RUN/samples-DATE-TIME)")
+    add = parser.add_argument
+    add("--steps", type=at_least(1), help="sampling steps (default: what the student was trained for)")
+    add("--run", default="", help="run folder (default: the newest under runs/)")
+    add("--model", help="pipeline folder of encoders, VAE and schedule (default: the run's)")
+    add("--prompt", nargs="+", help="one or more prompts")
+    add("--prompts", help="a text file, one prompt per line")
+    add("--num", type=at_least(1), help="pictures per prompt (default: 1)")
+    add("--seed", type=at_least(0), help="of the noise (default: 0)")
+    add("--size", type=size, help="HxW or one number, pixels (default: the square that the student was trained on)")
+    add("--batch-size", type=at_least(1), help="pictures at a time; does not change them (default: 16, 4 at 1024)")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="the networks' (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--device", type=device, help="cpu, cuda or cuda:N (default: the GPU where there is one)")
+    add("--out", help="folder for the pictures (default: RUN/samples-DATE-TIME)")
+    add("--resume", action="store_true", help="draw what --out lacks, as it was begun")
     return parser.parse_args(argv)
 
 
 def given_prompts(args):
-    """The prompts that the flags name; [] where they name none. Raises UserError for an empty one."""
-    prompts = args.prompt or []
+    """The prompts that the flags name; None where they name none. Raises UserError for an empty one."""
     if args.prompts:
-        prompts = read_prompts(args.prompts)
-    if not all(prompt.strip() for prompt in prompts):
+        return read_prompts(args.prompts)
+    if args.prompt and not all(prompt.strip() for prompt in args.prompt):
         raise UserError("--prompt is empty: say what to draw")
-    return prompts
+    return args.prompt
+
+
+def plan(args):
+    """Check flags and folders before torch is loaded -> the student's folder, its run's settings, --out, what to draw.
+
+    What to draw is a dict, the later settings.json of --out; its prompts and dtype may still be None. Raises UserError.
+    """
+    if args.resume and not args.out:
+        raise UserError("--resume needs --out, the folder to go on with")
+    before = {}
+    if args.out:
+        before = picture_folder.settings_of(args.out, "--out")
+        if before and not args.resume:
+            raise UserError(f"{args.out} holds something already: give another --out, or --resume to draw the rest")
+    if before and not args.run:
+        student, config = run_folder.student_at(before["student"])
+    else:
+        student, config = run_folder.find_student(args.run)
+    out = Path(args.out or run_folder.run_of(student) / f"samples-{datetime.now():%Y%m%d-%H%M%S}")
+    if not args.out:
+        picture_folder.settings_of(out, "--out")
+    side = config["resolution"]
+    defaults = {"model": config["model"], "steps": config["student_steps"], "num": 1, "seed": 0, "size": [side, side]}
+    given = {name: getattr(args, name) for name in SETTINGS} | {"prompts": given_prompts(args)}
+    given = {name: value for name, value in given.items() if value is not None}
+    now = dict.fromkeys(SETTINGS) | defaults | {k: before[k] for k in SETTINGS if k in before} | given
+    now |= {"student": str(student.resolve()), "saved": run_folder.made_at(student)}
+    picture_folder.compare(out, before, now, "--out")
+    now["batch"] = args.batch_size or before.get("batch")  # another one changes pictures by rounding alone
+    base_model.check(now["model"])
+    check_size(now["model"], now["size"])
+    if now["steps"] != config["student_steps"]:
+        print(f"warning: {student} is for {config['student_steps']} steps, not {now['steps']}", file=sys.stderr)
+    return student, config, out, now
+
+
+def load(student, model, resolution, dtype, where):
+    """-> prompt encoder, VAE and denoiser of a student's folder, on the device, in a torch dtype (the VAE in fp32)."""
+    import torch
+
+    from engine import models, prompts
+
+    encoder = prompts.load_encoder(model, resolution, where, dtype)
+    vae = models.load_vae(model, where)
+    G = models.load_denoiser(model, where, dtype, student=student)
+    torch.nn.Module.to(G.net, dtype).eval()  # diffusers' own warns
+    return encoder, vae, G
 
 
 def draw(args):
-    """Draw what the flags say, and write it. Raises UserError for what a user can mend."""
-    run, config = run_folder.find_run(args.run)
-    steps = config["student_steps"] if args.steps is None else args.steps
-    if steps != config["student_steps"]:
-        print(f"warning: {run} was trained for {config['student_steps']} steps, not {steps}", file=sys.stderr)
-    out = Path(args.out) if args.out else run / f"samples-{datetime.now():%Y%m%d-%H%M%S}"
-    if out.is_file() or out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} holds something already: give another --out")
-    prompts = given_prompts(args)
+    """Draw what the flags say, each picture written when it is drawn. Raises UserError for what a user can mend."""
+    student, config, out, now = plan(args)
 
     import torch  # only now: mistakes in flags and folders are answered first
 
     from engine import data, models, pictures
-    from engine import prompts as text
 
-    model = args.model or config["model"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = text.load_encoder(model, config["resolution"], device)
-    vae = models.load_vae(model, device)
-    G = models.load_denoiser(model, device, student=run_folder.newest(run))  # fp32: the batch size must not show
-    G.net.eval()
-    if not prompts:
-        prompts = data.source(config["data"], config["resolution"], prompts=config.get("prompts", "")).prompts(8)
-    prompts = [p for p in prompts for _ in range(args.num)]
-    began = time.time()
-    images = pictures.generate(G, encoder, vae, prompts, steps, args.seed, batch=args.batch_size)
-    seconds = (time.time() - began) / len(prompts)
+    where = pictures.device_of(args.device)
+    now["dtype"] = now["dtype"] or ("bf16" if where.type == "cuda" else "fp32")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[now["dtype"]]
+    resolution = config["resolution"]
+    encoder, vae, G = load(student, now["model"], resolution, dtype, where)
+    now["prompts"] = now["prompts"] or data.source(
+        config["data"], resolution, prompts=config.get("prompts", "")
+    ).prompts(8)
+    now["batch"] = now["batch"] or min(16, models.at_once(*now["size"]))
+    prompts = [p for p in now["prompts"] for _ in range(now["num"])]
 
-    out.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        pictures.to_pil(image).save(out / f"{i:05d}.png")
+    picture_folder.begin(out, now)
     (out / "prompts.txt").write_text("".join(p + "\n" for p in prompts))
-    shown = images[:64]
+    stopping.last_words = lambda: (
+        f"{len(prompts) - len(picture_folder.missing(out, len(prompts)))} of {len(prompts)} pictures are in {out}; "
+        f"draw the rest with: python sample.py --resume --out {out}"
+    )
+    began = time.time()
+    drawn = pictures.draw(out, G, encoder, vae, prompts, now["steps"], now["seed"], now["batch"], now["size"])
+    seconds = (time.time() - began) / max(drawn, 1)
+    save_grid(out, prompts, now["steps"])
+    picture_folder.end(out)
+    speed = f"{seconds:.3f} seconds per image" if drawn else "all of them were there"
+    print(f"{len(prompts)} pictures in {out} (all at once: {out / 'grid.png'}); {speed}")
+
+
+def save_grid(out, prompts, steps):
+    """The first 64 pictures of a folder as one, eight in a row."""
+    import torch
+
+    from engine import pictures
+
+    shown = [pictures.read_picture(picture_folder.picture(out, i), most=256) for i in range(len(prompts[:64]))]
     if len(shown) > 8:  # whole rows of eight
-        shown = torch.cat([shown, torch.ones(-len(shown) % 8, *shown.shape[1:])])
-    rows = shown.split(8)
+        shown += [torch.ones_like(shown[0])] * (-len(shown) % 8)
+    rows = torch.stack(shown).split(8)
     labels = prompts[:8] if len(rows) == 1 else ()
     pictures.save_grid(out / "grid.png", list(rows), [f"{steps} steps"] * len(rows), labels)
-    grid = out / "grid.png"
-    print(f"{len(prompts)} pictures in {out} (all at once: {grid}); {seconds:.3f} seconds per image")
 
 
 def main(argv=None):
@@ -89,7 +149,12 @@ def main(argv=None):
         draw(args)
     except UserError as e:
         fail(e)
+    except RuntimeError as e:
+        from engine.pictures import out_of_memory
+
+        fail(out_of_memory(e))
 
 
 if __name__ == "__main__":
+    stopping.leave_at_once()
     main()

@@ -16,7 +16,7 @@ import os
 import sys
 
 from engine.errors import UserError
-from engine.flags import fail, method_of, parse
+from engine.flags import method_of, parse, start
 from engine.run_folder import look, what_next
 from siblings import settings_of, sibling
 
@@ -27,10 +27,7 @@ def read(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        look(read())  # mistakes in flags and folders are answered here, before torch is loaded
-    except UserError as e:
-        fail(e)
+    start(lambda: look(read()))  # mistakes in flags and folders are answered here, before torch is loaded
 
 import torch
 
@@ -225,7 +222,7 @@ def main(argv=None):
         if config.dry_run:
             return dry_run.report(config, *method(config), prefer)
         run = train_reward(config) if config.stage == "reward" else train(config)
-    except (UserError, RuntimeError) as e:
+    except (UserError, RuntimeError, OSError) as e:
         line = monitor.error_line(e, config)
         if line is None:
             raise

@@ -12,55 +12,13 @@ scores DIR in a separate environment, and --scores reads its JSON: {"HPSv2": mea
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from engine.coco import COLUMNS, PAPER
 from engine.errors import UserError
-from engine.models import at_once
-from engine.pictures import generate, to_pil
-
-
-def draw(denoiser, encoder, vae, prompts, folder, made_by, batch=None):
-    """Writes the pictures of `prompts` that folder lacks.
-
-    made_by: what they depend on: "steps", "seed", "ode" (whether by sample_ode) and more.
-    Raises UserError where folder holds something else.
-    """
-    folder = Path(folder)
-    now = made_by | {"prompts": prompts}
-    batch = batch or at_once(encoder.size)
-    settings = folder / "settings.json"
-    if settings.is_file():
-        try:
-            before = json.loads(settings.read_text())
-        except ValueError:
-            before = "torn"
-        if before != now:
-            what = "pictures of other prompts, or of another model, steps or seed"
-            raise UserError(f"{folder} holds {what}: give another --images")
-    if not settings.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} holds something already (and no settings.json): give another --images")
-    folder.mkdir(parents=True, exist_ok=True)
-    settings.write_text(json.dumps(now, indent=1) + "\n")
-    for first in tqdm(range(0, len(prompts), batch), desc=f"pictures, {batch} at a time"):
-        part = range(first, min(first + batch, len(prompts)))
-        missing = [i for i in part if not picture(folder, i).is_file()]
-        if missing:  # the whole batch: `first + place` seeds a picture's noise
-            words = [prompts[i] for i in part]
-            how = {"first": first, "batch": batch, "ode": made_by["ode"]}
-            images = generate(denoiser, encoder, vae, words, made_by["steps"], made_by["seed"], **how)
-            for i in missing:
-                aside = picture(folder, i).with_suffix(".part")
-                to_pil(images[i - first]).save(aside, format="PNG")
-                aside.rename(picture(folder, i))
-
-
-def picture(folder, i):
-    """The file of the i-th picture."""
-    return Path(folder) / f"{i:05d}.png"
+from engine.picture_folder import picture
+from engine.pictures import read_picture
 
 
 def cosine_scores(clip, prompts, folder, batch=64):
@@ -68,15 +26,9 @@ def cosine_scores(clip, prompts, folder, batch=64):
     scores = []
     for first in tqdm(range(0, len(prompts), batch), desc="scores"):
         part = prompts[first : first + batch]
-        images = torch.stack([read(picture(folder, first + j)) for j in range(len(part))]).to(clip.device)
+        images = torch.stack([read_picture(picture(folder, first + j)) for j in range(len(part))]).to(clip.device)
         scores += clip.score(clip.features(images), part).tolist()
     return scores
-
-
-def read(path):
-    """A picture file -> (3, H, W) in [-1, 1]."""
-    array = np.array(Image.open(path).convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
 
 
 def imported(paths, num):

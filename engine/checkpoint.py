@@ -12,12 +12,14 @@ import shutil
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -27,11 +29,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from engine.distributed import barrier
+from engine.distributed import barrier, together
 from engine.errors import UserError
 from engine.folders import first_line
-from engine.models import LORA, PARTS, part_name
-from engine.run_folder import checkpoints
+from engine.models import LORA, PARTS, gigabytes, part_name, waiting
+from engine.run_folder import checkpoints, newest
 from engine.safe_load import Planner, Reader
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # the frozen network under a LoRA is not saved
@@ -49,19 +51,27 @@ def save(run, players, progress, keep=1, write=None, background=False):
     final = Path(run) / f"checkpoint-{progress['loops']:06d}"
     aside = final.with_name(final.name + ".tmp")
     first = not dist.is_initialized() or dist.get_rank() == 0
-    if first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    barrier()
+    counters = json.dumps(progress)  # now: the run counts on while this is written in the background
+
+    def begin():
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+            with _writing(aside):
+                aside.mkdir(parents=True)
+
+    together(begin)
     module = next(iter(players.values()))[0]
     lora = "student" in getattr(module, "peft_config", {})  # the frozen network under it need not be gathered
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=lora)
     whole = get_model_state_dict(module, options=options)
 
-    def finish():  # the states are whole on all ranks
-        if first:
+    def finish(written):  # the states are whole on all ranks once `written` has returned
+        with _writing(aside):
+            written()
+            if not first:
+                return
             (write or save_student)(aside, module, whole)
-            (aside / "progress.json").write_text(json.dumps(progress))
+            (aside / "progress.json").write_text(counters)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
             for old in checkpoints(run)[:-keep]:
@@ -73,11 +83,41 @@ def save(run, players, progress, keep=1, write=None, background=False):
         warnings.simplefilter("ignore")  # torch warns of no_dist, which is right for one process
         if background:
             states = dcp.async_save(_state(players), checkpoint_id=aside / "state", process_group=_group())
-            _PENDING.append(_WRITER.submit(lambda: (states.result(), finish())))
+            _PENDING.append(_WRITER.submit(finish, states.result))
         else:
-            dcp.save(_state(players), checkpoint_id=aside / "state", no_dist=not dist.is_initialized())
-            finish()
-            barrier()
+            state = _state(players)
+            write_state = partial(dcp.save, state, checkpoint_id=aside / "state", no_dist=not dist.is_initialized())
+            trained = {p for module, _ in players.values() for p in module.parameters() if p.requires_grad}
+            with waiting(f"writing {final.name}", sum(p.numel() for p in trained) * 12 / 1e9):  # with AdamW's moments
+                together(lambda: finish(write_state))
+
+
+@contextmanager
+def _writing(aside):
+    """A disk's errors as a UserError; what is written of checkpoint folder `aside` is deleted to make room."""
+    try:
+        yield
+    except (Exception, dcp.CheckpointException) as e:
+        causes = [cause for cause, _ in getattr(e, "failures", {}).values()] or [e]
+        why = _disk_error(causes[0])
+        if why is None:
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+        run = aside.parent
+        whole = f"{newest(run).name} is whole" if newest(run) else "there is none before it"
+        remedy = f"make room, and go on with --resume --out {run}"
+        raise UserError(f"cannot save {aside.stem} in {run} ({why}): {whole}; {remedy}") from None
+
+
+def _disk_error(error):
+    """What the disk said, where an error comes from it; None otherwise."""
+    if "inline_container" in str(error):  # torch's own writer, after a write that failed
+        return "the disk takes no more"
+    while error:
+        if isinstance(error, OSError | SafetensorError):
+            return getattr(error, "strerror", None) or first_line(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @cache
@@ -87,9 +127,9 @@ def _group():
 
 
 def settle():
-    """Wait for the checkpoint that is written in the background. Raises the error of its writing."""
+    """Wait for the checkpoint that is written in the background. Raises UserError where it could not be written."""
     while _PENDING:
-        _PENDING.pop().result()
+        together(_PENDING.pop().result)
 
 
 def restore(run, players, optimizers=True):
@@ -125,7 +165,8 @@ def load(path, players, optimizers=True):
     reader = Reader(Path(path) / "state")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(state, storage_reader=reader, planner=Planner(), no_dist=not dist.is_initialized())
+        with waiting(f"reading {path}", gigabytes(path)):
+            dcp.load(state, storage_reader=reader, planner=Planner(), no_dist=not dist.is_initialized())
     for name, (module, optimizer) in players.items():
         if "model" in state[name]:
             set_model_state_dict(module, state[name]["model"], options=TRAINED)

@@ -111,6 +111,11 @@ class Config:
             raise UserError(
                 "--cache-latents: Pixel-GAN reads the pictures themselves: leave it out, or pass --gan-reals vae"
             )
+        if self.stage == 1 and self.ttur > self.iterations and not self.dry_run:
+            raise UserError(
+                f"--ttur {self.ttur} is above --iterations {self.iterations}: the generator would never move; "
+                "lower the one or raise the other"
+            )
         if not self.dry_run:
             self.per_rank(int(os.environ.get("WORLD_SIZE", 1)))
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from engine.errors import UserError
 from engine.models import blocks
+from engine.stopping import SIGNALS
 
 
 def start_process():
@@ -64,6 +65,22 @@ def from_rank_0(function):
     return answer[0]
 
 
+def together(function):
+    """Call function() on every rank -> its result. The first UserError of any rank is raised on every rank."""
+    result = error = None
+    try:
+        result = function()
+    except UserError as e:
+        error = str(e)
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    for error in filter(None, errors):
+        raise UserError(error)
+    return result
+
+
 def total(value):
     """The sum of a tensor over all ranks."""
     if dist.is_initialized():
@@ -80,23 +97,38 @@ def barrier():
 
 
 class Ending:
-    """SIGTERM to any rank ends a run after the current loop: all ranks save and leave together."""
+    """Ctrl-C or SIGTERM to any rank ends a run after the loop in hand: all ranks save and leave together.
+
+    A second Ctrl-C, which torchrun passes on as SIGTERM, ends the process at once. SIGTERM may come twice: a cluster
+    sends it to torchrun, which passes it on, and to its ranks.
+    """
 
     def __init__(self, device):
         self.heard = False
         self.device = device
+        self.process = os.getpid()
+        self.before = {}
         if threading.current_thread() is threading.main_thread():  # Python sets handlers there only
-            signal.signal(signal.SIGTERM, self.hear)
+            self.before = {number: signal.signal(number, self.hear) for number in SIGNALS}
 
-    def hear(self, *_):
+    def hear(self, number, _):
         self.heard = True
+        for other in SIGNALS if number == signal.SIGINT else (signal.SIGINT,):
+            signal.signal(other, signal.SIG_DFL)
+        if int(os.environ.get("RANK", 0)) == 0 and os.getpid() == self.process:  # loader processes hear it too
+            os.write(2, b"\rstopping after this loop; Ctrl-C again leaves at once ")
 
     def asked(self):
-        """Whether a rank got SIGTERM, the same answer on all. A later one counts at the next call."""
+        """Whether a rank got a signal, the same answer on all. A later one counts at the next call."""
         flag = torch.tensor(float(self.heard), device=self.device)
         if dist.is_initialized():
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
+
+    def close(self):
+        """Signals do again what they did before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def adamw(parameters, lr, config):

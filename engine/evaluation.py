@@ -4,25 +4,25 @@ import time
 from pathlib import Path
 from statistics import mean
 
-import torch
+from tqdm import tqdm
 
 from diffusion import guided
-from engine import benchmark, data, metrics, text
+from engine import benchmark, data, metrics, picture_folder, stopping
 from engine.errors import UserError
 from engine.folders import HERE, part_of
 from engine.models import load_denoiser, load_vae
-from engine.pictures import generate
+from engine.pictures import device_of, draw, generate
 from engine.prompts import load_encoder
 from engine.reward_model import load_reward_model
 
 
-def run(args, student, config, steps):
+def run(args, student, config, steps, made_by=None):
     """The metrics that evaluate.py's flags name, as a dict.
 
-    student: its checkpoint folder, or None for the teacher; config: the run's settings as a dict; steps: the sampler's.
-    Raises UserError.
+    student: its checkpoint folder, or None for the teacher; config: the run's settings as a dict; steps: the sampler's;
+    made_by: what the pictures of --prompts depend on. Raises UserError.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(args.device)
     model = config["model"]
     encoder = load_encoder(model, config["resolution"], device)
     vae = load_vae(model, device)
@@ -40,12 +40,6 @@ def run(args, student, config, steps):
         denoiser.net.eval()
         nfe = steps
     if args.prompts:
-        made_by = {"model": str(student or model), "resolution": config["resolution"]}
-        made_by |= {"steps": steps, "seed": args.seed, "ode": args.teacher}
-        if student is None:
-            made_by["guidance"] = args.guidance
-        else:  # another run may have the same name
-            made_by["saved"] = (student / "progress.json").stat().st_mtime
         return on_prompts(args, denoiser, encoder, vae, clip, made_by, nfe)
     source = data.source(config["data"], config["resolution"])
     if source.held_out is None:
@@ -70,15 +64,21 @@ def evaluate(denoiser, encoder, vae, clip, source, steps, num, seed, ode, nfe, r
     """Metrics of `num` pictures for the source's held-out prompts, as a dict (the keys of --json)."""
     reals, prompts = source.held_out(0, num)
     began = time.time()
-    images = generate(denoiser, encoder, vae, prompts, steps, seed, ode=ode)
+    images = generate(denoiser, encoder, vae, prompts, steps, seed, ode=ode, bar="pictures")
     seconds = (time.time() - began) / num
     compared = reals
     if reference == "teacher":
-        compared = generate(teacher, encoder, vae, prompts, 50, seed + 1, ode=True)
-    features = clip.features(images.to(clip.device))
-    features_ref = clip.features(compared.to(clip.device))
-    precision, recall = metrics.precision_recall(features, features_ref)
-    right, attributes = source.judge(images, prompts) if source.judge else ([], {})
+        compared = generate(teacher, encoder, vae, prompts, 50, seed + 1, ode=True, bar="the teacher's pictures")
+    with tqdm(total=4, desc="scores") as bar:
+        features = clip.features(images.to(clip.device))
+        features_ref = clip.features(compared.to(clip.device))
+        bar.update()
+        precision, recall = metrics.precision_recall(features, features_ref)
+        bar.update()
+        right, attributes = source.judge(images, prompts) if source.judge else ([], {})
+        bar.update()
+        reward = R.score_finished(vae.encode(images.to(clip.device)), prompts).mean().item() if R else None
+        bar.update()
     return {
         "prompt_accuracy": sum(right) / num if right else None,
         "attribute_accuracy": {k: sum(v) / len(v) for k, v in sorted(attributes.items())},
@@ -86,7 +86,7 @@ def evaluate(denoiser, encoder, vae, clip, source, steps, num, seed, ode, nfe, r
         "precision": precision,
         "recall": recall,
         "clip_score": clip.score(features, prompts).mean().item(),
-        "reward": R.score_finished(vae.encode(images.to(clip.device)), prompts).mean().item() if R else None,
+        "reward": reward,
         "saturation": metrics.saturation(images),
         "contrast": metrics.contrast(images),
         "nfe": nfe,
@@ -99,12 +99,18 @@ def evaluate(denoiser, encoder, vae, clip, source, steps, num, seed, ode, nfe, r
 
 def on_prompts(args, denoiser, encoder, vae, clip, made_by, nfe):
     """The paper's scores of pictures for a file of prompts, as a dict; prints the paper's rows and ours."""
-    prompts = text.prompts(args.prompts)[: args.num]
+    prompts = made_by["prompts"]
     means = benchmark.imported(args.scores, len(prompts))
     scorers = {"CLIP": clip}
     if args.pick:
         scorers["Pick"] = metrics.Clip(args.pick, clip.device)
-    benchmark.draw(denoiser, encoder, vae, prompts, args.images, made_by)
+    picture_folder.begin(args.images, made_by)
+    there = lambda: len(prompts) - len(picture_folder.missing(args.images, len(prompts)))  # noqa: E731
+    stopping.last_words = lambda: (
+        f"{there()} of {len(prompts)} pictures are in {args.images}; the same command goes on from there"
+    )
+    draw(args.images, denoiser, encoder, vae, prompts, made_by["steps"], args.seed, ode=args.teacher)
+    picture_folder.end(args.images)
     for column, scorer in scorers.items():
         means[column] = mean(benchmark.cosine_scores(scorer, prompts, args.images))
     print(benchmark.table(made_by["model"], nfe, means))

@@ -10,6 +10,7 @@ spelling, and by those of the original SDXL, which kohya's sd-scripts has. LoRAs
 
 import json
 import re
+from math import inf
 from pathlib import Path
 
 from diffusers import (
@@ -23,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from engine import base_model
 from engine.errors import UserError
-from engine.folders import folder, index_of, on_disk, part_of
-from engine.models import LORA, load_denoiser, load_part, load_vae
+from engine.folders import check_new, folder, index_of, on_disk, part_of
+from engine.models import LORA, load_denoiser, load_part, load_vae, waiting
 from engine.prompts import load_encoder
 from engine.run_folder import find_run, newest
 
@@ -89,8 +90,7 @@ def export(run, out, lora=False):
     run, config = find_run(run)
     out = Path(out)
     made = newest(run)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty: name a new folder")
+    check_new(out, "folder")
     if lora and not (made / "lora").is_dir():
         raise UserError(f"{run} has no LoRA (it was trained without --lora-rank): export it without --lora")
     model = folder(config["model"])
@@ -102,7 +102,9 @@ def export(run, out, lora=False):
         scheduler.save_pretrained(out / "scheduler")
         save_lora(load_file(made / "lora" / LORA), student.net, out)
     else:
-        pipeline_of(model, student.net, scheduler, encoder).save_pretrained(out)
+        pipeline = pipeline_of(model, student.net, scheduler, encoder)
+        with waiting(f"writing {out}", size=inf):
+            pipeline.save_pretrained(out)
     names = {"model": config["model"], "scheduler": type(scheduler).__name__, "weights": LORA, "variant": ""}
     variants = {on_disk(model, name)[1] for name in base_model.PARTS[part]} - {None}
     if variants:

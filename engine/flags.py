@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import math
 import os
 import re
 import sys
@@ -9,7 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from engine.config import CHOICES, METHODS, PRESETS, Config, flag
+from engine.errors import UserError
 from engine.run_folder import saved_settings
+from engine.stopping import leave_at_once
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,6 +28,18 @@ def fail(error):
     sys.exit(2)
 
 
+def start(check):
+    """The beginning of a script, before torch is loaded -> check()'s result; its UserError ends the process.
+
+    From here on Ctrl-C ends it at once, with one line.
+    """
+    leave_at_once()
+    try:
+        return check()
+    except UserError as e:
+        return fail(e)
+
+
 def at_least(low):
     """An argparse type: a whole number, `low` or more."""
 
@@ -35,6 +50,29 @@ def at_least(low):
         return value
 
     return number
+
+
+def finite(text):
+    """An argparse type: a number, not nan or inf."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
+    return value
+
+
+def device(text):
+    """An argparse type: the name of a torch device."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, not {text}")
+    return text
+
+
+def size(text):
+    """An argparse type: "HxW" or one number in pixels -> [height, width]."""
+    sides = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if not sides:
+        raise argparse.ArgumentTypeError(f"must be HxW or one number, in pixels, such as 1024x768, not {text}")
+    return [int(sides[1]), int(sides[2] or sides[1])]
 
 
 def _range(text):

@@ -1,7 +1,10 @@
 """Where pipeline folders are, and what they hold. Nothing here loads torch: a missing folder is reported at once."""
 
 import json
+import os
 import re
+import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +36,55 @@ def folder(path, *parts, hub=True):
         if not (found / part).exists():
             raise UserError(f"{path} is incomplete: it lacks {part} (download or build the folder again)")
     return str(found)
+
+
+def check_writable(path, flag):
+    """Raises UserError where folder `path` cannot be made or written to; leaves nothing. flag: that names it."""
+    path = Path(path)
+    made = []
+    try:
+        made = [p for p in (path, *path.parents) if not p.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as e:
+        why = "it is a file" if os.path.isfile(path) else e.strerror
+        raise UserError(f"cannot write to {path} ({why}): give another {flag}") from None
+    finally:
+        for new in made:
+            with suppress(OSError):
+                new.rmdir()
+
+
+def check_new(path, flag):
+    """Raises UserError where `path` cannot be made a new folder. flag: the one that names it."""
+    if Path(path).is_dir() and any(Path(path).iterdir()):
+        raise UserError(f"{path} is not empty: give another {flag}")
+    check_writable(path, flag)
+
+
+def check_size(model, size):
+    """Raises UserError where the denoiser and the VAE of pipeline folder `model` cannot draw size = (height, width)."""
+    part = part_of(model)
+    net = read_json(model, f"{part}/config.json")
+    vae = read_json(model, "vae/config.json")
+    try:
+        step = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels of a latent
+        most = None
+        if part == "unet":
+            step *= 2 ** (len(net["block_out_channels"]) - 1)  # its down blocks halve the latents
+        else:
+            step *= net["patch_size"]
+            patches = net["pos_embed_max_size"] or net["sample_size"] // net["patch_size"]  # of its table of positions
+            most = step * patches
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{model}: a config.json of {part} or vae lacks {e}") from None
+    asked = "x".join(map(str, size))
+    if any(side % step for side in size):
+        near = "x".join(str(max(step, round(side / step) * step)) for side in size)
+        raise UserError(f"--size {asked}: {model} draws multiples of {step} pixels, such as {near}")
+    if most and max(size) > most:
+        raise UserError(f"--size {asked}: {model} has positions for at most {most} pixels a side")
 
 
 def part_of(model):

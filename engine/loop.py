@@ -83,12 +83,18 @@ class Run:
         over = self.ending.asked() or loop == config.iterations
         if loop % config.save_every == 0 or over or given_up:
             self.save(background=not over and not given_up)
+        if over or given_up:
+            self.close()
         if given_up:
             why = f"{GIVE_UP_AFTER} loops in a row with a non-finite loss or gradient"
             raise UserError(f"{why}; saved in {self.folder} (lower the learning rates)")
-        if over:
-            self.log.close()
         return over
+
+    def close(self):
+        """The end: signals do what they did before, and other processes may go on with the folder."""
+        self.log.close()
+        self.ending.close()
+        run_folder.close_run(self.folder)
 
     def count(self, batch, kind):
         """Update the counters -> whether an optimizer skipped its step in this loop."""

@@ -5,10 +5,13 @@ engine/prompts.py. The losses see none of these classes, only callables and tens
 """
 
 import json
+import os
 import re
+import threading
 import warnings
 from contextlib import contextmanager
 from itertools import chain
+from math import inf
 from pathlib import Path
 
 import torch
@@ -19,6 +22,7 @@ from safetensors.torch import load_file
 from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
+from tqdm import tqdm
 
 from diffusion import Schedule
 from engine import base_model
@@ -40,7 +44,8 @@ def load_part(cls, path, sub="", how="from_pretrained", **kwargs):
     if variant and how == "from_pretrained":
         kwargs["variant"] = variant
     try:
-        made = getattr(cls, how)(where, **kwargs)
+        with waiting(f"loading {sub or path}", gigabytes(Path(where, sub))):
+            made = getattr(cls, how)(where, **kwargs)
     except Exception as e:  # the libraries raise OSError, ValueError, SafetensorError, ...
         raise UserError(f"cannot read {sub or 'the model'} of {path}: {first_line(e)}") from None
     if isinstance(made, nn.Module):
@@ -53,6 +58,36 @@ def check_finite(net, name):
     for key, p in chain(net.named_parameters(), net.named_buffers()):
         if p.is_floating_point() and not torch.isfinite(p.sum(dtype=torch.float32)):  # a sum reads p once, in place
             raise UserError(f"{name} holds nan or inf, first in {key}: its weights are broken, get them again")
+
+
+def gigabytes(path):
+    """The size of a folder's files, or of a file; 0 where there is none."""
+    path = Path(path)
+    return sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file()) / 1e9
+
+
+@contextmanager
+def waiting(what, size, short=0.2):
+    """A bar beside a long call that says nothing itself, on rank 0: its seconds go on. None below `short` gigabytes."""
+    if size < short or int(os.environ.get("RANK", 0)):
+        yield
+        return
+    over = threading.Event()
+    what += f", {size:.1f} GB" if size < inf else ""
+    with tqdm(total=1, desc=what, bar_format="{desc}: {percentage:3.0f}% |{bar:10}| {elapsed}") as bar:
+
+        def tick():
+            while not over.wait(1):
+                bar.refresh()
+
+        ticking = threading.Thread(target=tick, daemon=True)
+        ticking.start()
+        try:
+            yield
+            bar.update()
+        finally:
+            over.set()
+            ticking.join()
 
 
 def part_name(net):
@@ -219,21 +254,22 @@ class VAE(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """The posterior mean, scaled: (mean - shift) * scale."""
-        means = torch.cat([self.net.encode(part).latent_dist.mean for part in images.split(at_once(images.shape[-1]))])
+        parts = images.split(at_once(*images.shape[-2:]))
+        means = torch.cat([self.net.encode(part).latent_dist.mean for part in parts])
         return (means - self.shift) * self.scale
 
     def decode(self, z):
         """V: latents -> images, with gradient to z, not to V's weights."""
         z = z / self.scale + self.shift
         with_gradient = z.requires_grad and torch.is_grad_enabled()
-        together = len(z) if with_gradient else at_once(z.shape[-1] * self.factor)
+        together = len(z) if with_gradient else at_once(*(side * self.factor for side in z.shape[-2:]))
         with at_work("the VAE"):
             return torch.cat([self.net.decode(part, return_dict=False)[0] for part in z.split(together)])
 
 
-def at_once(side):
-    """How many pictures of `side` pixels are drawn or encoded together by default: 64 of the toy's, 4 at 1024."""
-    return max(1, min(64, 2**22 // side**2))
+def at_once(height, width=None):
+    """How many pictures of this size are drawn or encoded together by default: 64 of the toy's, 4 at 1024."""
+    return max(1, min(64, 2**22 // (height * (width or height))))
 
 
 def load_vae(model, device="cpu"):
@@ -261,7 +297,8 @@ def load_sam(path, device="cpu", dtype=torch.float32):
             return encoder
 
     try:
-        encoder = build()
+        with waiting("loading SAM", gigabytes(path)):
+            encoder = build()
     except Exception as e:
         raise UserError(f"cannot read the SAM image encoder in {path}: {first_line(e)}") from None
     check_finite(encoder, f"the SAM image encoder in {path}")

@@ -3,6 +3,7 @@
 docs/monitoring.md explains each signal and its healthy range.
 """
 
+import errno
 import json
 import os
 import traceback
@@ -145,10 +146,15 @@ def hacking(history):
     return None
 
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+
+
 def error_line(error, config):
-    """The one line printed for a UserError or a failed allocation; None for another error, a bug."""
+    """The one line printed for a UserError, a failed allocation or a full disk; None for another error, a bug."""
     if isinstance(error, UserError):
         return str(error).split("UserError: ")[-1].strip()  # a loader process sends its traceback along
+    if isinstance(error, OSError) and error.errno in DISK:
+        return f"cannot write {error.filename or 'to disk'} ({error.strerror}): make room, and go on with --resume"
     return out_of_memory(error, config)
 
 

@@ -1,35 +1,104 @@
-"""Pictures drawn from prompts, as PIL images, and in a labelled grid."""
+"""Pictures drawn from prompts, as tensors, as files, and in a labelled grid."""
 
 import textwrap
+from contextlib import suppress
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from diffusion import backward_simulation, randn, sample_generators, sample_ode
+from engine import picture_folder
+from engine.errors import UserError
+from engine.folders import first_line
 from engine.models import at_once
 
 
 @torch.no_grad()
-def generate(denoiser, encoder, vae, prompts, steps, seed, first=0, batch=None, ode=False):
+def generate(denoiser, encoder, vae, prompts, steps, seed, first=0, batch=None, ode=False, size=None, bar=""):
     """Prompts -> pictures (n, 3, H, W) in [-1, 1] on the CPU, `batch` (by default at_once) of them together.
 
     A picture depends on (seed, prompt, first + place in the list), not on the batch size. Few-step sampling re-noises
     between steps (diffusion.backward_simulation); ode=True is the multi-step teacher's sampler (diffusion.sample_ode).
+    size: (H, W), by default the encoder's square; SDXL is told so. bar: the title of a progress bar, by default none.
     """
-    side = encoder.size // vae.factor
-    batch = batch or at_once(encoder.size)
+    height, width = size or (encoder.size, encoder.size)
+    shape = (vae.channels, height // vae.factor, width // vae.factor)
+    batch = batch or at_once(height, width)
     pictures = []
-    for i in range(0, len(prompts), batch):
-        part = prompts[i : i + batch]
-        c = encoder.encode(part)
-        generators = sample_generators(seed, 0, range(first + i, first + i + len(part)), "sample")
-        z = randn(generators, torch.empty(len(part), vae.channels, side, side, device=encoder.device))
-        if ode:
-            x_0 = sample_ode(denoiser, z, c, steps)
-        else:
-            x_0 = backward_simulation(denoiser, z, c, denoiser.schedule.steps(steps), generators)
-        pictures.append(vae.decode(x_0).clamp(-1, 1).cpu())
+    with tqdm(total=len(prompts), desc=bar, unit="picture", disable=not bar) as progress:
+        for i in range(0, len(prompts), batch):
+            part = prompts[i : i + batch]
+            sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).expand(len(part), 6)
+            c = encoder.encode(part, sizes)
+            generators = sample_generators(seed, 0, range(first + i, first + i + len(part)), "sample")
+            z = randn(generators, torch.empty(len(part), *shape, device=encoder.device))
+            if ode:
+                x_0 = sample_ode(denoiser, z, c, steps)
+            else:
+                x_0 = backward_simulation(denoiser, z, c, denoiser.schedule.steps(steps), generators)
+            pictures.append(vae.decode(x_0).clamp(-1, 1).cpu())
+            progress.update(len(part))
     return torch.cat(pictures)
+
+
+def draw(folder, denoiser, encoder, vae, prompts, steps, seed, batch=None, size=None, ode=False):
+    """Write the pictures of `prompts` that a picture folder lacks, each batch when it is drawn -> how many there were.
+
+    Memory does not grow with the prompts. Raises UserError where a picture cannot be written.
+    """
+    batch = batch or at_once(*(size or (encoder.size, encoder.size)))
+    lacking = set(picture_folder.missing(folder, len(prompts)))
+    how = {"batch": batch, "size": size, "ode": ode}
+    with tqdm(total=len(prompts), initial=len(prompts) - len(lacking), desc="pictures", unit="picture") as progress:
+        for first in sorted({i // batch * batch for i in lacking}):
+            # the whole batch, also for one picture: the same to the bit as in a call that was not stopped
+            words = prompts[first : first + batch]
+            images = generate(denoiser, encoder, vae, words, steps, seed, first=first, **how)
+            for i, image in enumerate(images, first):
+                if i in lacking:
+                    write_picture(picture_folder.picture(folder, i), image)
+                    progress.update()
+    return len(lacking)
+
+
+def write_picture(path, image):
+    """Write a PNG aside and rename it: a kill leaves none torn. image: (3, H, W) in [-1, 1]. Raises UserError."""
+    aside = path.with_suffix(".part")
+    try:
+        to_pil(image).save(aside, format="PNG")
+        aside.rename(path)
+    except OSError as e:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({first_line(e)}): make room; those before it are whole") from None
+
+
+def read_picture(path, most=None):
+    """A picture file -> (3, H, W) in [-1, 1], made smaller where it is wider than `most` pixels."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    if most and image.width > most:
+        image = image.resize((most, round(image.height * most / image.width)), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def device_of(name=None):
+    """The torch device of --device, by default the GPU where there is one. Raises UserError for a missing one."""
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here, give cpu or another")
+    return device
+
+
+def out_of_memory(error):
+    """The line for an error that is a failed allocation; other errors are raised again."""
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        raise error
+    return "out of memory: lower --batch-size or --size, or pass --dtype bf16"
 
 
 def to_pil(image):
@@ -43,18 +112,19 @@ def save_grid(path, rows, row_labels, column_labels=()):
 
     rows: a list of (n, 3, H, W) in [-1, 1]; row_labels: one per row; column_labels: one per column, or none.
     """
-    cell = max(128, min(rows[0].shape[-1], 256))
+    cell = max(128, min(rows[0].shape[-1], 256))  # its width
+    tall = round(cell * rows[0].shape[-2] / rows[0].shape[-1])
     left = 12 + max(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(label) for label in row_labels)
     wrapped = [textwrap.wrap(label, cell // 7) for label in column_labels]
     top = 12 * max(map(len, wrapped), default=0) + 4
-    sheet = Image.new("RGB", (int(left) + rows[0].shape[0] * (cell + 4), top + len(rows) * (cell + 4)), "white")
+    sheet = Image.new("RGB", (int(left) + rows[0].shape[0] * (cell + 4), top + len(rows) * (tall + 4)), "white")
     draw = ImageDraw.Draw(sheet)
     for j, lines in enumerate(wrapped):
         draw.text((left + j * (cell + 4), 2), "\n".join(lines), fill="black", spacing=1)
     for i, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
-        draw.text((6, top + i * (cell + 4) + cell // 2 - 6), label, fill="black")
+        draw.text((6, top + i * (tall + 4) + tall // 2 - 6), label, fill="black")
         for j, image in enumerate(images):
             how = Image.Resampling.NEAREST if image.shape[-1] < cell else Image.Resampling.LANCZOS
-            picture = to_pil(image).resize((cell, cell), how)
-            sheet.paste(picture, (int(left) + j * (cell + 4), top + i * (cell + 4)))
+            picture = to_pil(image).resize((cell, tall), how)
+            sheet.paste(picture, (int(left) + j * (cell + 4), top + i * (tall + 4)))
     sheet.save(path)

@@ -139,6 +139,8 @@ def train_reward(config):
         if last:
             break
     log.close()
+    ending.close()
+    run_folder.close_run(run)
     return run
 
 

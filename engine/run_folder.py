@@ -2,6 +2,7 @@
 
 runs/NAME/config.json        every setting
 runs/NAME/launch             the id of the torchrun that started it last
+runs/NAME/lock               of engine/locks.py: held by the run's rank 0
 runs/NAME/checkpoint-000400/ of engine/checkpoint.py
 runs/NAME/metrics.jsonl, tensorboard/, preview-*.png   of engine/monitor.py
 """
@@ -16,7 +17,10 @@ from pathlib import Path
 from engine import base_model, layouts, text
 from engine.config import flag
 from engine.errors import UserError
-from engine.folders import HERE, folder, part_of
+from engine.folders import HERE, check_writable, folder, part_of
+from engine.locks import check_free, lock, unlock
+
+SHIPPED = HERE / "toy" / "student"  # unet/ and config.json of a student for those who have trained none
 
 FIXED = (  # settings that a resumed run cannot change; the last line is the siblings'
     *("stage", "model", "data", "prompts", "method", "lora_rank", "optimizer"),
@@ -49,11 +53,13 @@ def look(config):
         folder(config.sam, "config.json", "image_encoder.safetensors", hub=False)
     if config.stage == 2:
         config = from_stage_1(config)
-    first = int(os.environ.get("RANK", 0)) == 0  # the other ranks could find the folder that rank 0 has just made
-    if first and (config.out or config.resume):
-        why = refusal(config, Path(config.out))
-        if why:
-            raise UserError(why)
+    if int(os.environ.get("RANK", 0)) == 0:  # the other ranks could find the folder that rank 0 has just made
+        if config.out or config.resume:
+            why = refusal(config, Path(config.out))
+            if why:
+                raise UserError(why)
+            check_free(Path(config.out) / "lock")
+        check_writable(config.out or "runs", "--out")
     return config
 
 
@@ -98,6 +104,45 @@ def find_run(name="", stage=None):
         what = f"{name} holds no {kind}" if name else f"no run with a {kind} under runs/"
         raise UserError(f"{what}: train one first (python train.py --stage 1)")
     return max(found, key=lambda pair: (newest(pair[0]) / "progress.json").stat().st_mtime)
+
+
+def find_student(name="", loops=None):
+    """A student to draw with -> the folder of its network, and its run's settings as a dict.
+
+    The named run's or the newest under runs/, at its newest checkpoint or that of `loops`; the shipped student where no
+    run is named and there is none, and then a line says so. Raises UserError as find_run and checkpoint_at do.
+    """
+    try:
+        run, settings = find_run(name)
+    except UserError:
+        settings = saved_settings(SHIPPED)
+        if name or loops or not settings or not (SHIPPED / "unet").is_dir():
+            raise
+        print(f"no trained run under runs/: drawing with the student that comes along, {SHIPPED}")
+        return SHIPPED, settings
+    return checkpoint_at(run, loops), settings
+
+
+def run_of(student):
+    """The run folder of a student's folder; runs/ for the shipped one, whose own folder stays as it is."""
+    return Path("runs") if student == SHIPPED else student.parent
+
+
+def student_at(path):
+    """A student's folder, as settings.json of its pictures names it -> the folder, its run's settings.
+
+    Raises UserError where it is gone.
+    """
+    student = Path(path)
+    settings = saved_settings(student if student == SHIPPED else student.parent)
+    if not student.is_dir() or not settings:
+        raise UserError(f"{student}, which drew the first of the pictures, is gone: give another --out")
+    return student, settings
+
+
+def made_at(student):
+    """When a student's folder was written: another run may have the same name."""
+    return (student / ("config.json" if student == SHIPPED else "progress.json")).stat().st_mtime
 
 
 def saved_settings(run):
@@ -151,18 +196,30 @@ def reward_folder(config):
 
 
 def open_run(config):
-    """The run folder, made or re-opened; rank 0 alone calls this. Raises UserError where it is in use."""
+    """The run folder, made or re-opened, and held until close_run; rank 0 alone calls this.
+
+    Raises UserError where it is in use.
+    """
     run = Path(config.out or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
     why = refusal(config, run)
     if why:
         raise UserError(why)
+    check_writable(run, "--out")
+    if run.exists():
+        lock(run / "lock")
     if config.overwrite and not config.resume:
         shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
+    lock(run / "lock")
     launch = os.environ.get("TORCHELASTIC_RUN_ID")
     if launch:
         (run / "launch").write_text(launch)
     return run
+
+
+def close_run(run):
+    """Let other processes go on with a run folder."""
+    unlock(run / "lock")
 
 
 def write_config(run, config):
@@ -180,7 +237,7 @@ def refusal(config, run):
         return f"{run} is a file: give another --out"
     if config.resume:
         return cannot_resume(config, run)
-    if run.exists() and any(run.iterdir()):
+    if begun(run):
         if not config.overwrite:
             return f"{run} is not empty: pass --resume to go on, or --overwrite to replace it"
         if not (run / "config.json").exists():
@@ -188,9 +245,14 @@ def refusal(config, run):
     return None
 
 
+def begun(run):
+    """Whether a folder holds more than what open_run leaves in a new one."""
+    return run.exists() and any(path.name not in ("launch", "lock", "config.json.tmp") for path in run.iterdir())
+
+
 def cannot_resume(config, run):
     """Why a run cannot go on with these settings, in one line; None where it can."""
-    if not run.exists() or not any(path.name not in ("launch", "config.json.tmp") for path in run.iterdir()):
+    if not begun(run):
         return None  # so that a job script can always pass --resume
     if not (run / "config.json").exists():
         return f"nothing to resume in {run}: it has no config.json"
@@ -202,24 +264,35 @@ def cannot_resume(config, run):
             return f"{run} was trained with {flag(key)} {old}, not {new}: resume it with its own"
     if bool(before["gan_weight"]) != bool(config.gan_weight):
         return f"{run} was trained with --gan-weight {before['gan_weight']}: --resume cannot switch its GAN on or off"
+    loops = progress_of(newest(run)).get("loops", 0)
+    if loops > config.iterations:
+        return f"{run} has done {loops} loops already: --iterations {config.iterations} is fewer, give more to go on"
     now = int(os.environ.get("WORLD_SIZE", 1))
-    ranks = ranks_of(newest(run)) or now
+    ranks = progress_of(newest(run)).get("ranks") or now
     if config.optimizer == "adamw8bit" and ranks != now:
         return f"{run} was trained on {ranks} ranks, not {now}: with --optimizer adamw8bit it goes on with as many"
     return None
 
 
 def what_next(run, stage):
-    """The last line that a command prints: where its result is, and how to use it."""
+    """The last line that a command prints: where its result is, and how to use it or to go on."""
     made = newest(run)
+    progress = progress_of(made)
+    loops = progress.get("loops", 0)
+    asked_for = saved_settings(run)["iterations"]
+    if loops < asked_for:
+        again = f"python train.py --resume --out {run}"
+        return f"stopped after loop {loops} of {asked_for}, saved in {made}; go on with: {again}"
     if stage == "reward":
         return f"reward model in {made}/lrm; use it with: python train.py --stage 2 --reward {made}/lrm"
+    if not progress.get("generator_updates") and not progress.get("rl_updates"):
+        return f"G has not moved: the student in {made} is its teacher still"
     return f"student in {made}; sample it with: python sample.py --run {run}"
 
 
-def ranks_of(made):
-    """The number of ranks that wrote a checkpoint; None where it has none, is torn or does not exist."""
+def progress_of(made):
+    """The counters of a checkpoint folder, a dict; {} where it has none, is torn or does not exist."""
     try:
-        return json.loads((made / "progress.json").read_text()).get("ranks")
+        return dict(json.loads((made / "progress.json").read_text()))
     except (TypeError, OSError, ValueError):
-        return None
+        return {}

@@ -33,7 +33,7 @@ def main():
         denoiser = guided(load_denoiser(Config.model), encoder.null(), Config.teacher_guidance)
         steps = args.steps
     prompts = [world.scene(i, "test")[1] for i in range(args.num)]
-    images = generate(denoiser, encoder, vae, prompts, steps, seed=0, ode=not args.run)
+    images = generate(denoiser, encoder, vae, prompts, steps, seed=0, ode=not args.run, bar="pictures")
     drawn = Counter()
     failed = Counter()
     for found, prompt in zip(world.detect(images), prompts):

@@ -47,11 +47,11 @@ def main():
     vae = load_vae(Config.model)
     teacher = guided(load_denoiser(Config.model), encoder.null(), Config.teacher_guidance)
     prompts = [world.scene(i, "test")[1] for i in range(PROMPTS)]
-    drawn = {"teacher, 50 guided steps": generate(teacher, encoder, vae, prompts, 50, seed=0, ode=True)}
+    drawn = {"teacher, 50 guided steps": generate(teacher, encoder, vae, prompts, 50, seed=0, ode=True, bar="teacher")}
     for title in RUNS:
         if title != "half":
             G = load_denoiser(Config.model, student=run_folder.newest(trained(title)))
-            drawn[f"{title}, 4 steps"] = generate(G, encoder, vae, prompts, 4, seed=0)
+            drawn[f"{title}, 4 steps"] = generate(G, encoder, vae, prompts, 4, seed=0, bar=title)
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     for ax, (title, images) in zip(axes.flat, drawn.items(), strict=True):
         ax.imshow(make_grid((images + 1) / 2, nrow=6, padding=3, pad_value=1).permute(1, 2, 0).numpy())

@@ -4,9 +4,12 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,12 +25,13 @@ import evaluate
 import export
 import sample
 import train
-from engine import benchmark, checkpoint, config, data, decode, monitor, pictures, run_folder, safe_load
+from engine import benchmark, checkpoint, config, data, decode, folders, monitor, pictures, run_folder, safe_load
 from engine.batch import Batch
 from engine.errors import UserError
 from engine.flags import parse
+from engine.models import load_denoiser, load_vae
 from engine.networks import assemble
-from engine.prompts import PromptEncoder
+from engine.prompts import PromptEncoder, load_encoder
 from toy import world
 
 SMALL = ["--iterations", "1", "--batch-size", "2", "--preview-every", "0", "--log-every", "1"]
@@ -51,9 +55,9 @@ def call(main, capsys, *argv):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of one loop, without a GAN. Not to be changed."""
-    argv = [*SMALL, *NO_GAN, "--out", str(tmp_path_factory.mktemp("runs") / "run")]
+def run(small_toys, tmp_path_factory):
+    """A run of one loop of a small model, without a GAN. Not to be changed."""
+    argv = [*SMALL, *NO_GAN, "--model", small_toys["sdxl"], "--out", str(tmp_path_factory.mktemp("runs") / "run")]
     return train.train(train.read(argv))
 
 
@@ -80,16 +84,22 @@ def photos(tmp_path):
         (["--renoise", "0.9,0.1"], "renoise"),
         (["--cache-latents", "kept", "--data", "a.tar"], "--gan-reals vae"),
         (["--cache-latents", "kept", "--method", "dmd2"], "the toy world"),
-        (["--cache-latents", "README.md", "--method", "dmd2", "--data", "a.tar"], "is a file"),
+        (["--cache-latents", "README.md", "--method", "dmd2", "--ttur", "1", "--data", "a.tar"], "is a file"),
         (["--size-condition", "original"], "their own captions"),
         (["--judge", "runs/none"], "--judge"),
-        (["--judge", "runs/none", "--method", "advdmd", "--batch-size", "4"], "runs/none holds no stage-1 checkpoint"),
+        (
+            ["--judge", "runs/none", "--method", "advdmd", "--ttur", "1", "--batch-size", "4"],
+            "runs/none holds no stage-1 checkpoint",
+        ),
         (["--gan", "latent"], "--gan"),
         (["--method", "dmd3"], "dmd3"),
         (["--prompts", "toy/nothing.txt"], "toy/nothing.txt"),
-        (["--method", "dmd2", "--prompts", "README.md"], "--prompts and --method dmd2 exclude each other"),
         (
-            ["--method", "advdmd", "--batch-size", "4", "--prompts", "README.md"],
+            ["--method", "dmd2", "--ttur", "1", "--prompts", "README.md"],
+            "--prompts and --method dmd2 exclude each other",
+        ),
+        (
+            ["--method", "advdmd", "--ttur", "1", "--batch-size", "4", "--prompts", "README.md"],
             "--prompts and --method advdmd exclude",
         ),
         (["--ema", "2"], "--ema"),
@@ -294,7 +304,7 @@ def test_restart_by_torchrun_goes_on_with_its_own_run(capsys, monkeypatch, tmp_p
     assert "is not empty" in run_folder.refusal(parse(out), tmp_path / "run")
 
 
-def test_run_folder_is_never_overwritten_unasked(run, capsys, tmp_path):
+def test_run_folder_is_never_overwritten_unasked(run, small_toys, capsys, tmp_path):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     status, line = call(train.main, capsys, *SMALL, "--out", run)
     assert status == 2 and "--resume" in line and "--overwrite" in line
@@ -304,7 +314,7 @@ def test_run_folder_is_never_overwritten_unasked(run, capsys, tmp_path):
         assert call(train.main, capsys, *SMALL, "--out", keep, "--overwrite")[0] == 2 and mine.exists()
     model = shutil.copytree("toy/sdxl", tmp_path / "other")
     status, line = call(train.main, capsys, *SMALL, "--out", run, "--resume", "--model", model)
-    assert status == 2 and "--model" in line and "toy/sdxl" in line
+    assert status == 2 and f"--model {small_toys['sdxl']}" in line
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
@@ -321,6 +331,118 @@ def test_sample_and_evaluate_a_run(run, capsys, tmp_path):
     keys = "prompt_accuracy attribute_accuracy frechet precision recall clip_score reward saturation contrast nfe "
     keys += "seconds_per_image num seed real"
     assert status == 0 and sorted(found) == sorted(keys.split()) and found["nfe"] == 4 and found["num"] == 16
+
+
+def test_a_stopped_sample_goes_on_to_the_same_pictures(run, capsys, tmp_path):
+    """SIGTERM after two pictures of 24: they stay, whole, one line; --resume draws what an unbroken call does."""
+    names = tmp_path / "prompts.txt"
+    names.write_text("".join(f"a red circle, number {i}\n" for i in range(24)))
+    flags = ["--run", str(run), "--prompts", str(names), "--batch-size", "2", "--seed", "3"]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    command = [sys.executable, "sample.py", *flags, "--out", str(out)]
+    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "00001.png").exists() and stopped.poll() is None:
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGTERM)
+    said = stopped.communicate(timeout=60)[1]
+    there = sorted(out.glob("*.png"))
+    assert stopped.returncode == 143 and 2 <= len(there) < 24 and "Traceback" not in said
+    assert f"{len(there)} of 24 pictures" in said.splitlines()[-1] and f"--resume --out {out}" in said.splitlines()[-1]
+    for argv in ([*flags], [*flags, "--resume", "--seed", "4"], ["--resume", "--size", "96"]):
+        status, line = call(sample.main, capsys, *argv, "--out", out)
+        assert status == 2 and "another --out" in line and sorted(out.glob("*.png")) == there
+    assert call(sample.main, capsys, "--resume", "--out", out)[0] == 0
+    assert call(sample.main, capsys, *flags, "--out", whole)[0] == 0
+    for picture in (*whole.glob("*.png"), whole / "prompts.txt"):
+        assert (out / picture.name).read_bytes() == picture.read_bytes()
+    assert len(list(out.glob("*.png"))) == 25  # and grid.png
+
+
+@pytest.mark.parametrize("model, step, most", [("toy/sdxl", 16, None), ("toy/sd3", 8, 64)])
+def test_sizes(model, step, most, capsys, tmp_path, monkeypatch):
+    """Pictures that are not square, and what SDXL is told of them; other sizes are refused before torch is loaded."""
+    seen, forward = [], UNet2DConditionModel.forward
+
+    def told(net, *args, **kwargs):
+        seen.append(kwargs["added_cond_kwargs"]["time_ids"])
+        return forward(net, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", told)
+    encoder, vae, G = load_encoder(model, 64), load_vae(model), load_denoiser(model)
+    size = (step, 2 * step)
+    folders.check_size(model, size)
+    pictures.draw(tmp_path, G, encoder, vae, ["a red circle"] * 3, 1, 0, batch=2, size=size)
+    assert [Image.open(path).size for path in tmp_path.iterdir()] == [size[::-1]] * 3
+    assert {tuple(row) for rows in seen for row in rows.tolist()} <= {(*size, 0, 0, *size)}
+    assert bool(seen) == (model == "toy/sdxl")
+    with pytest.raises(UserError, match=f"multiples of {step} pixels, such as {2 * step}x{step}"):
+        folders.check_size(model, (2 * step + 1, 1))
+    if most:
+        with pytest.raises(UserError, match=f"at most {most} pixels"):
+            folders.check_size(model, (most, 2 * most))
+
+
+def test_without_a_run_the_shipped_student_draws(run, capsys, tmp_path, monkeypatch):
+    """An fp16 UNet and its run's settings, in bf16 and to a rounding in fp32; a trained run goes before it."""
+    shipped = tmp_path / "student"
+    net = UNet2DConditionModel.from_pretrained(run_folder.newest(run) / "unet")
+    net.half().save_pretrained(shipped / "unet")
+    shutil.copy(run / "config.json", shipped)
+    monkeypatch.chdir(tmp_path)
+    prompt = ["--prompt", "a red circle"]
+    assert "no run with a checkpoint" in call(sample.main, capsys, *prompt)[1]
+    monkeypatch.setattr(run_folder, "SHIPPED", shipped)
+    for dtype, out in (("bf16", "half"), ("fp32", "shipped")):
+        sample.main([*prompt, "--out", out, "--dtype", dtype])
+        assert f"drawing with the student that comes along, {shipped}" in capsys.readouterr().out
+    assert call(sample.main, capsys, "--resume", "--out", "shipped")[0] == 0
+    assert call(evaluate.main, capsys, "--num", "8")[0] == 0
+    shutil.copytree(run, "runs/mine")
+    status, line = call(sample.main, capsys, *prompt, "--out", "trained")
+    half, fp16, trained = (pictures.read_picture(Path(out, "00000.png")) for out in ("half", "shipped", "trained"))
+    assert status == 0 and 0 < (fp16 - trained).abs().max() < 0.1 and 0 < (half - trained).abs().mean() < 0.1
+    assert {path.name for path in shipped.iterdir()} == {"unet", "config.json"}
+
+
+def test_a_run_folder_has_one_process(run, capsys, tmp_path):
+    """Another process holds the lock: refused, nothing changed. It is killed: nothing stands in the way."""
+    out = shutil.copytree(run, tmp_path / "run")
+    hold = f"from engine.locks import lock; lock({str(out / 'lock')!r}); print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    for resume in ("--resume", "--overwrite"):
+        status, line = call(train.main, capsys, *SMALL, *NO_GAN, "--out", out, resume)
+        assert status == 2 and f"{out} is in use" in line and run_folder.newest(out)
+    settings = train.read([*SMALL, *NO_GAN, "--out", str(out), "--resume"])
+    with pytest.raises(UserError, match="in use"):
+        run_folder.open_run(settings)
+    other.kill()
+    other.wait()
+    run_folder.close_run(run_folder.open_run(settings))
+
+
+def test_fewer_loops_than_done(run, capsys):
+    """--iterations below what a resumed run has done: said, and its settings stay."""
+    before = (run / "config.json").read_bytes()
+    newest = run_folder.newest(run) / "progress.json"
+    saved = newest.read_text()
+    newest.write_text(json.dumps(json.loads(saved) | {"loops": 9}))
+    status, line = call(train.main, capsys, "--resume", "--out", run, "--iterations", "5")
+    newest.write_text(saved)
+    assert status == 2 and "has done 9 loops already" in line and (run / "config.json").read_bytes() == before
+
+
+def test_full_disk(run, capsys, tmp_path):
+    """Files that cannot grow beyond 1 MB: one line, the last checkpoint whole, no torn one, and the run goes on."""
+    out = shutil.copytree(run, tmp_path / "run")
+    resumed = ["--resume", "--out", out, "--iterations", "2"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    status, line = call(train.main, capsys, *resumed)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and "cannot save checkpoint-000002" in line and "checkpoint-000001 is whole" in line
+    assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint-000001"]
+    assert call(train.main, capsys, *resumed)[0] == 0 and run_folder.newest(out).name == "checkpoint-000002"
 
 
 def test_bare_commands_take_the_newest_run(run, capsys, tmp_path, monkeypatch):
@@ -340,16 +462,16 @@ def test_bare_commands_take_the_newest_run(run, capsys, tmp_path, monkeypatch):
         assert status == 2 and "config.json" in line and "torn" in line
 
 
-def test_a_run_that_cannot_start_replaces_none(run, capsys, tmp_path):
+def test_a_run_that_cannot_start_replaces_none(run, small_toys, capsys, tmp_path):
     out = shutil.copytree(run, tmp_path / "run")
-    stage_2 = ["--stage", "2", *NO_GAN, "--init", run, "--out", out, "--overwrite", "--clip", "toy/nothing"]
-    status, line = call(train.main, capsys, *stage_2)
+    stage_2 = ["--stage", "2", *NO_GAN, "--model", small_toys["sdxl"], "--init", run, "--out", out, "--overwrite"]
+    status, line = call(train.main, capsys, *stage_2, "--clip", "toy/nothing")
     assert status == 2 and "toy/nothing" in line and (out / "metrics.jsonl").exists()
 
 
 def test_resume_keeps_the_runs_settings(capsys, tmp_path):
     out = tmp_path / "run"
-    flags = [*SMALL, *NO_GAN, "--ttur", "2", "--renoise", "0.1,0.9"]
+    flags = [*SMALL, *NO_GAN, "--iterations", "2", "--ttur", "2", "--renoise", "0.1,0.9"]
     assert call(train.main, capsys, *flags, "--out", out)[0] == 0
     assert call(train.main, capsys, "--resume", "--out", out, "--iterations", "3")[0] == 0
     saved = json.loads((out / "config.json").read_text())
@@ -360,7 +482,7 @@ def test_resume_keeps_the_runs_settings(capsys, tmp_path):
 def test_a_run_of_before_method_goes_on_as_it_was(capsys, tmp_path):
     """A DMD2 run whose config.json says gan = latent: its head learns on, and all scripts read it."""
     out = tmp_path / "run"
-    assert call(train.main, capsys, *SMALL, "--method", "dmd2", "--out", out)[0] == 0
+    assert call(train.main, capsys, *SMALL, "--method", "dmd2", "--ttur", "1", "--out", out)[0] == 0
     saved = json.loads((out / "config.json").read_text())
     assert saved.pop("method") == "dmd2"
     (out / "config.json").write_text(json.dumps(saved | {"gan": "latent"}))
@@ -431,7 +553,8 @@ def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
     for extra, words in [
         (["--seed", "1"], "another --images"),
         (["--scores", tmp_path / "prompts.txt"], "--scores"),
-        (["--num", "4"], "5 scores of HPSv2 for 4 pictures"),
+        (["--num", "4"], "another --images"),
+        (["--num", "4", "--images", tmp_path / "four"], "5 scores of HPSv2 for 4 pictures"),
     ]:
         status, line = call(evaluate.main, capsys, *flags, *extra)
         assert status == 2 and words in line
@@ -495,7 +618,11 @@ def test_photographs_train_preview_and_resume(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    [("--method", "dmd2"), ("--gan-reals", "vae"), ("--method", "advdmd", "--candidates", "2")],
+    [
+        ("--method", "dmd2", "--ttur", "1"),
+        ("--gan-reals", "vae"),
+        ("--method", "advdmd", "--ttur", "1", "--candidates", "2"),
+    ],
     ids=lambda flags: flags[1],
 )
 def test_training_on_cached_latents_is_training_on_pictures(method, photos, capsys, tmp_path):
@@ -611,9 +738,26 @@ def test_help_without_torch(command):
         ("train.py --out DIR", "DIR is not empty"),
         ("train.py --out DIR --resume", "nothing to resume in DIR"),
         ("train.py --stage 2 --init DIR/nowhere", "DIR/nowhere holds no stage-1 checkpoint"),
+        ("train.py --out DIR/file.txt/run", "cannot write to DIR/file.txt/run"),
+        ("train.py --ttur 5 --iterations 4", "--ttur 5 is above --iterations 4"),
         ("sample.py --steps 0", "--steps"),
+        ("sample.py --size 64x", "--size"),
+        ("sample.py --device tpu", "--device"),
+        ("sample.py --resume", "--out"),
+        ("sample.py --out DIR", "DIR holds something already"),
+        ("sample.py --out DIR/file.txt/new", "cannot write to DIR/file.txt/new"),
+        ("evaluate.py --teacher --prompts DIR/file.txt --images DIR", "another --images"),
+        ("evaluate.py --teacher --prompts DIR/file.txt --images DIR/file.txt", "cannot write to DIR/file.txt"),
+        ("evaluate.py --teacher --json DIR/file.txt/m.json", "another --json"),
+        ("evaluate.py --teacher --json DIR", "is a folder"),
         ("sample.py --run DIR/nowhere", "DIR/nowhere holds no checkpoint"),
+        ("sample.py --run DIR/run --model DIR/flux", "DIR/flux is a FluxPipeline"),
+        ("sample.py --run DIR/run --prompts DIR/nowhere", "no such file"),
         ("evaluate.py --nonsense", "--nonsense"),
+        ("evaluate.py --guidance nan", "--guidance: must be a finite number, not nan"),
+        ("evaluate.py --guidance inf", "--guidance: must be a finite number, not inf"),
+        ("evaluate.py --teacher --model DIR/flux", "DIR/flux is a FluxPipeline"),
+        ("evaluate.py --run DIR/run", "DIR/flux is a FluxPipeline"),
         ("evaluate.py --run DIR/nowhere", "DIR/nowhere holds no checkpoint"),
         ("evaluate.py --prompts DIR/prompts.txt", "--images"),
         ("export.py DIR/nowhere", "out"),
@@ -624,6 +768,10 @@ def test_mistakes_without_torch(command, words, tmp_path):
     (tmp_path / "file.txt").write_text("mine")
     (tmp_path / "flux").mkdir()
     (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    made = tmp_path / "run" / "checkpoint-000001"
+    made.mkdir(parents=True)
+    (made / "progress.json").write_text("{}")
+    (made.parent / "config.json").write_text(json.dumps(vars(config.Config(model=str(tmp_path / "flux")))))
     status, out, err = without_torch(command.replace("DIR", str(tmp_path)))
     assert status == 2 and out == [] and len(err) == 1
     assert err[0].startswith("error: ") and words.replace("DIR", str(tmp_path)) in err[0]

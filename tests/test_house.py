@@ -9,7 +9,8 @@ CONCEPTS = {"diffusion", "dmd", "score_estimator", "pixel_gan", "latent_reward"}
 SCRIPTS = {"train", "sample", "evaluate", "export"}
 TORCH_FREE = {
     *("engine.errors", "engine.folders", "engine.base_model", "engine.config", "engine.run_folder", "engine.flags"),
-    *("engine.text", "engine.layouts", "engine.shards", "siblings"),
+    *("engine.text", "engine.layouts", "engine.shards", "engine.locks", "engine.stopping", "engine.picture_folder"),
+    "siblings",
 }
 ROOMS = ("siblings", "engine", "toy", "lab", "tests")
 FILES = [str(path) for folder in (".", *ROOMS) for path in Path(folder).glob("*.py")]

@@ -510,14 +510,41 @@ def test_torn_checkpoint_falls_back_to_the_one_before(small_toys, tmp_path, caps
         train.train(Config(**settings, out=str(run), resume=True))
 
 
-def test_sigterm_saves_and_ends(small_toys, tmp_path):
-    """SIGTERM, to loader processes too: saved at the loop in hand, exit 0. --resume starts afresh in a new folder."""
+RANKS = pytest.mark.xdist_group("ranks")
+
+
+@pytest.mark.parametrize(
+    "ranks, number", [(1, signal.SIGTERM), (1, signal.SIGINT), pytest.param(2, signal.SIGINT, marks=RANKS)]
+)
+def test_a_signal_saves_and_ends(ranks, number, small_toys, tmp_path):
+    """SIGTERM or Ctrl-C, to loader processes too: saved at the loop in hand, one line, exit 0 (torchrun's is 1).
+
+    Of tracebacks there is torchrun's own alone. --resume starts afresh in a new folder.
+    """
     settings = {"gan_weight": 0, "iterations": 500, "resume": True, "workers": 1, "model": small_toys["sdxl"]}
-    ended = launch(*flags(**settings, out=tmp_path / "ended"))
+    ended = launch(*flags(**settings, out=tmp_path / "ended"), ranks=ranks, patience=150)
     wait_for(tmp_path / "ended" / "metrics.jsonl", content=True)
-    ended.send_signal(signal.SIGTERM)
+    os.killpg(ended.pid, number) if number == signal.SIGINT else ended.send_signal(number)
     out, _ = ended.communicate(timeout=200)
-    assert ended.returncode == 0 and 0 < run_loops(tmp_path / "ended") < 500, out[-3000:]
+    loops = run_loops(tmp_path / "ended")
+    assert ended.returncode == ranks - 1 and 0 < loops < 500, out[-3000:]
+    assert f"stopped after loop {loops} of 500" in out and out.count("Traceback") == ranks - 1
+
+
+def test_ctrl_c_that_leaves_at_once(tmp_path):
+    """The second one, in the loop that the first lets end; and the first one before there is a loop: no traceback."""
+    running = launch(*flags(gan_weight=0, iterations=500, batch_size=16, out=tmp_path / "run"))
+    wait_for(tmp_path / "run" / "metrics.jsonl", content=True)
+    loading = launch(*flags(out=tmp_path / "loading"))
+    for _ in range(2):
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    out, _ = running.communicate(timeout=10)
+    assert running.returncode == -signal.SIGINT and "Traceback" not in out and not run_folder.newest(tmp_path / "run")
+    wait_for(Path(f"/proc/{loading.pid}/maps"), holds="libtorch")
+    loading.send_signal(signal.SIGINT)
+    out, _ = loading.communicate(timeout=20)
+    assert loading.returncode == 130 and out.strip().splitlines()[-1] == "stopped by Ctrl-C" and "Traceback" not in out
 
 
 @pytest.mark.xdist_group("ranks")
@@ -578,9 +605,9 @@ def kill_a_rank(torchrun):
     os.kill(int(Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()[0]), signal.SIGKILL)
 
 
-def wait_for(path, content=False):
+def wait_for(path, content=False, holds=""):
     deadline = time.time() + 200
-    while not (path.exists() and (not content or path.read_text())):
+    while not path.exists() or (content or holds) and (not path.read_text() or holds not in path.read_text()):
         assert time.time() < deadline, f"{path} does not come"
         time.sleep(0.05)
 
