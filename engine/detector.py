@@ -4,8 +4,6 @@ The network is fed and read as the benchmark's own detection package does it. tr
 post-processing differ: another size, no padding, a cut at 0.5, no boxes and no order.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -89,16 +87,25 @@ def detections(class_logits, mask_logits, padded, size, image_size):
     """
     probability = class_logits.softmax(-1)[:, :-1].flatten()
     best, index = probability.topk(min(KEPT, len(probability)))
+    masks = {}  # query -> its mask, how sure it is inside, its box
     found = []
-    for p, i in zip(best, index.tolist()):
-        logits = mask_logits[i // len(CLASSES)][None, None]
-        logits = F.interpolate(logits, tuple(padded), mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
-        logits = F.interpolate(logits, image_size[::-1], mode="bilinear", align_corners=False)[0, 0]
-        mask = logits > 0
-        score = (p * (logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6)).item()
-        detection = {"class": CLASSES[i % len(CLASSES)], "score": score, "box": box_of(mask), "mask": mask.cpu()}
-        found.append(detection)
+    for p, i in zip(best.tolist(), index.tolist()):
+        query = i // len(CLASSES)
+        if query not in masks:
+            masks[query] = mask_of(mask_logits[query], padded, size, image_size)
+        mask, sure, box = masks[query]
+        found.append({"class": CLASSES[i % len(CLASSES)], "score": p * sure, "box": box, "mask": mask})
     return sorted(found, key=lambda d: -d["score"])
+
+
+def mask_of(logits, padded, size, image_size):
+    """A query's logits (h, w) -> its mask in the picture (H, W), bool on the CPU, its mean probability there, its box."""
+    up = {"mode": "bilinear", "align_corners": False}
+    logits = F.interpolate(logits[None, None], tuple(padded), **up)[..., : size[0], : size[1]]
+    logits = F.interpolate(logits, image_size[::-1], **up)[0, 0]
+    mask = logits > 0
+    sure = (logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6)
+    return mask.cpu(), sure.item(), box_of(mask)
 
 
 def box_of(mask):
@@ -153,8 +160,3 @@ def look(detector, colors, entry, path):
     for detection in to_color(entry, found):
         detection["color"] = colors(image, detection)
     return [{k: v for k, v in d.items() if k != "mask"} for d in found]
-
-
-def name_of(path):
-    """A model's name in results: of a folder its last part and its parent's, of a hub name all of it."""
-    return "/".join(Path(path).parts[-2:])

@@ -149,7 +149,7 @@ def summed(found, pooled):
     }
 
 
-def read_answers(path, items):
+def read_answers(path, items, per_prompt=PER_PROMPT):
     """Answers made elsewhere -> (the judge's name, answers). Raises UserError that names what is missing or wrong.
 
     A file is {item: [{question: "yes" or another text}, one per picture]}, or {"judge": name, "answers": that}. A
@@ -169,6 +169,8 @@ def read_answers(path, items):
         pictures = answers.get(item["id"])
         if not pictures:
             raise UserError(f"--scores {path}: no answers for item {item['id']}")
+        if len(pictures) != per_prompt:
+            raise UserError(f"--scores {path}: item {item['id']} has {len(pictures)} pictures, not {per_prompt}")
         missing = [q["id"] for yes in pictures for q in item["questions"] if q["id"] not in yes]
         if missing:
             raise UserError(f"--scores {path}: item {item['id']} lacks the answer to question {missing[0]}")

@@ -37,6 +37,7 @@ COLUMN = {  # the key of a result -> the heading of its column
     "precision": "precision",
     "recall": "recall",
 }
+MOST = 50  # prompts on the page
 SIDE = 256  # pixels of a picture on the page, at most
 
 
@@ -72,10 +73,10 @@ def row(result):
     return cells
 
 
-def papers(keys):
-    """The papers' rows of what is compared: [(name, NFE, {key: text})]."""
+def papers(keys, plain):
+    """The papers' rows of what is compared: [(name, NFE, {key: text})]. plain: whether prompts of no benchmark are."""
     rows = []
-    if keys & set(COLUMNS):
+    if plain and keys & set(COLUMNS):
         rows += [(name, nfe, dict(zip(COLUMNS, map(cell, values)))) for name, (nfe, *values, _) in PAPER.items()]
     if "geneval" in keys:
         for name, values in geneval.PAPER.items():
@@ -91,7 +92,7 @@ def table(results):
     """Rows of the papers and of the results: a list of lists of texts, the first its heading."""
     ours = [(f"**{result['name']}**", cell(result.get("nfe")), row(result)) for result in results]
     keys = {key for *_, cells in ours for key in cells}
-    rows = papers(keys) + ours
+    rows = papers(keys, not all(result.get("benchmark") for result in results)) + ours
     keys |= {key for *_, cells in rows for key in cells}
     shown = [key for key in COLUMN if key in keys]
     heading = ["", "NFE", *(COLUMN[key] or key for key in shown)]
@@ -162,7 +163,7 @@ figcaption { font-size: 12px; overflow-wrap: anywhere }
 """
 
 
-def page(results, rows, most=50):
+def page(results, rows, most=MOST):
     """One self-contained HTML page: the table, and the pictures of at most `most` prompts, worst first."""
     drawn = [result for result in results if "scores" in result]
     pairs = shared(drawn) if drawn else []
@@ -215,7 +216,7 @@ def escape(text):
     return html.escape(str(text))
 
 
-def compare(paths, out, most=50):
+def compare(paths, out, most=MOST):
     """Write the page to `out` -> the Markdown table. Raises UserError."""
     results = [read(path) for path in paths]
     rows = table(results)

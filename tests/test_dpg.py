@@ -111,64 +111,18 @@ def test_answers_made_elsewhere(items, tmp_path):
     path = tmp_path / "answers.json"
     given = {"first": [{"1": "yes", "2": "Yes", "3": "yes."}], "second": [{"1": 0.51, "2": 0.5, "3": True}]}
     path.write_text(json.dumps(given))
-    judge, answers = dpg.read_answers(path, items)
+    judge, answers = dpg.read_answers(path, items, 1)
     assert judge == "answers of answers.json"
     assert answers == {"first": [yes(1, 0, 0)], "second": [yes(1, 0, 1)]}
     path.write_text(json.dumps({"judge": "mPLUG-large", "answers": given}))
-    assert dpg.read_answers(path, items) == ("mPLUG-large", answers)
+    assert dpg.read_answers(path, items, 1) == ("mPLUG-large", answers)
     with pytest.raises(UserError, match="item second has not all"):
         dpg.scores(items, {"first": answers["first"]})
     del given["second"][0]["2"]
     for wrong, why in [(given, "item second lacks the answer to question 2"), ({}, "no answers"), ([1], "expected")]:
         path.write_text(json.dumps(wrong))
         with pytest.raises(UserError, match=why):
-            dpg.read_answers(path, items)
-
-
-@pytest.fixture(scope="session")
-def vlm(tmp_path_factory):
-    """A folder with a small Qwen3-VL of random weights, its processor and a chat template of our own."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import (
-        Qwen2TokenizerFast,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-    )
-
-    folder = tmp_path_factory.mktemp("vlm")
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
-    special += ["<|image_pad|>", "<|video_pad|>"]
-    vocab = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
-    merges = [("y", "e"), ("ye", "s"), ("n", "o"), ("Ġ", "yes"), ("Ġ", "no"), ("Y", "e"), ("Ye", "s"), ("N", "o")]
-    merges += [("Ġ", "Yes"), ("Ġ", "No")]
-    for pair in merges:
-        vocab["".join(pair)] = len(vocab)
-    tokenizer = Qwen2TokenizerFast(vocab=vocab, merges=merges, extra_special_tokens=special, pad_token=special[0])
-    token = tokenizer.convert_tokens_to_ids
-    image = Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=64 * 64)
-    video = Qwen2VLVideoProcessor(patch_size=16)
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    Qwen3VLProcessor(image, tokenizer, video, chat_template=template).save_pretrained(folder)
-    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
-    vision |= {"patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-    ids = {f"{name}_token_id": token(f"<|{word}|>") for name, word in [("image", "image_pad"), ("video", "video_pad")]}
-    ids |= {f"vision_{end}_token_id": token(f"<|vision_{end}|>") for end in ("start", "end")}
-    torch.manual_seed(0)
-    net = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
-    for p in net.parameters():
-        p.data += 0.2 * torch.randn_like(p)  # else all answers are alike
-    net.save_pretrained(folder)
-    return str(folder)
+            dpg.read_answers(path, items, 1)
 
 
 def test_judge(vlm):

@@ -147,26 +147,6 @@ def test_a_wrong_prompt_file_is_named(line, why, tmp_path):
     assert [e["tag"] for e in geneval.read(path)] == ["single_object", "position"]
 
 
-@pytest.fixture(scope="module")
-def mask2former(tmp_path_factory):
-    """A folder with a small Mask2Former of random weights, and the network."""
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
-
-    torch.manual_seed(0)
-    stages = ["stage1", "stage2", "stage3", "stage4"]
-    swin = SwinConfig(embed_dim=8, depths=[1, 2, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, out_features=stages)
-    sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "num_attention_heads": 4}
-    sizes |= {"encoder_layers": 2, "decoder_layers": 3, "encoder_feedforward_dim": 48, "dim_feedforward": 64}
-    net = Mask2FormerForUniversalSegmentation(
-        Mask2FormerConfig(backbone_config=swin, num_queries=10, num_labels=80, **sizes)
-    ).eval()
-    for p in net.parameters():  # biases begin at 0 and norms at 1: a swap would not show
-        p.data += 0.05 * torch.randn_like(p)
-    folder = tmp_path_factory.mktemp("mask2former")
-    net.save_pretrained(folder)
-    return folder, net
-
-
 def test_input():
     """The short side to 800 unless the long one would pass 1333; grey 128 below and right, to multiples of 32."""
     for (w, h), size, padded in [

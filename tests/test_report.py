@@ -27,21 +27,6 @@ def test_cosine_diversity():
     assert metrics.mean_and_error(torch.tensor([1.0])) == (1, None)
 
 
-@pytest.fixture(scope="session")
-def dino(tmp_path_factory):
-    """A folder with a small DINOv2 of random weights."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    folder = tmp_path_factory.mktemp("dino")
-    net = Dinov2Model(Dinov2Config(**small))
-    for p in net.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    net.save_pretrained(folder)
-    return str(folder)
-
-
 def save_pictures(folder, n, seed, side=32):
     folder.mkdir()
     rng = np.random.default_rng(seed)

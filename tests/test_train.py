@@ -164,7 +164,7 @@ def test_frozen_networks_stay_bit_identical(flags):
 
 
 def test_a_run_saves_its_student_and_draws_previews(small_toys, tmp_path):
-    """The newest checkpoint's unet/ is G of its state/; previews and watched scores at every second loop, at the end."""
+    """The newest checkpoint's unet/ is G of its state/; previews and --watch at every second loop, at the end."""
     (tmp_path / "watch.txt").write_text("a red circle\n")
     settings = SMALL | {"preview_every": 2, "gan_weight": 0, "batch_size": 1, "model": small_toys["sdxl"]}
     settings["watch"] = str(tmp_path / "watch.txt")
