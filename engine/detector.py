@@ -99,7 +99,7 @@ def detections(class_logits, mask_logits, padded, size, image_size):
 
 
 def mask_of(logits, padded, size, image_size):
-    """A query's logits (h, w) -> its mask in the picture (H, W), bool on the CPU, its mean probability there, its box."""
+    """A query's logits (h, w) -> its mask in the picture (H, W), bool on the CPU, how sure it is there, its box."""
     up = {"mode": "bilinear", "align_corners": False}
     logits = F.interpolate(logits[None, None], tuple(padded), **up)[..., : size[0], : size[1]]
     logits = F.interpolate(logits, image_size[::-1], **up)[0, 0]

@@ -25,7 +25,7 @@ import evaluate
 import export
 import sample
 import train
-from engine import benchmark, checkpoint, config, data, decode, folders, monitor, pictures, run_folder, safe_load
+from engine import checkpoint, config, data, decode, folders, monitor, pictures, report, run_folder, safe_load
 from engine.batch import Batch
 from engine.errors import UserError
 from engine.flags import parse
@@ -334,9 +334,9 @@ def test_sample_and_evaluate_a_run(run, capsys, tmp_path):
 
 
 def test_a_stopped_sample_goes_on_to_the_same_pictures(run, capsys, tmp_path):
-    """SIGTERM after two pictures of 24: they stay, whole, one line; --resume draws what an unbroken call does."""
+    """SIGTERM after two pictures of 12: they stay, whole, one line; --resume draws what an unbroken call does."""
     names = tmp_path / "prompts.txt"
-    names.write_text("".join(f"a red circle, number {i}\n" for i in range(24)))
+    names.write_text("".join(f"a red circle, number {i}\n" for i in range(12)))
     flags = ["--run", str(run), "--prompts", str(names), "--batch-size", "2", "--seed", "3"]
     out, whole = tmp_path / "out", tmp_path / "whole"
     command = [sys.executable, "sample.py", *flags, "--out", str(out)]
@@ -346,8 +346,8 @@ def test_a_stopped_sample_goes_on_to_the_same_pictures(run, capsys, tmp_path):
     stopped.send_signal(signal.SIGTERM)
     said = stopped.communicate(timeout=60)[1]
     there = sorted(out.glob("*.png"))
-    assert stopped.returncode == 143 and 2 <= len(there) < 24 and "Traceback" not in said
-    assert f"{len(there)} of 24 pictures" in said.splitlines()[-1] and f"--resume --out {out}" in said.splitlines()[-1]
+    assert stopped.returncode == 143 and 2 <= len(there) < 12 and "Traceback" not in said
+    assert f"{len(there)} of 12 pictures" in said.splitlines()[-1] and f"--resume --out {out}" in said.splitlines()[-1]
     for argv in ([*flags], [*flags, "--resume", "--seed", "4"], ["--resume", "--size", "96"]):
         status, line = call(sample.main, capsys, *argv, "--out", out)
         assert status == 2 and "another --out" in line and sorted(out.glob("*.png")) == there
@@ -355,7 +355,7 @@ def test_a_stopped_sample_goes_on_to_the_same_pictures(run, capsys, tmp_path):
     assert call(sample.main, capsys, *flags, "--out", whole)[0] == 0
     for picture in (*whole.glob("*.png"), whole / "prompts.txt"):
         assert (out / picture.name).read_bytes() == picture.read_bytes()
-    assert len(list(out.glob("*.png"))) == 25  # and grid.png
+    assert len(list(out.glob("*.png"))) == 13  # and grid.png
 
 
 @pytest.mark.parametrize("model, step, most", [("toy/sdxl", 16, None), ("toy/sd3", 8, 64)])
@@ -558,8 +558,9 @@ def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
     ]:
         status, line = call(evaluate.main, capsys, *flags, *extra)
         assert status == 2 and words in line
-    table = benchmark.table("ours", 4, {"CLIP": 0.5}).splitlines()
-    assert table[-1] == "| **ours** | 4 |  | 0.5000 |  |  |  |  |" and any(
+    result = {"name": "ours", "nfe": 4, "CLIP": 0.5}
+    table = report.markdown(report.table([result])).splitlines()
+    assert table[-1] == "| **ours** | 4 |  | 0.5000 |  |  |  |" and any(
         line.startswith("| DMD2-SDXL | 4 | 0.8748 | 0.3302 |") for line in table
     )
 
@@ -726,7 +727,7 @@ def test_help_without_torch(command):
         ("train.py --stage 3", "--stage"),
         ("train.py --lr 0", "--lr must be positive"),
         ("train.py --data DIR/nowhere", "metadata.jsonl"),
-        ("train.py --data DIR", "It holds 1 .txt"),
+        ("train.py --data DIR", "It holds 3 .json, 1 .txt"),
         ("train.py --data DIR/*.tar", "matches no file"),
         ("train.py --prompts DIR/nowhere", "no such file"),
         ("train.py --stage reward --pairs DIR", "jpg_0_file_name"),
