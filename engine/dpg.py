@@ -49,7 +49,7 @@ def read(path, questions=True):
 
 
 def read_questions(path):
-    """The items of dpg_bench.csv in its order. Raises UserError with the row that is wrong."""
+    """The items of dpg_bench.csv, by id. Raises UserError with the row that is wrong."""
     if not path.is_file():
         raise UserError(f"--prompts: no such file: {path} (DPG-Bench's folder dpg_bench, which holds {CSV})")
     rows = csv.DictReader(io.StringIO(text.decode(text.read(path)), newline=""))
@@ -79,7 +79,7 @@ def read_questions(path):
         if unknown or len(set(ids)) < len(ids):
             fault = f"depends on question {min(unknown)}, which is missing" if unknown else "has a question twice"
             raise UserError(f"--prompts {path}: item {item['id']} {fault}")
-    return list(items.values())
+    return sorted(items.values(), key=lambda item: item["id"])  # as without a csv: noise goes by place
 
 
 def zeroed(questions, yes):

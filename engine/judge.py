@@ -51,7 +51,7 @@ class Judge:
                 inputs = self.processor(text=texts, images=[[image]] * len(texts), padding=True, return_tensors="pt")
             except ValueError as e:
                 raise UserError(f"--judge {self.path} cannot read a picture and a question: {first_line(e)}") from None
-            logits = self.model(**inputs.to(self.device), logits_to_keep=1).logits[:, -1].float()
+            logits = self.model(**inputs.to(self.device, self.model.dtype), logits_to_keep=1).logits[:, -1].float()
             yes, no = (logits[:, tokens].logsumexp(-1) for tokens in (self.yes, self.no))
             found += (yes - no).sigmoid().tolist()
         return found

@@ -64,6 +64,15 @@ def read(path):
     return result
 
 
+PROMPTS = {"geneval": 553, "dpg": 1065}
+
+
+def title(result):
+    """The name of a result's row; of a part of a benchmark with the number of its prompts."""
+    part = result.get("num", 0) < PROMPTS.get(result.get("benchmark"), 0)
+    return f"{result['name']} ({result['num']} prompts)" if part else result["name"]
+
+
 def row(result):
     """The cells of a result, {key of COLUMN: text}."""
     values = dict(result) | result.get("geneval_tasks", {}) | result.get("dpg_categories", {})
@@ -90,7 +99,7 @@ def papers(keys, plain):
 
 def table(results):
     """Rows of the papers and of the results: a list of lists of texts, the first its heading."""
-    ours = [(f"**{result['name']}**", cell(result.get("nfe")), row(result)) for result in results]
+    ours = [(f"**{title(result)}**", cell(result.get("nfe")), row(result)) for result in results]
     keys = {key for *_, cells in ours for key in cells}
     rows = papers(keys, not all(result.get("benchmark") for result in results)) + ours
     keys |= {key for *_, cells in rows for key in cells}

@@ -90,6 +90,8 @@ def test_compare(tmp_path):
     rows = {row[0]: dict(zip(heading, row)) for row in ([c.strip() for c in li.split("|")[1:-1]] for li in lines[2:])}
     assert rows["**teacher**"]["GenEval"] == "0.5000" and rows["**teacher**"]["counting"] == "0.2500"
     assert rows["**teacher**"]["diversity"] == "0.4000 ± 0.0100" and rows["**teacher**"]["DPG"] == ""
+    part = {"name": "some", "benchmark": "geneval", "num": 6}
+    assert report.title(part) == "some (6 prompts)" and report.title(part | {"num": 553}) == "some"
     assert rows["SDXL"]["DPG as released"] == "74.65" and rows["SDXL"]["judge"] == "mPLUG-large"
     assert "| **stu\\|dent** | 4 |" in table
     page = (tmp_path / "new" / "report.html").read_text()
