@@ -19,8 +19,6 @@ from engine.flags import Parser, at_least, device, fail, finite
 from engine.folders import check_writable
 from engine.stopping import leave_at_once
 
-NEED_PROMPTS = ("benchmark", "per_prompt", "images", "judge", "pick", "scores", "features", "real")
-
 
 def flags(argv=None):
     """The command line, read. Exits with status 2 and one line on a bad flag."""
@@ -106,17 +104,7 @@ def check(args):
     The settings are a dict; asked is --prompts' PromptSet or None; made_by is what its pictures depend on. Raises
     UserError.
     """
-    asked = made_by = None
-    if args.prompts and not args.images:
-        raise UserError("--prompts needs --images, a folder for the pictures")
-    if not args.prompts:
-        needing = [name for name in NEED_PROMPTS if getattr(args, name)]
-        if needing:
-            raise UserError(f"--{needing[0].replace('_', '-')} needs --prompts")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("torchrun is for --prompts: the toy's held-out prompts need one process")
-    else:
-        asked = prompt_set.read(args)
+    asked = prompt_set.read(args)
     if args.num is not None and args.num < 8 and not args.prompts:
         raise UserError("--num must be at least 8: the metrics compare distributions")
     if args.teacher or args.undistilled:
@@ -131,8 +119,7 @@ def check(args):
         if Path(args.json).is_dir():
             raise UserError(f"--json {args.json} is a folder: name a file")
         check_writable(Path(args.json).parent, "--json")
-    if asked:
-        made_by = drawn_by(args, asked, student, config, steps)
+    made_by = drawn_by(args, asked, student, config, steps) if asked else None
     return student, config, steps, asked, made_by
 
 

@@ -129,7 +129,7 @@ class Colors:
     def __call__(self, image, detection):
         """The colour's name, of a detection with its mask in a PIL image."""
         pixels = self.transform(cut_out(image, detection), return_tensors="pt")["pixel_values"].to(self.clip.device)
-        with torch.no_grad():
+        with torch.no_grad(), exact():
             feature = F.normalize(self.clip.embed(pixels), dim=-1)[0]
         return COLORS[(self.of(detection["class"]) @ feature).argmax()]
 

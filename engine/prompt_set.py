@@ -1,6 +1,7 @@
 """What --prompts asks for: plain prompts, GenEval's or DPG-Bench's, and the names of its pictures. No torch here."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,8 +10,9 @@ from pathlib import Path
 from engine import dpg, geneval, text
 from engine.coco import COLUMNS
 from engine.errors import UserError
-from engine.folders import folder
+from engine.folders import folder, read_json
 
+NEED_PROMPTS = ("benchmark", "per_prompt", "images", "judge", "pick", "scores", "features", "real")
 PER_PROMPT = {"geneval": geneval.PER_PROMPT, "dpg": dpg.PER_PROMPT}
 
 
@@ -57,7 +59,16 @@ class PromptSet:
 
 
 def read(args):
-    """evaluate.py's flags -> PromptSet; other files and folders that they name are looked for. Raises UserError."""
+    """evaluate.py's flags -> PromptSet, None without --prompts; what else they name is looked for. Raises UserError."""
+    if not args.prompts:
+        needing = [name for name in NEED_PROMPTS if getattr(args, name)]
+        if needing:
+            raise UserError(f"--{needing[0].replace('_', '-')} needs --prompts")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("torchrun is for --prompts: the toy's held-out prompts need one process")
+        return None
+    if not args.images:
+        raise UserError("--prompts needs --images, a folder for the pictures")
     check(args)
     path = args.prompts
     if args.benchmark == "geneval":
@@ -85,8 +96,22 @@ def check(args):
             folder(path)
         elif not Path(path).is_file():
             raise UserError(f"no such file: {path}")
-    if args.benchmark == "geneval" and args.judge and not find_spec("scipy"):
-        raise UserError("GenEval's detector needs the package scipy: pip install scipy")
+    if args.benchmark == "geneval" and args.judge:
+        kind = kind_of(args.judge)
+        if kind not in ("mask2former", None):
+            raise UserError(f"--judge {args.judge} is a {kind}: GenEval's detector is a Mask2Former")
+        if not find_spec("scipy"):
+            raise UserError("GenEval's detector needs the package scipy: pip install scipy")
+    for path in args.features:
+        kind = kind_of(path)
+        if kind and not kind.startswith("dino"):
+            raise UserError(f"--features {path} is a {kind}: give a DINOv2, such as facebook/dinov2-large")
+
+
+def kind_of(path):
+    """The model type of a transformers folder; None of a hub name or a file. Raises UserError for another folder."""
+    where = Path(path) if str(path).endswith((".pth", ".pt")) else Path(folder(path))
+    return read_json(where, "config.json").get("model_type", "network of another kind") if where.is_dir() else None
 
 
 def answer_files(paths):

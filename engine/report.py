@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image
@@ -129,9 +130,11 @@ def shared(results):
     """
     places = []
     for result in results:
-        seen = {}
+        times = Counter()
+        seen = {}  # (prompt, how often it came before) -> its place
         for i, prompt in enumerate(result["scores"]["prompts"]):
-            seen.setdefault((prompt, result["scores"]["prompts"][:i].count(prompt)), i)
+            seen[prompt, times[prompt]] = i
+            times[prompt] += 1
         places.append(seen)
     common = [key for key in places[-1] if all(key in seen for seen in places)]
     columns = list(results[-1]["scores"]["columns"].values())

@@ -94,18 +94,18 @@ def test_it_goes_on(drawn):
 def test_two_ranks_draw_what_one_draws(drawn, two_ranks, monkeypatch):
     """Batches of two, so that each rank draws some: the pictures are the same to the bit, the scores too."""
     box, flags, judges = drawn
-    argv = [str(flag) for flag in (*flags, *judges, "--images", box / "two", "--json", box / "two.json")]
+    argv = [str(flag) for flag in (*flags, *judges, "--num", 2, "--images", box / "two", "--json", box / "two.json")]
     program = "import evaluate\nfrom engine import pictures\npictures.at_once = lambda *size: 2\n"
     two_ranks(program + f"evaluate.main({argv})")
     monkeypatch.setattr("engine.pictures.at_once", lambda *size: 2)
-    one = evaluated(*flags, *judges, "--images", box / "alone", box / "alone.json")
-    assert bytes_of(box / "two") == bytes_of(box / "alone") and len(bytes_of(box / "two")) == 6
+    one = evaluated(*flags, *judges, "--num", 2, "--images", box / "alone", box / "alone.json")
+    assert bytes_of(box / "two") == bytes_of(box / "alone") and len(bytes_of(box / "two")) == 4
     two = json.loads((box / "two.json").read_text())
     for key in ("geneval", "geneval_pictures", "CLIP", "diversity"):
         assert two[key] == pytest.approx(one[key], abs=2e-4)
     kept = [next((box / name).glob("detections-*")) for name in ("two", "alone")]
     seen = [[json.loads(path.read_text()) for path in sorted(where.glob("*.json"))] for where in kept]
-    assert len(seen[0]) == 3 and [len(d) for p in seen[0] for d in p] == [len(d) for p in seen[1] for d in p]
+    assert len(seen[0]) == 2 and [len(d) for p in seen[0] for d in p] == [len(d) for p in seen[1] for d in p]
 
 
 def test_report_of_two(drawn, capsys):
