@@ -169,15 +169,15 @@ def test_unknown_pipeline_is_named(sd3, tmp_path):
 @pytest.mark.parametrize(
     "flags, built, left",
     [
-        ([], [], ["vae", "clip", "teacher", "sam", "lrm", "sd3"]),
+        ([], [], ["vae", "clip", "teacher", "sam", "lrm", "sd3", "student"]),
         (
             ["--rebuild"],
-            ["vae", "clip", "teacher", "sam", "lrm", "sd3"],
-            ["vae", "clip", "teacher", "sam", "lrm", "sd3"],
+            ["vae", "clip", "teacher", "sam", "lrm", "sd3", "student"],
+            ["vae", "clip", "teacher", "sam", "lrm", "sd3", "student"],
         ),
         (["--only", "vae", "--rebuild"], ["vae"], ["vae", "clip", "sam"]),
         (["--only", "teacher", "--rebuild"], ["teacher"], ["vae", "clip", "teacher", "sam", "sd3"]),
-        (["--only", "sd3", "--rebuild"], ["sd3"], ["vae", "clip", "teacher", "sam", "lrm", "sd3"]),
+        (["--only", "sd3", "--rebuild"], ["sd3"], ["vae", "clip", "teacher", "sam", "lrm", "sd3", "student"]),
     ],
 )
 def test_no_part_outlives_what_it_was_trained_on(flags, built, left, tmp_path, monkeypatch):

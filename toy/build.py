@@ -1,4 +1,4 @@
-"""Trains the toy's weights: VAE, CLIP, teachers (teacher.py), SAM's image encoder, latent reward model (reward.py).
+"""Trains the toy's weights: VAE, CLIP, teachers (teacher.py), SAM's image encoder, reward model, student.
 
     python -m toy.build                       all parts that are not built yet
     python -m toy.build --rebuild             delete all parts and train them again; if interrupted, omit --rebuild
@@ -28,6 +28,7 @@ from pixel_gan import sam_input
 from toy import world
 from toy.fit import HERE, accuracies, batch_of, crowd_of, fit, report, scenes
 from toy.reward import build_lrm
+from toy.student import build_student
 from toy.teacher import build_sd3, build_sdxl
 
 logging.set_verbosity_error()  # a CLIP's text half loads with a page of "unexpected" vision weights
@@ -233,6 +234,7 @@ PARTS = {
     "sam": ("sam", build_sam, []),
     "lrm": ("lrm", build_lrm, ["vae", "clip", "teacher"]),
     "sd3": ("sd3", build_sd3, ["vae", "clip"]),
+    "student": ("student", build_student, ["vae", "clip", "teacher", "sam", "lrm"]),
 }  # name -> (folder, function, parts it is trained on)
 
 
