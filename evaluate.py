@@ -4,18 +4,20 @@ python evaluate.py --run runs/NAME --steps 4
 python evaluate.py --teacher --model toy/sdxl --steps 50
 python evaluate.py --undistilled --model toy/sdxl --steps 4
 python evaluate.py --run runs/NAME --prompts coco10k.txt --images DIR   the paper's tables (engine/benchmark.py)
+python evaluate.py --run runs/NAME --benchmark geneval --prompts evaluation_metadata.jsonl --images DIR --judge PATH
+python evaluate.py --compare TEACHER.json STUDENT.json ...   a table and a page of pictures (engine/report.py)
 """
 
 import json
+import os
 from pathlib import Path
 
-from engine import base_model, picture_folder, run_folder
+from engine import base_model, picture_folder, prompt_set, report, run_folder
 from engine.config import Config
 from engine.errors import UserError
 from engine.flags import Parser, at_least, device, fail, finite
 from engine.folders import check_writable
 from engine.stopping import leave_at_once
-from engine.text import prompts as read_prompts
 
 
 def flags(argv=None):
@@ -63,27 +65,46 @@ def flags(argv=None):
         help='folder of the latent reward model (default: the run\'s, or "lrm" beside the model, if there is one)',
     )
     add("--prompts", help="a text file, one prompt per line: the paper's scores in place of the toy's")
+    add(
+        "--benchmark",
+        choices=("geneval", "dpg"),
+        help="--prompts is GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder dpg_bench (or its csv)",
+    )
+    add("--per-prompt", type=at_least(1), help="pictures of each of --prompts (default: 1; of a benchmark 4)")
     add("--images", help="--prompts: folder of the pictures; those already there are not drawn again")
+    add(
+        "--judge",
+        help="--benchmark: GenEval's Mask2Former (folder, hub name, or OpenMMLab's .pth), DPG-Bench's vision-language "
+        "model; without it pictures are drawn and not judged",
+    )
     add("--pick", help="--prompts: PickScore's folder or hub name (yuvalkirstain/PickScore_v1)")
     add(
         "--scores",
         nargs="+",
         default=[],
-        help="--prompts: JSON files of scores made elsewhere (lab/external_scores.py)",
+        help="--prompts: JSON files of scores made elsewhere (lab/external_scores.py), or of DPG-Bench's answers",
     )
+    add(
+        "--features",
+        nargs="+",
+        default=[],
+        help="--prompts: a DINOv2 (facebook/dinov2-large): diversity, FD; torch-fidelity's Inception .pth: FID",
+    )
+    add("--real", help="--features: real pictures to compare with: a folder, or statistics (.npz: mu, sigma)")
+    add("--compare", nargs="+", metavar="JSON", help="results of --json, side by side; nothing is drawn")
+    add("--report", help="--compare: the page of pictures (default: the last result's name with .html)")
     add("--json", help="write the metrics to this file too")
     add("--device", type=device, help="cpu, cuda or cuda:N (default: the GPU where there is one)")
     return parser.parse_args(argv)
 
 
 def check(args):
-    """Check flags and folders before torch is loaded -> a student's folder or None, settings, steps, made_by.
+    """Check flags and folders before torch is loaded -> a student's folder or None, settings, steps, asked, made_by.
 
-    The settings are a dict; made_by is what the pictures of --prompts depend on. Raises UserError.
+    The settings are a dict; asked is --prompts' PromptSet or None; made_by is what its pictures depend on. Raises
+    UserError.
     """
-    if args.prompts and not args.images:
-        raise UserError("--prompts needs --images, a folder for the pictures")
-    prompts = read_prompts(args.prompts)[: args.num] if args.prompts else []
+    asked = prompt_set.read(args)
     if args.num is not None and args.num < 8 and not args.prompts:
         raise UserError("--num must be at least 8: the metrics compare distributions")
     if args.teacher or args.undistilled:
@@ -98,32 +119,45 @@ def check(args):
         if Path(args.json).is_dir():
             raise UserError(f"--json {args.json} is a folder: name a file")
         check_writable(Path(args.json).parent, "--json")
-    return student, config, steps, drawn_by(args, prompts, student, config, steps) if prompts else None
+    made_by = drawn_by(args, asked, student, config, steps) if asked else None
+    return student, config, steps, asked, made_by
 
 
-def drawn_by(args, prompts, student, config, steps):
-    """What the pictures of `prompts` depend on, a dict. Raises UserError where --images holds others."""
+def drawn_by(args, asked, student, config, steps):
+    """What the pictures of --prompts depend on, a dict. Raises UserError where --images holds others."""
     made_by = {"model": str(student or config["model"]), "resolution": config["resolution"]}
     made_by |= {"steps": steps, "seed": args.seed, "ode": args.teacher}
     if student is None:
         made_by["guidance"] = args.guidance
     else:
         made_by["saved"] = run_folder.made_at(student)
-    made_by["prompts"] = prompts
-    before = picture_folder.settings_of(args.images, "--images")
-    picture_folder.compare(args.images, before, made_by, "--images")
+    made_by |= asked.settings()
+    if int(os.environ.get("RANK", 0)) == 0:  # the other ranks could find what rank 0 has just begun
+        before = picture_folder.settings_of(args.images, "--images")
+        picture_folder.compare(args.images, before, made_by, "--images")
     return made_by
+
+
+def compare(args):
+    """--compare: print the table, write the page."""
+    out = args.report or Path(args.compare[-1]).with_suffix(".html")
+    print(report.compare(args.compare, out, args.num or report.MOST))
+    print(f"\npictures, worst first: {out}")
 
 
 def main(argv=None):
     args = flags(argv)
     try:
+        if args.compare:
+            return compare(args)
         checked = check(args)
         from engine import evaluation  # it loads torch: flags and folders are checked first
 
         result = evaluation.run(args, *checked)
     except UserError as e:
         fail(e)
+    if result is None:  # not the first rank
+        return
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
     text = json.dumps(rounded, indent=2)
     print(text)
@@ -135,3 +169,7 @@ def main(argv=None):
 if __name__ == "__main__":
     leave_at_once()
     main()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from engine.distributed import leave
+
+        leave()

@@ -1,84 +1,228 @@
-"""The paper's evaluation of real models (4.1): pictures for a file of prompts, their scores, and the paper's rows.
+"""Scores of pictures for a set of prompts (4.1, GenEval, DPG-Bench): drawn, judged, summed up, beside the papers' rows.
 
     python evaluate.py --run runs/NAME --prompts coco10k.txt --images DIR \\
         [--pick yuvalkirstain/PickScore_v1] [--scores DIR/hpsv2.json ...]
+    python evaluate.py --run runs/NAME --benchmark geneval --prompts evaluation_metadata.jsonl --images DIR --judge PATH
+    python evaluate.py --run runs/NAME --benchmark dpg --prompts dpg_bench --images DIR --judge PATH
 
-The pictures are DIR/00000.png and so on, one per line of the prompt file. Existing ones are not drawn again: a stopped
-call goes on where it was. CLIP score and PickScore are cosines of CLIP embeddings, as the paper prints them (without
-PickScore's factor of 100). HPSv2.1, ImageReward and MPS need packages with old dependencies: lab/external_scores.py
-scores DIR in a separate environment, and --scores reads its JSON: {"HPSv2": mean or one score per picture}.
+A stopped call goes on where it was: pictures and judgements are files of DIR, written as soon as they are there. Under
+torchrun the ranks share the work; pictures are the same on any number. CLIP score and PickScore are cosines of CLIP
+embeddings, as the paper prints them (without PickScore's factor of 100). HPSv2.1, ImageReward and MPS need packages
+with old dependencies: lab/external_scores.py scores DIR in a separate environment, and --scores reads its JSON.
 """
 
 import json
 from pathlib import Path
+from statistics import mean
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from engine.errors import UserError
-from engine.picture_folder import picture
-from engine.pictures import read_picture
+from engine import dpg, features, geneval, metrics, picture_folder, stopping
+from engine.detector import Colors, Detector, look
+from engine.distributed import barrier, from_rank_0, gathered
+from engine.judge import Judge
+from engine.pictures import draw, read_picture
+from engine.prompt_set import answer_files, imported, name_of, slug
 
-COLUMNS = ("ImgRwd", "CLIP", "Pick", "HPSv2", "MPS")
-PAPER = {  # Tables 1, 2, 3, 6, 7: COCO-10k; name: (NFE, *COLUMNS, cost = batch x iterations or GPU hours)
-    "SDXL": (100, 0.7143, 0.3295, 0.2265, 0.2865, 11.87, ""),
-    "DMD2-SDXL": (4, 0.8748, 0.3302, 0.2309, 0.2937, 12.41, "128 x 24k"),
-    "Flash-DMD, TTUR1-1k": (4, 0.9509, 0.3292, 0.2322, 0.2968, 12.67, "64 x 1k"),
-    "Flash-DMD, TTUR2-4k": (4, 0.9450, 0.3291, 0.2322, 0.2969, 12.65, "64 x 4k"),
-    "Flash-DMD, TTUR2-8k": (4, 0.9740, 0.3298, 0.2327, 0.2981, 12.71, "64 x 8k"),
-    "Flash-DMD, TTUR5-18k": (4, 0.9426, 0.3302, 0.2319, 0.2982, 12.63, "64 x 18k"),
-    "Flash-DMD, stage 2": (4, 1.0035, 0.3285, 0.2346, 0.2930, 12.84, "12 H20 hours"),
-    "Flash-DMD, 8 steps, TTUR2-3k": (8, 0.9159, 0.3281, 0.2319, 0.2981, 12.60, "48 x 3k"),
-    "Flash-DMD, 8 steps, stage 2, 3k": (8, 1.0012, 0.3299, 0.2338, 0.2986, 12.75, "12 H20 hours"),
-    "SD3-Medium": (28, 1.0173, 0.3301, 0.2273, 0.2933, 12.05, ""),
-    "Flash-DMD on SD3, TTUR2-4k": (4, 1.0193, 0.3269, 0.2285, 0.2976, 12.43, "32 x 4k"),
-}
+COLOR_CLIP = "openai/clip-vit-large-patch14"  # GenEval's
 
 
-def cosine_scores(clip, prompts, folder, batch=64):
-    """metrics.Clip's score of each picture in folder with its prompt: a list."""
-    scores = []
-    for first in tqdm(range(0, len(prompts), batch), desc="scores"):
-        part = prompts[first : first + batch]
-        images = torch.stack([read_picture(picture(folder, first + j)) for j in range(len(part))]).to(clip.device)
-        scores += clip.score(clip.features(images), part).tolist()
-    return scores
+def run(args, asked, made_by, load, clip_path, device, rank, ranks):
+    """Draw and score a PromptSet -> the result as a dict, on rank 0; None on others.
+
+    made_by: what the pictures depend on; load() -> denoiser, prompt encoder, VAE; clip_path: the run's CLIP.
+    Raises UserError.
+    """
+    folder = Path(args.images)
+    answers_from = answer_files(args.scores) if asked.kind == "dpg" else []
+    means, each = imported([path for path in args.scores if path not in answers_from], len(asked.prompts))
+    judged = dpg.read_answers(answers_from[0], asked.items, asked.per_prompt) if answers_from else None
+    draw_missing(args, asked, made_by, load, folder, rank, ranks)
+    files = [[folder / name for name in names] for names in asked.names()]
+
+    result, notes = {}, [[""] * asked.per_prompt for _ in files]
+    columns = {}  # name -> [[score per picture] per prompt]
+    clip = None
+    if args.clip or not asked.kind or asked.kind == "geneval" and args.judge:
+        clip = metrics.Clip(args.clip or (COLOR_CLIP if asked.kind else clip_path), device)
+    if asked.kind == "geneval" and args.judge:
+        result, columns["right"], notes = by_geneval(args, asked, files, clip, device, rank, ranks)
+    if asked.kind == "dpg" and (judged or args.judge):
+        result, columns["DPG"], notes = by_dpg(args, asked, files, judged, device, rank, ranks)
+    elif asked.kind == "dpg" and rank == 0:
+        grids(asked, files, folder / "grids")
+    for column, scorer in {"CLIP": clip, "Pick": args.pick and metrics.Clip(args.pick, device)}.items():
+        if scorer:
+            each[column] = cosine_scores(scorer, asked.prompts, sum(files, []), rank, ranks)
+            means[column] = mean(each[column])
+    columns |= {name: grouped(values, asked.per_prompt) for name, values in each.items()}
+    found = {path: features_of(path, sum(files, []), device, rank, ranks) for path in args.features}
+    if rank:
+        return None
+    for path, values in found.items():
+        result |= spread_and_distance(args, path, *values, asked.per_prompt, folder)
+    prompts = [item["prompt"] for item in asked.items]
+    scores = {"prompts": prompts, "files": asked.names(), "columns": columns, "notes": notes}
+    write_json(folder / "scores.json", scores)
+    if asked.kind:
+        result = {"benchmark": asked.kind} | result
+    result = {"images": args.images, "resolution": made_by["resolution"], **means, **result}
+    result |= {"num": len(asked.items), "seed": args.seed}
+    return result
 
 
-def imported(paths, num):
-    """{column: mean} from the JSON files of --scores. Raises UserError for an unreadable one, or for other pictures."""
+def draw_missing(args, asked, made_by, load, folder, rank, ranks):
+    """Write the pictures that the folder lacks; networks are loaded only for these."""
+
+    def begin():
+        picture_folder.begin(folder, made_by)
+        asked.prepare(folder)
+        return picture_folder.missing(folder, len(asked.prompts), asked.name)
+
+    lacking = from_rank_0(begin)
+    n = len(asked.prompts)
+    if lacking:
+        there = lambda: n - len(picture_folder.missing(folder, n, asked.name))  # noqa: E731
+        stopping.last_words = lambda: f"{there()} of {n} pictures are in {folder}; the same command goes on from there"
+        how = {"ode": args.teacher, "name": asked.name, "lacking": lacking, "part": (rank, ranks)}
+        draw(folder, *load(), asked.prompts, made_by["steps"], args.seed, **how)
+    barrier()
+    if rank == 0:
+        picture_folder.end(folder)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # a judge may need all of it
+    stopping.last_words = lambda: f"all pictures are in {folder}; the same command goes on with their scores"
+
+
+def judgements(judge, asked, files, where, rank, ranks, whole):
+    """judge(item, path) of every picture, [[answer per picture] per prompt]; an item's are kept in where/ID.json.
+
+    whole(item, answers): whether a kept file has all.
+    """
+
+    def kept(item):
+        path = where / f"{item['id']}.json"
+        answers = json.loads(path.read_text()) if path.is_file() else []
+        return answers if len(answers) == asked.per_prompt and whole(item, answers) else None
+
+    def lacking():
+        where.mkdir(parents=True, exist_ok=True)
+        return [i for i, item in enumerate(asked.items) if kept(item) is None]
+
+    mine = from_rank_0(lacking)[rank::ranks]
+    for i in tqdm(mine, desc="judged", unit="prompt", disable=rank > 0):
+        write_json(where / f"{asked.items[i]['id']}.json", [judge(asked.items[i], path) for path in files[i]])
+    barrier()
+    return [kept(item) for item in asked.items]
+
+
+def by_geneval(args, asked, files, clip, device, rank, ranks):
+    """-> the published scores, [[whether right per picture] per prompt], [[what is wrong]]."""
+    detector, colors = Detector(args.judge, device), Colors(clip)
+    names = [args.judge, args.clip or COLOR_CLIP]
+    where = Path(args.images) / "-".join(["detections", *map(slug, names)])
+    see = lambda item, path: look(detector, colors, item, path)  # noqa: E731
+    found = judgements(see, asked, files, where, rank, ranks, lambda item, answers: True)
+    wrong = [[geneval.mistakes(item, seen) for seen in pictures] for item, pictures in zip(asked.items, found)]
+    right = [[not mistakes for mistakes in pictures] for pictures in wrong]
+    result = geneval.scores(asked.items, right) | {"judge": " + ".join(map(name_of, names))}
+    return result, right, [["; ".join(mistakes) for mistakes in pictures] for pictures in wrong]
+
+
+def by_dpg(args, asked, files, judged, device, rank, ranks):
+    """-> both sums, [[share of questions per picture] per prompt], [[questions answered "no"]].
+
+    judged: (name, answers) made elsewhere, or None.
+    """
+    if judged:
+        name, answers = judged
+    else:
+        judge, name = Judge(args.judge, device), name_of(args.judge)
+        where = Path(args.images) / f"answers-{slug(args.judge)}"
+        all_there = lambda item, kept: all(str(q["id"]) in p for p in kept for q in item["questions"])  # noqa: E731
+        found = judgements(judge.look, asked, files, where, rank, ranks, all_there)
+        answers = {
+            item["id"]: [{int(q): dpg.is_yes(p) for q, p in yes.items()} for yes in pictures]
+            for item, pictures in zip(asked.items, found)
+        }
+    fixed, released = dpg.scores(asked.items, answers), dpg.scores_as_released(asked.items, answers)
+    result = {key: fixed[key] for key in ("dpg", "dpg_categories", "dpg_details")} | {"judge": name}
+    result |= {"dpg_released": released["dpg"], "dpg_released_categories": released["dpg_categories"]}
+    result["dpg_released_items"] = len(released["dpg_items"])
+    points, notes = [], []
+    for item in asked.items:
+        questions, pictures = item["questions"], answers[item["id"]]
+        points.append([mean(dpg.zeroed(questions, yes).values()) for yes in pictures])
+        noes = [[q["text"] for q in questions if not yes[q["id"]]] for yes in pictures]
+        notes.append([f"no: {' '.join(texts[:3])}{' ...' if len(texts) > 3 else ''}" * bool(texts) for texts in noes])
+    return result, points, notes
+
+
+def grids(asked, files, where):
+    """Write where/ID.png, four pictures row by row: what DPG-Bench's own program reads."""
+    where.mkdir(exist_ok=True)
+    for item, paths in zip(asked.items, files):
+        images = [Image.open(path) for path in paths[:4]]
+        width, height = images[0].size
+        sheet = Image.new("RGB", (2 * width, 2 * height))
+        for k, image in enumerate(images):
+            sheet.paste(image, (k % 2 * width, k // 2 * height))
+        sheet.save(where / f"{item['id']}.png")
+
+
+def cosine_scores(clip, prompts, files, rank=0, ranks=1, batch=64):
+    """metrics.Clip's score of each picture file with its prompt: a list, on every rank."""
     found = {}
-    for path in paths:
-        try:
-            read_scores = json.loads(Path(path).read_text())
-            scores = {k: v if isinstance(v, list) else [v] for k, v in read_scores.items()}
-            means = {k: sum(map(float, v)) / len(v) for k, v in scores.items()}
-        except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as e:
-            expected = '{"HPSv2": one score per picture, or their mean}'
-            raise UserError(f"--scores {path}: {e} (expected {expected})") from None
-        for name, values in scores.items():
-            if name not in COLUMNS:
-                raise UserError(f"--scores {path}: unknown column {name} (one of {', '.join(COLUMNS)})")
-            if len(values) not in (1, num):
-                raise UserError(f"--scores {path}: {len(values)} scores of {name} for {num} pictures")
-        found |= means
-    return found
+    firsts = range(0, len(prompts), batch)[rank::ranks]
+    for first in tqdm(firsts, desc="scores", disable=rank > 0):
+        part = prompts[first : first + batch]
+        images = torch.stack([read_picture(path) for path in files[first : first + batch]]).to(clip.device)
+        found |= enumerate(clip.score(clip.features(images), part).tolist(), first)
+    found = gathered(found)
+    return [found[i] for i in range(len(prompts))]
 
 
-def table(name, nfe, means, cost=""):
-    """The paper's rows in Markdown, and below them ours. means: {column: mean}."""
-    rows = PAPER | {f"**{name}**": (nfe, *(means.get(c) for c in COLUMNS), cost)}
-    lines = [
-        "| COCO-10k, as the paper prints it | NFE | " + " | ".join(COLUMNS) + " | cost |",
-        "| --- " * (len(COLUMNS) + 3) + "|",
-    ]
-    for title, row in rows.items():
-        lines.append(f"| {title} | " + " | ".join(map(cell, row)) + " |")
-    return "\n".join(lines)
+def features_of(path, files, device, rank, ranks):
+    """-> the encoder of features.encoder, and the features of all picture files (N, d), on every rank."""
+    encode = features.encoder(path, device)
+    mine = range(len(files))[rank::ranks]
+    bar = "features" if rank == 0 else ""
+    some = features.features(encode, [files[i] for i in mine], bar) if mine else []
+    found = gathered({i: row.numpy() for i, row in zip(mine, some)})
+    return encode, torch.from_numpy(np.stack([found[i] for i in range(len(files))]))
 
 
-def cell(value):
-    """A value of the table as text."""
-    if value is None:
-        return ""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+def spread_and_distance(args, path, encode, found, per_prompt, folder):
+    """Diversity with its standard error, where DINO sees several pictures of a prompt; the distance to --real.
+
+    The pictures' own statistics go to folder/SLUG.npz, those of --real to folder/real-SLUG.npz: for later calls.
+    """
+    result = {}
+    if per_prompt > 1 and encode.column == "fd_dino":
+        result["diversity"], result["diversity_error"] = metrics.mean_and_error(
+            metrics.cosine_diversity(found, per_prompt)
+        )
+        result["diversity_by"] = name_of(path)
+    if args.real:
+        real = features.reference(encode, args.real)
+        result |= features.distances(encode, found, real)
+        np.savez(folder / f"real-{slug(path)}.npz", mu=real[1].numpy(), sigma=real[2].numpy())
+    if len(found) > 1:
+        mu, sigma = metrics.gaussian(found)
+        np.savez(folder / f"{slug(path)}.npz", mu=mu.numpy(), sigma=sigma.numpy())
+    return result
+
+
+def grouped(values, n):
+    """A flat list -> lists of n."""
+    return [values[i : i + n] for i in range(0, len(values), n)]
+
+
+def write_json(path, content):
+    """Write a file aside and rename it: a kill leaves none torn."""
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(content) + "\n")
+    aside.rename(path)

@@ -68,6 +68,7 @@ class Config:
     save_every: int = 200  # loops between checkpoints
     keep: int = 2  # checkpoints kept: the newest, and those to go back to
     preview_every: int = 100  # loops between preview pictures; 0 = none
+    watch: str = ""  # a text file of prompts, one per line, scored at previews by CLIP, diversity and the reward model
     log_every: int = 10  # loops between lines of metrics.jsonl
     workers: int = 0  # data-loading processes per rank
     dry_run: bool = False  # print what the run needs (memory, FLOPs, GPU-hours) and end; needs no weights and no GPU
@@ -96,6 +97,8 @@ class Config:
         self.require("gan_crop", self.gan_crop <= self.resolution, "must not be larger than --resolution")
         has_pairs = self.stage != "reward" or self.pairs
         self.require("pairs", has_pairs, "is missing: --stage reward needs a folder of picture pairs")
+        previews = self.preview_every and self.stage != "reward"
+        self.require("watch", not self.watch or previews, "needs previews: --preview-every above 0, --stage 1 or 2")
         if self.size_condition == "original" and (self.prompts or self.data == "toy"):
             raise UserError(
                 "--size-condition original needs pictures with their own captions: give --data, and no --prompts"

@@ -81,6 +81,15 @@ def together(function):
     return result
 
 
+def gathered(found):
+    """The union of every rank's dict, on every rank."""
+    if not dist.is_initialized():
+        return found
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, found)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def total(value):
     """The sum of a tensor over all ranks."""
     if dist.is_initialized():

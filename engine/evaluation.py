@@ -1,46 +1,46 @@
 """evaluate.py's metrics of a student or a teacher on held-out prompts, and the paper's scores on a file of prompts."""
 
+import os
 import time
 from pathlib import Path
-from statistics import mean
 
 from tqdm import tqdm
 
 from diffusion import guided
-from engine import benchmark, data, metrics, picture_folder, stopping
+from engine import benchmark, data, metrics, report
+from engine.distributed import start_process
 from engine.errors import UserError
 from engine.folders import HERE, part_of
 from engine.models import load_denoiser, load_vae
-from engine.pictures import device_of, draw, generate
+from engine.pictures import device_of, generate
+from engine.prompt_set import name_of
 from engine.prompts import load_encoder
 from engine.reward_model import load_reward_model
 
 
-def run(args, student, config, steps, made_by=None):
-    """The metrics that evaluate.py's flags name, as a dict.
+def run(args, student, config, steps, asked=None, made_by=None):
+    """The metrics that evaluate.py's flags name, as a dict; None on other ranks than the first.
 
     student: its checkpoint folder, or None for the teacher; config: the run's settings as a dict; steps: the sampler's;
-    made_by: what the pictures of --prompts depend on. Raises UserError.
+    asked: the PromptSet of --prompts; made_by: what its pictures depend on. Raises UserError.
     """
-    device = device_of(args.device)
-    model = config["model"]
-    encoder = load_encoder(model, config["resolution"], device)
-    vae = load_vae(model, device)
-    clip = metrics.Clip(args.clip or config["clip"], device)
-    teacher = None
-    if student is None or args.reference == "teacher":
-        net = load_denoiser(model, device)
-        net.net.eval()
-        teacher = guided(net, encoder.null(), args.guidance)
-    if student is None:
-        denoiser = teacher
-        nfe = steps * (2 if args.guidance != 1 else 1)
+    rank, ranks = 0, int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        rank, ranks, device = start_process()
     else:
-        denoiser = load_denoiser(model, device, student=student)
-        denoiser.net.eval()
-        nfe = steps
-    if args.prompts:
-        return on_prompts(args, denoiser, encoder, vae, clip, made_by, nfe)
+        device = device_of(args.device)
+    guided_twice = student is None and args.guidance != 1
+    nfe = steps * (2 if guided_twice else 1)
+    if asked:
+        load = lambda: networks(args, student, config, device)[:3]  # noqa: E731
+        result = benchmark.run(args, asked, made_by, load, config["clip"], device, rank, ranks)
+        if result is None:
+            return None
+        result = {"name": name(args, student, config, steps), "nfe": nfe} | result
+        print(report.markdown(report.table([result])))
+        return result
+    denoiser, encoder, vae, teacher = networks(args, student, config, device)
+    clip = metrics.Clip(args.clip or config["clip"], device)
     source = data.source(config["data"], config["resolution"])
     if source.held_out is None:
         raise UserError(f"{config['data']} has no held-out part to evaluate on: give a file of --prompts")
@@ -48,6 +48,29 @@ def run(args, student, config, steps, made_by=None):
     num = 1000 if args.num is None else args.num
     how = {"steps": steps, "num": num, "seed": args.seed, "ode": args.teacher, "nfe": nfe}
     return evaluate(denoiser, encoder, vae, clip, source, reference=args.reference, teacher=teacher, R=R, **how)
+
+
+def networks(args, student, config, device):
+    """-> what draws, the prompt encoder, the VAE, and the guided teacher where it is needed, else None."""
+    model = config["model"]
+    encoder = load_encoder(model, config["resolution"], device)
+    vae = load_vae(model, device)
+    teacher = None
+    if student is None or args.reference == "teacher" and not args.prompts:
+        net = load_denoiser(model, device)
+        net.net.eval()
+        teacher = guided(net, encoder.null(), args.guidance)
+    if student is None:
+        return teacher, encoder, vae, teacher
+    denoiser = load_denoiser(model, device, student=student)
+    denoiser.net.eval()
+    return denoiser, encoder, vae, teacher
+
+
+def name(args, student, config, steps):
+    """The name of a result, in tables and pages."""
+    kind = "" if student else " teacher" if args.teacher else " undistilled"
+    return f"{name_of(student or config['model'])}{kind}, {steps} step{'s' * (steps > 1)}"
 
 
 def reward_of(args, config, device):
@@ -95,23 +118,3 @@ def evaluate(denoiser, encoder, vae, clip, source, steps, num, seed, ode, nfe, r
         "seed": seed,
         "real": {"saturation": metrics.saturation(reals), "contrast": metrics.contrast(reals)},
     }
-
-
-def on_prompts(args, denoiser, encoder, vae, clip, made_by, nfe):
-    """The paper's scores of pictures for a file of prompts, as a dict; prints the paper's rows and ours."""
-    prompts = made_by["prompts"]
-    means = benchmark.imported(args.scores, len(prompts))
-    scorers = {"CLIP": clip}
-    if args.pick:
-        scorers["Pick"] = metrics.Clip(args.pick, clip.device)
-    picture_folder.begin(args.images, made_by)
-    there = lambda: len(prompts) - len(picture_folder.missing(args.images, len(prompts)))  # noqa: E731
-    stopping.last_words = lambda: (
-        f"{there()} of {len(prompts)} pictures are in {args.images}; the same command goes on from there"
-    )
-    draw(args.images, denoiser, encoder, vae, prompts, made_by["steps"], args.seed, ode=args.teacher)
-    picture_folder.end(args.images)
-    for column, scorer in scorers.items():
-        means[column] = mean(benchmark.cosine_scores(scorer, prompts, args.images))
-    print(benchmark.table(made_by["model"], nfe, means))
-    return means | {"nfe": nfe, "num": len(prompts), "seed": args.seed}

@@ -170,7 +170,8 @@ def on_disk(model, part=""):
         weights = [name for name in weights if ".safetensors" in name] or weights
         if not inside:
             raise FileNotFoundError(f"it is neither in the repository nor, offline, in {HF_HUB_CACHE}")
-        kept = weights + [name for name in inside if name.endswith((".json", ".txt")) and not WEIGHTS.fullmatch(name)]
+        small = [name for name in inside if name.endswith((".json", ".txt", ".jinja"))]
+        kept = weights + [name for name in small if not WEIGHTS.fullmatch(name)]
         return snapshot_download(model, allow_patterns=[str(Path(part, name)) for name in kept]), variant
     except Exception as e:
         raise out_of_reach(model, part, e) from None

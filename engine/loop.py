@@ -6,6 +6,7 @@ from engine import checkpoint, data, latent_cache, monitor, run_folder
 from engine.batch import Batch
 from engine.distributed import Ending, from_rank_0
 from engine.errors import UserError
+from engine.watch import Watch
 
 GIVE_UP_AFTER = 10  # loops in a row with a non-finite loss or gradient
 KINDS = {"generator_updates": "G", "rl_updates": "G, RL"}  # the counter of a kind of loop -> the player it counts for
@@ -31,6 +32,7 @@ class Run:
             run_folder.write_config(self.folder, config)
         self.log = monitor.Log(self.folder, rank, config, self.progress)
         self.preview = monitor.Preview(nets, source) if config.preview_every else None
+        self.watch = Watch(nets) if config.watch else None
         if config.cache_latents:
             latent_cache.fill(source, nets.vae, config, rank, nets.ranks)
         self.ending = Ending(nets.latent.device)  # before loader processes fork: they inherit its handler
@@ -110,13 +112,15 @@ class Run:
         return skipped
 
     def draw(self, loop):
-        """A preview picture, the student's diversity, and in stage 2 the held-out scores."""
+        """A preview picture, the student's diversity, in stage 2 the held-out scores, and those of --watch."""
         seen = self.preview.draw(self.folder / f"preview-{loop:06d}.png", self.nets.G, self.rank)
         if self.held_out:
             seen |= self.held_out.look(self.nets.G)
+        if self.watch:
+            seen |= self.watch.look(self.nets.G)
         self.log.write(self.progress, seen)
-        if self.held_out:
-            self.log.warn(self.held_out.warning())
+        for judge in filter(None, (self.held_out, self.watch)):
+            self.log.warn(judge.warning())
 
     def save(self, background):
         """Write a checkpoint, on CUDA in the background (except torchao's moments, which cannot be copied aside)."""

@@ -35,13 +35,20 @@ class Clip:
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
         pixels = ((images + 1) / 2 - self.mean) / self.std
+        return self.embed(pixels)
+
+    def embed(self, pixels):
+        """CLIP's own input (N, 3, side, side) -> the projected image embeddings, not normalised, (N, d)."""
         return torch.cat([self.model.visual_projection(self.model.vision_model(p)[1]) for p in pixels.split(256)])
+
+    def embed_text(self, texts):
+        """Texts -> their projected embeddings, not normalised, (N, d)."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        return self.model.text_projection(self.model.text_model(**tokens)[1])
 
     def score(self, features, prompts):
         """CLIP scores (N,): the cosine of image features (N, d) with those of their N prompts."""
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(features.device)
-        text = self.model.text_projection(self.model.text_model(**tokens)[1])
-        return F.cosine_similarity(features, text)
+        return F.cosine_similarity(features, self.embed_text(prompts))
 
 
 def frechet(a, b):
@@ -49,12 +56,21 @@ def frechet(a, b):
 
     |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a^½ Σ_b Σ_a^½)^½)   (Heusel et al. 2017, on these features).
     """
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    return frechet_of(*gaussian(a), *gaussian(b))
+
+
+def gaussian(features):
+    """Features (N, d) -> their mean (d,) and covariance (d, d), fp64."""
+    features = features.double()
+    return features.mean(0), torch.cov(features.T)
+
+
+def frechet_of(mean_a, cov_a, mean_b, cov_b):
+    """The Fréchet distance of two Gaussians; means (d,), covariances (d, d), fp64."""
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
 def precision_recall(fake, real, k=3):
@@ -90,3 +106,20 @@ def diversity(images, per_prompt):
     groups = ((images + 1) / 2).flatten(1).unflatten(0, (-1, per_prompt))
     pairs = torch.triu_indices(per_prompt, per_prompt, 1)
     return (groups[:, pairs[0]] - groups[:, pairs[1]]).square().mean().sqrt().item()
+
+
+def cosine_diversity(features, per_prompt):
+    """D = 1 - 2/(N(N-1)) Σ_{i<j} cos(f_i, f_j) of each prompt's N pictures, unbiased for any N >= 2 -> (groups,), fp64.
+
+    features: groups of N = `per_prompt` >= 2 in a row, (groups x N, d). The sum of the cosines is
+    (‖Σ_i f_i/‖f_i‖‖² - N) / 2.
+    """
+    n = per_prompt
+    sums = F.normalize(features.double(), dim=-1).unflatten(0, (-1, n)).sum(1)
+    return 1 - (sums.square().sum(-1) - n) / (n * (n - 1))
+
+
+def mean_and_error(values):
+    """The mean of a tensor (N,) and its standard error, None for a single value."""
+    error = (values.double().std() / len(values) ** 0.5).item() if len(values) > 1 else None
+    return values.double().mean().item(), error

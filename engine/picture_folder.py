@@ -1,7 +1,7 @@
 """A folder of pictures for a list of prompts, drawn in one go or in several. Nothing here loads torch.
 
 DIR/settings.json      what the pictures depend on, their prompts among it
-DIR/00000.png ...      one per prompt, written when it is drawn
+DIR/00000.png ...      one per prompt, written when it is drawn (engine/prompt_set.py: other names)
 DIR/lock               of engine/locks.py, held while they are drawn
 """
 
@@ -13,14 +13,19 @@ from engine.folders import check_writable
 from engine.locks import check_free, lock, unlock
 
 
-def picture(folder, i):
+def numbered(i):
+    """The name of the i-th picture in its folder."""
+    return f"{i:05d}.png"
+
+
+def picture(folder, i, name=numbered):
     """The file of the i-th picture."""
-    return Path(folder) / f"{i:05d}.png"
+    return Path(folder) / name(i)
 
 
-def missing(folder, n):
+def missing(folder, n, name=numbered):
     """Which of the pictures 0 .. n - 1 are not there."""
-    return [i for i in range(n) if not picture(folder, i).is_file()]
+    return [i for i in range(n) if not picture(folder, i, name).is_file()]
 
 
 def settings_of(folder, flag):

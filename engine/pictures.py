@@ -43,24 +43,42 @@ def generate(denoiser, encoder, vae, prompts, steps, seed, first=0, batch=None, 
     return torch.cat(pictures)
 
 
-def draw(folder, denoiser, encoder, vae, prompts, steps, seed, batch=None, size=None, ode=False):
+def draw(folder, denoiser, encoder, vae, prompts, steps, seed, batch=None, size=None, ode=False, **share):
     """Write the pictures of `prompts` that a picture folder lacks, each batch when it is drawn -> how many there were.
 
-    Memory does not grow with the prompts. Raises UserError where a picture cannot be written.
+    Memory does not grow with the prompts. share: of `lacking_batches`. Raises UserError where a picture cannot be
+    written.
     """
     batch = batch or at_once(*(size or (encoder.size, encoder.size)))
-    lacking = set(picture_folder.missing(folder, len(prompts)))
+    name = share.get("name", picture_folder.numbered)
+    todo = lacking_batches(folder, len(prompts), batch, **share)
+    n = sum(map(len, todo.values()))
     how = {"batch": batch, "size": size, "ode": ode}
-    with tqdm(total=len(prompts), initial=len(prompts) - len(lacking), desc="pictures", unit="picture") as progress:
-        for first in sorted({i // batch * batch for i in lacking}):
+    bar = {"desc": "pictures", "unit": "picture", "disable": share.get("part", (0, 1))[0] > 0}
+    with tqdm(total=len(prompts), initial=len(prompts) - n, **bar) as progress:
+        for first, lacking in todo.items():
             # the whole batch, also for one picture: the same to the bit as in a call that was not stopped
             words = prompts[first : first + batch]
             images = generate(denoiser, encoder, vae, words, steps, seed, first=first, **how)
-            for i, image in enumerate(images, first):
-                if i in lacking:
-                    write_picture(picture_folder.picture(folder, i), image)
-                    progress.update()
-    return len(lacking)
+            for i in lacking:
+                write_picture(picture_folder.picture(folder, i, name), images[i - first])
+            progress.update(len(lacking))
+    return n
+
+
+def lacking_batches(folder, n, batch, name=picture_folder.numbered, lacking=None, part=(0, 1)):
+    """{first picture of a batch: its pictures that are lacking}, those of one rank.
+
+    name: that of a picture; lacking: which are, by default those that are not there; part: (rank, ranks).
+    """
+    lacking = picture_folder.missing(folder, n, name) if lacking is None else lacking
+    rank, ranks = part
+    mine = sorted({i // batch for i in lacking})[rank::ranks]
+    todo = {b * batch: [] for b in mine}
+    for i in lacking:
+        if i // batch * batch in todo:
+            todo[i // batch * batch].append(i)
+    return todo
 
 
 def write_picture(path, image):

@@ -47,6 +47,8 @@ def look(config):
         layouts.check(config.data)
     if config.prompts:
         text.prompts(config.prompts)
+    if config.watch:
+        text.prompts(config.watch, "--watch")
     if config.method == "flash" and config.gan_weight and config.stage != "reward" and not config.sam.endswith(".pth"):
         folder(config.sam, "config.json", "image_encoder.safetensors", hub=False)
     if config.stage == 2:

@@ -42,13 +42,13 @@ def lines(path):
     return [(number, line) for number, line in found if is_text(line)]
 
 
-def prompts(path):
+def prompts(path, flag="--prompts"):
     """The prompts in a file, one per line. Raises UserError for a file that is missing, empty or not text."""
     if not os.path.isfile(path):
-        raise UserError(f"--prompts {path}: no such file (a text file, one prompt per line)")
+        raise UserError(f"{flag} {path}: no such file (a text file, one prompt per line)")
     found = [line for _, line in lines(path)]
     if not found:
-        raise UserError(f"--prompts {path} holds no prompt (one per line)")
+        raise UserError(f"{flag} {path} holds no prompt (one per line)")
     return found
 
 

@@ -74,11 +74,13 @@ def main():
         usage = f"usage: external_scores.py {'|'.join(scorers)} DIR [the checkpoint of mps]"
         sys.exit(f"{usage}, with DIR the --images folder of evaluate.py")
     folder = Path(folder)
-    prompts = json.loads((folder / "settings.json").read_text())["prompts"]
+    settings = json.loads((folder / "settings.json").read_text())
+    prompts = settings["prompts"]
+    names = settings.get("files") or [f"{i:05d}.png" for i in range(len(prompts))]
     column, score = scorers[kind]()
     scores = []
     for i, prompt in enumerate(prompts):
-        scores.append(score(folder / f"{i:05d}.png", prompt))
+        scores.append(score(folder / names[i], prompt))
         if i % 100 == 0:
             print(f"{i} of {len(prompts)}", flush=True)
     out = folder / f"{kind}.json"

@@ -117,3 +117,88 @@ def small_toys(tmp_path_factory):
         torch.manual_seed(0)
         PARTS[part].from_config(config).save_pretrained(folder / name / part)
     return {name: str(folder / name) for name in SMALL}
+
+
+@pytest.fixture(scope="session")
+def mask2former(tmp_path_factory):
+    """A folder with a small Mask2Former of random weights that sees clocks, and the network."""
+    import torch
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+    torch.manual_seed(0)
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    swin = SwinConfig(embed_dim=8, depths=[1, 2, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, out_features=stages)
+    sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "num_attention_heads": 4}
+    sizes |= {"encoder_layers": 2, "decoder_layers": 3, "encoder_feedforward_dim": 48, "dim_feedforward": 64}
+    net = Mask2FormerForUniversalSegmentation(
+        Mask2FormerConfig(backbone_config=swin, num_queries=10, num_labels=80, **sizes)
+    ).eval()
+    for p in net.parameters():  # biases begin at 0 and norms at 1: a swap would not show
+        p.data += 0.05 * torch.randn_like(p)
+    net.class_predictor.bias.data[74] += 9  # "clock"
+    folder = tmp_path_factory.mktemp("mask2former")
+    net.save_pretrained(folder)
+    return folder, net
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory):
+    """A folder with a small Qwen3-VL of random weights, its processor and a chat template of our own."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import (
+        Qwen2TokenizerFast,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+    )
+
+    folder = tmp_path_factory.mktemp("vlm")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    special += ["<|image_pad|>", "<|video_pad|>"]
+    vocab = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
+    merges = [("y", "e"), ("ye", "s"), ("n", "o"), ("Ġ", "yes"), ("Ġ", "no"), ("Y", "e"), ("Ye", "s"), ("N", "o")]
+    merges += [("Ġ", "Yes"), ("Ġ", "No")]
+    for pair in merges:
+        vocab["".join(pair)] = len(vocab)
+    tokenizer = Qwen2TokenizerFast(vocab=vocab, merges=merges, extra_special_tokens=special, pad_token=special[0])
+    token = tokenizer.convert_tokens_to_ids
+    image = Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=64 * 64)
+    video = Qwen2VLVideoProcessor(patch_size=16)
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    Qwen3VLProcessor(image, tokenizer, video, chat_template=template).save_pretrained(folder)
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    ids = {f"{name}_token_id": token(f"<|{word}|>") for name, word in [("image", "image_pad"), ("video", "video_pad")]}
+    ids |= {f"vision_{end}_token_id": token(f"<|vision_{end}|>") for end in ("start", "end")}
+    torch.manual_seed(0)
+    net = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
+    for p in net.parameters():
+        p.data += 0.2 * torch.randn_like(p)  # else all answers are alike
+    net.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def dino(tmp_path_factory):
+    """A folder with a small DINOv2 of random weights."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    folder = tmp_path_factory.mktemp("dino")
+    net = Dinov2Model(Dinov2Config(**small))
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    net.save_pretrained(folder)
+    return str(folder)

@@ -25,7 +25,7 @@ import evaluate
 import export
 import sample
 import train
-from engine import benchmark, checkpoint, config, data, decode, folders, monitor, pictures, run_folder, safe_load
+from engine import checkpoint, config, data, decode, folders, monitor, pictures, report, run_folder, safe_load
 from engine.batch import Batch
 from engine.errors import UserError
 from engine.flags import parse
@@ -558,8 +558,9 @@ def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
     ]:
         status, line = call(evaluate.main, capsys, *flags, *extra)
         assert status == 2 and words in line
-    table = benchmark.table("ours", 4, {"CLIP": 0.5}).splitlines()
-    assert table[-1] == "| **ours** | 4 |  | 0.5000 |  |  |  |  |" and any(
+    result = {"name": "ours", "nfe": 4, "CLIP": 0.5}
+    table = report.markdown(report.table([result])).splitlines()
+    assert table[-1] == "| **ours** | 4 |  | 0.5000 |  |  |  |" and any(
         line.startswith("| DMD2-SDXL | 4 | 0.8748 | 0.3302 |") for line in table
     )
 

@@ -164,10 +164,13 @@ def test_frozen_networks_stay_bit_identical(flags):
 
 
 def test_a_run_saves_its_student_and_draws_previews(small_toys, tmp_path):
-    """The newest checkpoint's unet/ is G of its state/; previews at every second loop, and at the end."""
+    """The newest checkpoint's unet/ is G of its state/; previews and --watch at every second loop, at the end."""
+    (tmp_path / "watch.txt").write_text("a red circle\n")
     settings = SMALL | {"preview_every": 2, "gan_weight": 0, "batch_size": 1, "model": small_toys["sdxl"]}
+    settings["watch"] = str(tmp_path / "watch.txt")
     run = train.train(Config(**settings, out=str(tmp_path / "run")))
     assert [p.name for p in sorted(run.glob("*.png"))] == ["preview-000002.png", "preview-000003.png"]
+    assert [line["loops"] for line in metrics_of(run) if line.get("watch_diversity", 0) > 0] == [2, 3]
     dcp_to_torch_save(run_folder.newest(run) / "state", tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)["G"]["model"]
     saved = student(run)
