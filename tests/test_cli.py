@@ -390,6 +390,7 @@ def test_without_a_run_the_shipped_student_draws(run, capsys, tmp_path, monkeypa
     shutil.copy(run / "config.json", shipped)
     monkeypatch.chdir(tmp_path)
     prompt = ["--prompt", "a red circle"]
+    monkeypatch.setattr(run_folder, "SHIPPED", tmp_path / "none")
     assert "no run with a checkpoint" in call(sample.main, capsys, *prompt)[1]
     monkeypatch.setattr(run_folder, "SHIPPED", shipped)
     for dtype, out in (("bf16", "half"), ("fp32", "shipped")):
