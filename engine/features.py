@@ -58,6 +58,7 @@ class Inception:
         if not Path(path).is_file():
             raise UserError(f"--features {path}: no such file (torch-fidelity's Inception weights)")
         try:
+            torch.load(path, map_location="cpu", weights_only=True)  # the package would run what a pickle says
             net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
         except Exception as e:  # torch.load's and load_state_dict's
             raise UserError(f"cannot read Inception's weights in {path}: {first_line(e)}") from None

@@ -5,13 +5,17 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import evaluate
 from engine import features, geneval, metrics
-from engine.pictures import read_picture
+from engine.errors import UserError
+from engine.pictures import read_picture, to_pil
+from toy import world
 
 ENTRIES = [
     {"tag": "single_object", "include": [{"class": "clock", "count": 1}], "prompt": "a photo of a clock"},
@@ -192,3 +196,35 @@ def test_mistakes(argv, why, small_toys, tmp_path, capsys):
         evaluate.main([*argv, "--model", small_toys["sdxl"]])
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert e.value.code == 2 and err.startswith("error: ") and why.replace("DIR", str(tmp_path)) in err
+
+
+def test_fid_is_of_inceptions_features(tmp_path, monkeypatch):
+    """Of torch-fidelity's own network with random weights: its features, and a distance to saved statistics."""
+    path = tmp_path / "inception.pth"
+    torch.save({}, path)
+    with monkeypatch.context() as patched:
+        patched.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
+        net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+    torch.save(net.state_dict(), path)
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    images = [world.render(world.scene(i, "test")[0]) for i in range(3)]
+    for file, image in zip(files, images):
+        to_pil(image).save(file)
+    encode = features.encoder(path)
+    found = features.features(encode, files, bar="")
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
+    with torch.no_grad():
+        torch.testing.assert_close(found, net.eval()(pixels)[0].float(), atol=1e-5, rtol=1e-4)
+    mean, covariance = metrics.gaussian(found)
+    np.savez(tmp_path / "real.npz", mu=mean + 1, sigma=covariance)
+    distance = features.distances(encode, found, features.reference(encode, tmp_path / "real.npz"))
+    assert distance == {"fid": pytest.approx(2048, rel=1e-3)}  # the means are 1 apart in each of 2048 numbers
+
+    class Harmful:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "touched",)
+
+    torch.save({"weights": Harmful()}, path)
+    with pytest.raises(UserError, match="cannot read Inception's weights"):
+        features.encoder(path)
+    assert not (tmp_path / "touched").exists()
