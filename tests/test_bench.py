@@ -30,7 +30,7 @@ def test_rollouts_are_those_of_iterations(dm_steps):
 
 def test_bench_as_a_command():
     """The toy with random pictures: the printed sum is that of the rows, the rates follow from the printed times."""
-    argv = [sys.executable, "-m", "lab.bench", "--size", "toy", "--batch-size", "1", "--loops", "2", "--repeats", "1"]
+    argv = [sys.executable, "-m", "lab.bench", "--size", "toy", "--batch-size", "1", "--loops", "4", "--repeats", "1"]
     done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = dict(re.findall(r"^\| (.+?) \| .*?([\d.]+) \|$", done.stdout, re.M))
