@@ -7,7 +7,7 @@ import time
 
 from engine.models import load_denoiser
 from engine.run_folder import newest, saved_settings
-from toy.fit import HERE, report
+from toy.fit import HERE, forget_path, report
 
 STAGE_2 = ("--rl-ratio", "2", "--iterations", "240")
 OF_THE_RUN = (
@@ -30,6 +30,7 @@ def build_student():
     folder = HERE / "student"
     settings = {k: v for k, v in saved_settings(two).items() if k not in OF_THE_RUN}
     load_denoiser("toy/sdxl", student=newest(two)).net.half().save_pretrained(folder / "unet")
+    forget_path(folder)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     scores = json.loads(measured.read_text())
     reached = {k: scores[k] for k in ("prompt_accuracy", "frechet", "reward")}
