@@ -15,6 +15,7 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.flags import Parser, at_least, fail
+from engine.run_folder import newest
 
 STAGE_1 = "--batch-size 8 --iterations 200 --lr 8e-5 --fake-lr 5e-4 --gan-crop 32 --preview-every 200"
 STAGE_2 = "--iterations 45 --lr 2e-5 --fake-lr 2e-4 --gan-crop 32 --rl-ratio 2 --preview-every 45"
@@ -31,28 +32,34 @@ class Step:
     part: float
 
 
-def steps(out):
+def steps(out, seed=0):
     """The demo's commands in order. The parts of the time are those on two AVX2 cores."""
     out, two = shlex.quote(out), shlex.quote(f"{out}-stage2")
+    both = f"--seed {seed} --overwrite"
     evaluated = f"--steps 4 --num {EVALUATED} --json"
     return [
-        Step("stage 1: distribution matching and Pixel-GAN", "train.py", f"--stage 1 --out {out} {STAGE_1}", 0.5),
+        Step(
+            "stage 1: distribution matching and Pixel-GAN", "train.py", f"--stage 1 --out {out} {STAGE_1} {both}", 0.5
+        ),
         Step("the student of stage 1", "evaluate.py", f"--run {out} {evaluated} {out}/metrics.json", 0.07),
-        Step("stage 2: reinforcement joins", "train.py", f"--stage 2 --init {out} --out {two} {STAGE_2}", 0.34),
+        Step("stage 2: reinforcement joins", "train.py", f"--stage 2 --init {out} --out {two} {STAGE_2} {both}", 0.34),
         Step("the student of stage 2", "evaluate.py", f"--run {two} {evaluated} {two}/metrics.json", 0.07),
         Step("its pictures", "sample.py", f"--steps 4 --run {two} --out {two}/samples", 0.02),
     ]
 
 
-def run(step, seed):
-    """Run one command in this process."""
+def run(step):
+    """Run one command in this process. Raises UserError for a training run that was stopped."""
     import evaluate
     import sample
     import train
 
     argv = shlex.split(step.flags)
     if step.script == "train.py":
-        train.train(train.read([*argv, "--seed", str(seed), "--overwrite"]))
+        config = train.read(argv)
+        made = newest(train.train(config))
+        if json.loads((made / "progress.json").read_text())["loops"] < config.iterations:
+            raise UserError(f"stopped; what is done is in {config.out}")
     else:
         {"evaluate.py": evaluate.main, "sample.py": sample.main}[step.script](argv)
 
@@ -82,13 +89,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     began = time.time()
     done = 0.0
-    plan = steps(args.out)
+    plan = steps(args.out, args.seed)
     try:
         for n, step in enumerate(plan, 1):
             spent = time.time() - began
             left = f"; about {minutes(spent * (1 - done) / done)} left" if done else ""
             print(f"\n[{n}/{len(plan)}] {step.name}{left}\n      python {step.script} {step.flags}", flush=True)
-            run(step, args.seed)
+            run(step)
             done += step.part
         print(f"\nboth stages in {minutes(time.time() - began)}", *report(args.out), sep="\n")
     except UserError as e:

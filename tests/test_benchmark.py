@@ -1,6 +1,5 @@
 """evaluate.py on GenEval- and DPG-shaped prompt files, end to end: layout, resuming, ranks, scores, the report."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dpg_table import write_csv
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -123,12 +123,7 @@ def test_report_of_two(drawn, capsys):
 
 @pytest.fixture
 def dpg_files(tmp_path):
-    with (tmp_path / "dpg_bench.csv").open("w", newline="") as file:
-        out = csv.writer(file)
-        columns = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple"
-        out.writerow([*columns.split(","), "question_natural_language"])
-        for item, number, dependency, form in ROWS:
-            out.writerow([item, f"the {item}", "", number, dependency, "", "", form, f"Is it {form}?"])
+    write_csv(tmp_path / "dpg_bench.csv", ROWS)
     return tmp_path
 
 

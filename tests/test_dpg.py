@@ -1,11 +1,11 @@
 """DPG-Bench: the dependency graph and its two sums, answers made elsewhere, a judge that is a vision-language model."""
 
-import csv
 import json
 
 import numpy as np
 import pytest
 import torch
+from dpg_table import write_csv
 from PIL import Image
 
 from engine import dpg
@@ -22,19 +22,9 @@ QUESTIONS = [  # item, id, dependency, tuple
 ]
 
 
-def write_csv(path, questions=QUESTIONS):
-    with path.open("w", newline="") as file:
-        out = csv.writer(file)
-        columns = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple"
-        out.writerow([*columns.split(","), "question_natural_language"])
-        for item, number, dependency, form in questions:
-            out.writerow([item, f"the {item},\nso to say", "", number, dependency, "", "", form, f"Is it {form}?"])
-    return path
-
-
 @pytest.fixture
 def items(tmp_path):
-    return dpg.read(write_csv(tmp_path / "dpg_bench.csv"))
+    return dpg.read(write_csv(tmp_path / "dpg_bench.csv", QUESTIONS))
 
 
 def yes(*answers):
@@ -84,7 +74,7 @@ def test_the_published_folder(tmp_path):
     assert [i["prompt"] for i in dpg.read(tmp_path, questions=False)] == ["A cat.", "A dog."]
     with pytest.raises(UserError, match="dpg_bench.csv"):
         dpg.read(tmp_path)
-    write_csv(tmp_path / "dpg_bench.csv")
+    write_csv(tmp_path / "dpg_bench.csv", QUESTIONS)
     assert [i["prompt"] for i in dpg.read(tmp_path)] == ["A cat.", "the second,\nso to say"]
     assert [q["text"] for q in dpg.read(tmp_path)[1]["questions"]][1] == "Is it global - (night)?"
 

@@ -10,15 +10,7 @@ from engine.run_folder import newest, saved_settings
 from toy.fit import HERE, forget_path, report
 
 STAGE_2 = ("--rl-ratio", "2", "--iterations", "240")
-OF_THE_RUN = (
-    "preset",
-    "out",
-    "init",
-    "resume",
-    "overwrite",
-    "workers",
-    "keep",
-)  # settings that say nothing of a student
+OF_THE_RUN = "preset out init resume overwrite workers keep".split()  # settings that say nothing of a student
 
 
 def build_student():
