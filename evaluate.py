@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from engine import base_model, picture_folder, prompt_set, report, run_folder
-from engine.config import Config
+from engine.config import TIMESTEPS, Config
 from engine.errors import UserError
 from engine.flags import Parser, at_least, device, fail, finite
 from engine.folders import check_writable
@@ -35,7 +35,7 @@ def flags(argv=None):
     )
     add(
         "--steps",
-        type=at_least(1),
+        type=at_least(1, TIMESTEPS),
         help="sampling steps (default: the student's, 50 for --teacher, 4 for --undistilled)",
     )
     add("--loops", type=at_least(1), help="--run: the checkpoint of this loop (default: the newest)")

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from engine import base_model, picture_folder, run_folder, stopping
+from engine.config import TIMESTEPS
 from engine.errors import UserError
 from engine.flags import Parser, at_least, device, fail, size
 from engine.folders import check_size
@@ -23,7 +24,7 @@ def flags(argv=None):
     """The command line, read. Exits with status 2 and one line on a bad flag."""
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--steps", type=at_least(1), help="sampling steps (default: what the student was trained for)")
+    add("--steps", type=at_least(1, TIMESTEPS), help="sampling steps (default: what the student was trained for)")
     add("--run", default="", help="run folder (default: the newest under runs/)")
     add("--model", help="pipeline folder of encoders, VAE and schedule (default: the run's)")
     add("--prompt", nargs="+", help="one or more prompts")
@@ -140,7 +141,7 @@ def save_grid(out, prompts, steps):
         shown += [torch.ones_like(shown[0])] * (-len(shown) % 8)
     rows = torch.stack(shown).split(8)
     labels = prompts[:8] if len(rows) == 1 else ()
-    pictures.save_grid(out / "grid.png", list(rows), [f"{steps} steps"] * len(rows), labels)
+    pictures.save_grid(out / "grid.png", list(rows), [pictures.in_steps(steps)] * len(rows), labels)
 
 
 def main(argv=None):

@@ -18,7 +18,7 @@ import score_estimator
 from diffusion import backward_simulation, guided, noise_to_step, randn, sample_generators, sample_ode
 from engine import metrics
 from engine.errors import UserError
-from engine.pictures import generate, save_grid
+from engine.pictures import generate, in_steps, save_grid
 
 
 class Means(dict):
@@ -80,7 +80,7 @@ class Preview:
         rollouts = (self.rollout(denoiser, self.c, "preview", columns) for denoiser in earlier.values())
         self.earlier = [self.vae.decode(x_0) for x_0 in rollouts]
         few_step = (*earlier, f"stage {nets.config.stage}")
-        self.labels = [*(f"{name}, {len(self.S)} steps" for name in few_step), "teacher, 50 steps"]
+        self.labels = [*(f"{name}, {in_steps(len(self.S))}" for name in few_step), "teacher, 50 steps"]
 
     def generators(self, purpose, n):
         return sample_generators(self.seed, 0, range(n), purpose)

@@ -75,18 +75,25 @@ class Networks:
             p.grad = None
 
     def pace(self, loop, factor=1.0):
-        """Set a loop's learning rates by --lr-schedule, times `factor`: G's (RL's too) and the score estimator's."""
+        """Set a loop's learning rates: all rise by --warmup.
+
+        G's (RL's too) and the score estimator's fall by --lr-schedule too, and are multiplied by `factor`.
+        """
         config = self.config
+        warm = min(1.0, loop / config.warmup) if config.warmup else 1.0
+        factor = factor * warm
         if config.lr_schedule == "linear":
             factor = factor * (1 - (loop - 1) / config.iterations)
-        for name, rate in (("G", config.lr), ("fake", config.fake_lr), ("G, RL", config.rl_lr)):
+        rates = {"G": config.lr * factor, "fake": config.fake_lr * factor, "G, RL": config.rl_lr * factor}
+        rates |= {name: self.trained[name][1] * warm for name in self.trained if name not in rates}
+        for name, rate in rates.items():
             if name not in self.players:
                 continue
             for group in self.players[name][1].param_groups:
                 if torch.is_tensor(group["lr"]):  # torchao's
-                    group["lr"].fill_(rate * factor)
+                    group["lr"].fill_(rate)
                 else:
-                    group["lr"] = rate * factor
+                    group["lr"] = rate
 
     def like(self, batch):
         """A tensor of the shape of a batch's latents, (B, C, h, w); its values are undefined."""

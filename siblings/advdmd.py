@@ -55,6 +55,9 @@ class Settings(dmd2.Settings):
         self.require("rl_after", self.rl_after >= 0, "must not be negative")
         self.require("rl_gate", 0 <= self.rl_gate <= 1, "must lie in [0, 1]")
         self.require("judge", self.gan_weight or not self.judge, "needs a --gan-weight")
+        if self.gan_weight and self.student_steps == 1:
+            why = "the last step has no density to reinforce"
+            raise UserError(f"--method advdmd needs --student-steps of at least 2: {why} (--gan-weight 0: no RL)")
 
     def per_rank(self, ranks):
         samples = super().per_rank(ranks)

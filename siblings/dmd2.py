@@ -9,6 +9,7 @@
 As the paper describes it (3.1, 3.2): DM loss at every student step, TTUR 5, no EMA pull. The GAN weights are DMD2's.
 NOTE: the paper prints ascent directions, and Eq. 7's second term as -log D(x). They stand for the logistic losses here.
 NOTE: Eq. 5 uses the DM loss's t (from --renoise) and noise; Eq. 7 uses Eq. 6's t (from the whole range) and noise.
+NOTE: DMD2's code clips the gradients of ψ and head together; here ψ's alone are clipped.
 ASSUMPTION: the head (strided convolutions, group norm, SiLU) is ours; DMD2's paper says only where it sits.
 """
 

@@ -6,7 +6,8 @@
     RL       L = L_DMD + w E max(0, m - R(x_s))         from update K on; gradient through the one step x = G_θ(x_τ, τ)
 
     k        generator updates so far;  K, r_0, w, m: --dynamic, --real-scale, --reward-weight, --reward-margin
-    x_s      x noised to the next student step s, for the latent reward model; x itself for a reward of pictures
+    x_s      x noised to the next student step s, for the latent reward model; x itself for a reward of pictures.
+             The last step has no next: s is that step itself, and with one step t = 1
 
 The target of distillation starts near the student and moves to the teacher. The reward loss starts once the two are
 close; from then on the learning rates are halved. The schedules are those of the authors' public demo, which is
@@ -115,10 +116,12 @@ def reward_at(nets, batch, i, eps):
     """R as a function of the clean estimate x at student step i: CLIP's score of the picture, or the reward model's.
 
     The latent reward model sees x noised by eps to the next student step (from the last one, to the last one).
+    ASSUMPTION: with one step, whose noise hides x, it sees x at t = 1, where it scores finished latents.
     """
     if nets.config.reward == "clip":
         return lambda x: nets.R.score(nets.R.features(nets.vae.decode(x)), batch.prompts)
-    s = times(nets.S[min(i + 1, len(nets.S) - 1)], eps)
+    S = nets.S
+    s = times(S[min(i + 1, len(S) - 1)] if len(S) > 1 else torch.ones_like(S[0]), eps)
     c_R = nets.R.encoder.encode(batch.prompts)
     return lambda x: nets.R(add_noise(nets.G.schedule, x, s, eps), s, c_R)
 

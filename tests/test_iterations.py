@@ -16,7 +16,7 @@ from siblings import advdmd, dmdr
 from toy import world
 
 PROMPTS = ["a large red circle", "a small blue ring"]
-LAST = 3
+LAST = -1
 
 
 class Still(Networks):
@@ -44,6 +44,7 @@ def scene(*flags, prompts=PROMPTS, i=1, k=0):
     for name, p in nets.fake.net.named_parameters():
         if "lora_B" in name:
             p.data.normal_(std=0.05)
+    i %= len(nets.S)
     loop = next(n for n in range(1, 100) if dmd.student_step(nets.S, config.dm_steps, config.seed, n) == i)
     pictures = torch.stack([world.render(world.scene(j)[0]) for j in range(len(prompts))])
     batch = Batch(pictures, list(prompts), nets.encoder.encode(prompts), list(range(len(prompts))), loop)
@@ -80,7 +81,13 @@ METHODS = {
         4,
     ),
 }
+ONE_STEP = {
+    "pixel, one step": (["--gan-weight", "0.5", "--student-steps", "1"], 0),
+    "reward, one step": ([*METHODS["reward"][0], "--student-steps", "1"], 4),
+}
 CASES = [*((method, 1) for method in METHODS), ("pixel", LAST), ("pixel-a", LAST), ("reward", LAST)]
+CASES += [(method, LAST) for method in ONE_STEP]
+METHODS |= ONE_STEP
 
 
 @pytest.mark.parametrize("method, i", CASES)
@@ -96,7 +103,7 @@ def test_gradients_of_an_iteration(method, i):
     generators = lambda purpose: sample_generators(0, batch.loop, range(2), purpose)  # noqa: E731
 
     rollout, noise, cold = generators("rollout"), generators("renoise"), method.endswith("cold start")
-    x_i = rolled(nets, c, i, rollout)
+    x_i = rolled(nets, c, i % len(S), rollout)
     x = G(x_i, times(S[i], x_i), c)
     u = dmdr.noise_level(noise, k, 4) if cold else rand(noise, x.device)
     t = schedule.t_at(0.02 + 0.96 * u)
@@ -112,8 +119,8 @@ def test_gradients_of_an_iteration(method, i):
     logit = lambda y, t, eps: D(fake.with_features(add_noise(schedule, y, t, eps), t, c)[1])  # noqa: E731
     if method == "dmd2":
         L = L + 0.5 * F.softplus(-logit(x, t, eps)).mean()
-    if method == "reward":
-        s = times(S[2 if i == 1 else LAST], x)
+    if method.startswith("reward"):
+        s = times(torch.tensor(1) if "one step" in method else S[2 if i == 1 else LAST], x)
         scores = nets.R(add_noise(schedule, x, s, eps), s, nets.R.encoder.encode(PROMPTS))
         L = L + 5 * (20 - scores).clamp(min=0).mean()
     if method == "clip reward":

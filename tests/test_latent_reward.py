@@ -377,6 +377,18 @@ def test_preference_in_micro_batches(first, small):
     assert runs[0][0]["implicit_accuracy"] == 0 < runs[0][1]["implicit_accuracy"]
 
 
+@pytest.mark.parametrize("K, judged, thresholds, kept", [(2, 1, 0.0, 1), (3, 2, (0.0, 0.999), 0.5), (4, 2, 0.0, 1)])
+def test_the_noisiest_steps_are_judged(K, judged, thresholds, kept, first, small, monkeypatch):
+    """min(2, K - 1) of K steps, each pair by its own step's threshold; the last step has no density."""
+    nets = networks(Config(**after(first), reward=str(small[0]), **FEW))
+    nets.config.student_steps, nets.config.pair_threshold, nets.S = K, thresholds, nets.G.schedule.steps(K)
+    seen = []
+    pair_terms = latent_reward.pair_terms
+    monkeypatch.setattr(latent_reward, "pair_terms", lambda *a: seen.append(a[5:7]) or pair_terms(*a))
+    logged = train.prefer(nets, batch(nets, loop=1))
+    assert seen == list(zip(nets.S, nets.S[1:]))[:judged] and logged["kept_pairs"] == kept
+
+
 def test_a_reward_run_ends_on_sigterm(preferences, tmp_path, monkeypatch):
     """SIGTERM while its second loop loads: --stage reward saves after that loop and leaves."""
     load = Pairs.__getitem__

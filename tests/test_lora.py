@@ -123,14 +123,32 @@ def pixels(image):
     return np.array(image).astype(int)
 
 
-def drawn(model, student):
+@pytest.mark.parametrize("base", ["sdxl", "sd3"])
+def test_cards_of_any_number_of_steps_draw_our_pictures(base, small_toys, tmp_path):
+    """A one-step student trains, and its export's code draws our picture; so does that of the student in K steps."""
+    model = small_toys[base]
+    flags = (
+        f"--model {model} --student-steps 1 --iterations 1 --batch-size 2 --gan-weight 0 --preview-every 1 --lr 1e-3"
+    )
+    made = train.train(train.read([*flags.split(), "--out", str(tmp_path / "run")]))
+    settings = json.loads((made / "config.json").read_text())
+    seen = []
+    for K in (1, 2, 3, 4, 8):
+        (made / "config.json").write_text(json.dumps(settings | {"student_steps": K}))
+        theirs = drawn_by_card(export(made, tmp_path / f"out-{K}"), LORA)
+        assert abs(theirs - drawn(model, run_folder.newest(made), K)).max() <= 2
+        assert all(abs(theirs - other).max() > 8 for other in seen)
+        seen.append(theirs)
+
+
+def drawn(model, student, steps=4):
     """The picture of a student, with noise from torch's own generator, as a pipeline without one has it."""
     G, vae = load_denoiser(model, student=student), load_vae(model)
     generators = [torch.default_generator]
     torch.manual_seed(5)
     z = randn(generators, torch.empty(1, vae.channels, 16, 16))
     c = load_encoder(model, 64).encode(["a red circle"])
-    return pixels(to_pil(vae.decode(backward_simulation(G, z, c, G.schedule.steps(4), generators))[0]))
+    return pixels(to_pil(vae.decode(backward_simulation(G, z, c, G.schedule.steps(steps), generators))[0]))
 
 
 def drawn_by_card(out, file):

@@ -109,17 +109,24 @@ def watched(*flags, batch_size=2):
     return nets, iterate, lambda loop: Batch(pictures, prompts, c, list(range(batch_size)), loop)
 
 
-def test_learning_rates_fall_to_zero():
-    """In 4 loops G and the score estimator step at 4, 3, 2 and 1 quarters of their rates, D at its whole one."""
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_learning_rates_fall_to_zero(warmup):
+    """In 4 loops G and the score estimator step at 4, 3, 2 and 1 quarters of their rates, D at its whole one.
+
+    With --warmup 2 all of them have half of that in the first loop.
+    """
     nets, *_ = watched("--iterations", "4", "--lr", "4e-5", "--fake-lr", "8e-5", "--d-lr", "1e-4")
     nets.config.lr_schedule = "linear"
+    nets.config.warmup = warmup
+    first = 0.5 if warmup else 1
     rates = {"G": [], "fake": [], "D": []}
     for loop in range(1, 5):
         nets.pace(loop)
         for name, seen in rates.items():
             seen.append(nets.players[name][1].param_groups[0]["lr"])
-    assert rates["G"] == pytest.approx([4e-5, 3e-5, 2e-5, 1e-5])
-    assert rates["fake"] == pytest.approx([8e-5, 6e-5, 4e-5, 2e-5]) and rates["D"] == [1e-4] * 4
+    assert rates["G"] == pytest.approx([first * 4e-5, 3e-5, 2e-5, 1e-5])
+    assert rates["fake"] == pytest.approx([first * 8e-5, 6e-5, 4e-5, 2e-5])
+    assert rates["D"] == [first * 1e-4, 1e-4, 1e-4, 1e-4]
 
 
 @pytest.mark.parametrize("ttur", [1, 2, 5])
@@ -243,13 +250,23 @@ class Seen:
         return self.denoiser(x_t, t, c)
 
 
-@pytest.mark.parametrize("noisy, last", [([999, 749, 499], 249), ([999, 874, 749, 624, 499, 374, 249], 124)])
-def test_losses_reach_their_own_steps(noisy, last):
-    """The DM loss trains G at the steps 999, 749, 499 alone, or the first seven of eight; Eq. 9 at the last (3.3).
+STEPS_OF_DM = [
+    ([999, 749, 499], 249),
+    ([999, 874, 749, 624, 499, 374, 249], 124),
+    ([998, 665], 332),
+    ([999], 499),
+    ([999], 999),
+]
 
-    No optimizer steps while another network has a gradient: each loss reaches its own network and no other.
+
+@pytest.mark.parametrize("noisy, last", STEPS_OF_DM)
+def test_losses_reach_their_own_steps(noisy, last):
+    """The DM loss trains G at the steps 999, 749, 499 alone, all but the last of any number; Eq. 9 at the last (3.3).
+
+    A single step has both. No optimizer steps while another network has a gradient: each loss reaches its own network
+    and no other.
     """
-    nets, iterate, batch = watched("--student-steps", str(len(noisy) + 1), batch_size=1)
+    nets, iterate, batch = watched("--student-steps", str(len({*noisy, last})), batch_size=1)
     nets.G, nets.fake = Seen(nets.G), Seen(nets.fake)
     loops = {dmd.student_step(nets.S, "high", 0, loop): loop for loop in range(1, 60)}
     for loop in loops.values():
