@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 import train
 from engine import config
-from lab import claims, cost, pages, rows, siblings, stage1, stage2
+from lab import claims, cost, pages, rows, siblings, stage1, stage2, steps
 from lab.claims import values
 from lab.cost import BASELINE, TUNED, headline, share
 from lab.verdicts import at_best, verdict
@@ -212,6 +214,39 @@ def test_every_row_has_a_name_of_its_own():
     for table in ("main", "variants", "students", "sd3"):
         names += [stage1.name(f, 0, 1000) for f, _ in stage1.TABLES[table].values()]
     assert len(set(names)) == len(names) and not any("--preset" in n for n in names)
+
+
+def test_runs_of_lab_steps_are_done_once_and_by_one_call(tmp_path, monkeypatch, capsys):
+    """A quick look at DMDR's one-step row: trained, evaluated, on the page and kept; another call keeps its run."""
+    monkeypatch.setattr(rows, "RUNS", tmp_path / "lab")
+    monkeypatch.setattr("sys.argv", "lab.steps --quick --num 8 --jobs 1 --only dmdr-1 --seeds 1".split())
+    out = rows.folder(steps.name("dmdr-1", 1, 8, steps.QUICK))
+    out.parent.mkdir()
+    code = "import sys, time; from engine import locks; locks.lock(sys.argv[1]); print(1, flush=True); time.sleep(100)"
+    held = [sys.executable, "-c", code, out.with_suffix(".lock")]
+    with subprocess.Popen(held, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        steps.main()
+        other.kill()
+    assert "`dmdr-1`" not in capsys.readouterr().out and not out.exists()
+    steps.main()
+    text = (tmp_path / "lab" / "steps.md").read_text()
+    assert "| `dmdr-1` |" in text and "`advdmd-2`" not in text and pages.MISSING in text
+    (row,) = (r for n, r in steps.gathered(8, steps.QUICK).items() if n.startswith("--"))
+    assert (row["steps"], row["num"], row["samples"]) == (1, 8, 8 * steps.QUICK)
+    monkeypatch.setattr(rows, "command", None)  # nothing runs a second time
+    steps.main()
+    assert (tmp_path / "lab" / "steps.md").read_text() == text
+
+
+def test_runs_of_lab_steps_have_names_and_settings_of_their_own():
+    names = [steps.name(row, seed, 1000) for row in steps.RUNS for seed in rows.SEEDS]
+    assert len(set(names)) == len(names) == 3 * (2 * 4 + 4)
+    for row, flags in steps.RUNS.items():
+        config = train.read([str(f) for f in rows.flat(flags)])
+        config.check()
+        assert config.student_steps == int(re.search(r"-(\d)", row)[1]), row
+        assert config.model == ("toy/sd3" if row.startswith("sd3") else "toy/sdxl")
 
 
 def test_a_look_at_fewer_prompts_overwrites_nothing(tmp_path, monkeypatch):
