@@ -233,7 +233,7 @@ def test_runs_of_lab_steps_are_done_once_and_by_one_call(tmp_path, monkeypatch, 
     text = (tmp_path / "lab" / "steps.md").read_text()
     assert "| `dmdr-1` |" in text and "`advdmd-2`" not in text and pages.MISSING in text
     (row,) = (r for n, r in steps.gathered(8, steps.QUICK).items() if n.startswith("--"))
-    assert (row["steps"], row["num"], row["samples"]) == (1, 8, 8 * steps.QUICK)
+    assert (row["nfe"], row["num"], row["samples"]) == (1, 8, 8 * steps.QUICK)
     monkeypatch.setattr(rows, "command", None)  # nothing runs a second time
     steps.main()
     assert (tmp_path / "lab" / "steps.md").read_text() == text
