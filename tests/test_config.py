@@ -26,9 +26,9 @@ PAPER = {  # the paper's tables: stage, batch, iterations, TTUR, student steps, 
 }
 OWN = {  # a sibling's own flags
     "flash": set(),
-    "dmd2": {"critic_weight"},
+    "dmd2": {"critic_weight", "head"},
     "dmdr": {"fake_lora", "dynamic", "real_scale", "reward_weight", "reward_margin"},
-    "advdmd": {"critic_weight", "rl_after", "rl_gate", "judge"},
+    "advdmd": {"critic_weight", "head", "rl_after", "rl_gate", "judge"},
 }
 
 
@@ -39,6 +39,7 @@ def test_presets_are_the_papers(preset):
     assert (c.stage, c.batch_size, c.iterations, c.ttur, c.student_steps, bool(c.lora_rank)) == PAPER[preset]
     assert c.guidance == (7 if c.lora_rank else 8) and c.resolution == 1024  # Table 2's teacher; DMD2's w
     assert train.read(["--preset", preset, "--ttur", "3"]).ttur == 3
+    assert getattr(c, "head", None) == ("published" if preset == "sdxl-dmd2" else None)
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name not in METHODS])
