@@ -192,7 +192,8 @@ CHOICES = {
     "gan_loss": ("hinge", "logistic"),
     "adv_reading": ("a", "b"),
     "gan_reals": ("raw", "vae"),
-    "head": ("scaled", "published"),
+    "head": ("scaled", "published", "map"),
+    "d_block": ("middle", "last"),
     "optimizer": ("adamw", "adamw8bit"),
 }
 

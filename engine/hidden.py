@@ -8,22 +8,23 @@ from contextlib import contextmanager
 from diffusers import SD3Transformer2DModel
 
 
-def middle(net):
-    """The name of a network's middle block: a UNet's mid block; of a transformer's n blocks the (n + 1)//2-th.
+def block_name(net, where="middle"):
+    """The name of a network's middle or last block: of a UNet's the mid block or the last up block.
 
-    ASSUMPTION: the middle block stands in a transformer for a UNet's mid block, which DMD2's discriminator reads.
+    ASSUMPTION: in a transformer of n blocks the (n + 1)//2-th stands for a UNet's mid block, which DMD2's D reads.
     """
     if isinstance(net, SD3Transformer2DModel):
-        return f"transformer_blocks.{(len(net.transformer_blocks) - 1) // 2}"
-    return "mid_block"
+        last = len(net.transformer_blocks) - 1
+        return f"transformer_blocks.{last if where == 'last' else last // 2}"
+    return f"up_blocks.{len(net.up_blocks) - 1}" if where == "last" else "mid_block"
 
 
-def middle_shape(net, side):
-    """The width and the side of the middle block's map, where latents have this side."""
+def map_shape(net, side, where="middle"):
+    """The width and the side of that block's map, where latents have this side."""
     if isinstance(net, SD3Transformer2DModel):
         return net.inner_dim, side // net.config.patch_size
     widths = net.config.block_out_channels
-    return widths[-1], side >> (len(widths) - 1)
+    return (widths[0], side) if where == "last" else (widths[-1], side >> (len(widths) - 1))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from diffusion import Schedule
 from engine import base_model
 from engine.errors import UserError
 from engine.folders import first_line, folder, on_disk, part_of
-from engine.hidden import as_map, middle, output_of
+from engine.hidden import as_map, block_name, output_of
 
 LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 PARTS = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}  # a denoiser's name in a pipeline folder
@@ -121,7 +121,7 @@ class Denoiser:
         self.dtype = dtype
         self.name = name
         self.scales = scales or {}
-        self.block = middle(net)  # whose output with_features gives
+        self.block = block_name(net)  # whose output with_features gives
         # forward passes so far, in samples; one with gradient counts as 3 (its backward pass costs two forward passes)
         self.passes = 0
 

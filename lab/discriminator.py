@@ -1,7 +1,7 @@
 """What DMD2's discriminator can learn on the toy: it alone is trained, against a frozen student.
 
     python -m lab.discriminator                                       AdvDMD's D against toy/student
-    python -m lab.discriminator --block up_blocks.2 --logits map      other features, a logit for each position
+    python -m lab.discriminator --block up_blocks.2 --head map        other features, a logit for each position
     python -m lab.discriminator --student runs/NAME --states x_0      another student, its finished latents alone
 
 Half of D's latents are real, half are states of the student's sampling (siblings/advdmd.py), at the same prompts. Each
@@ -20,7 +20,6 @@ import score_estimator
 from diffusion import add_noise, randn, sample_generators, times
 from engine import data
 from engine.flags import at_least
-from engine.hidden import middle
 from engine.models import load_denoiser, load_vae
 from engine.prompts import load_encoder
 from engine.run_folder import find_student
@@ -61,19 +60,6 @@ def bank(student, settings, n, held_out=False, at_once=64):
     return Bank(real, torch.cat(states), c), S
 
 
-class LogitMap(nn.Module):
-    """Features (B, C, h, w) -> a logit for each position, (B, h w)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, 1, 1), nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, 1, 1)
-        )
-
-    def forward(self, features):
-        return self.net(features).flatten(1)
-
-
 def pairs(fake, found, rows, which, S, eps):
     """Real and made latents of these rows at state `which` (B,) of S[1:], 0 -> real, made, t, c."""
     levels = torch.stack([*S[1:], torch.zeros_like(S[0])])
@@ -85,8 +71,8 @@ def pairs(fake, found, rows, which, S, eps):
 
 
 def logits(fake, head, z, t, c):
-    """D's logits, (B, 1), or (B, h w) of a LogitMap."""
-    return head(fake.with_features(z, t, c)[1]).view(len(z), -1)
+    """D's logits, (B,)."""
+    return head(fake.with_features(z, t, c)[1])
 
 
 @torch.no_grad()
@@ -100,8 +86,8 @@ def accuracies(fake, head, held_out, S, chosen, at_once=64):
             rows = torch.arange(first, min(first + at_once, n))
             eps = randn(sample_generators(2, 0, rows.tolist(), "eps"), held_out.real[rows])
             real, made, t, c = pairs(fake, held_out, rows, torch.full_like(rows, i), S, eps)
-            right[0] += (logits(fake, head, real, t, c).mean(1) > 0).sum()
-            right[1] += (logits(fake, head, made, t, c).mean(1) <= 0).sum()
+            right[0] += (logits(fake, head, real, t, c) > 0).sum()
+            right[1] += (logits(fake, head, made, t, c) <= 0).sum()
         found[i] = (right / n).tolist()
     return found
 
@@ -110,16 +96,17 @@ def train(args, model, seen, held_out, S):
     """Train D; print the held-out accuracies in ten lines."""
     torch.manual_seed(args.seed)
     fake = load_denoiser(model)
-    fake.block = args.block or middle(fake.net)
+    fake.block = args.block or fake.block
+    fake.net.requires_grad_(not args.frozen)
     with torch.no_grad():
         one = {k: v[:1] for k, v in seen.c.items()}
         _, channels, side, _ = fake.with_features(seen.real[:1], times(S[-1], seen.real[:1]), one)[1].shape
-    head = LogitMap(channels) if args.logits == "map" else dmd2.Head(channels, side)
-    settings = {"lr": args.lr, "weight_decay": 0.01}
-    optimizer = torch.optim.AdamW([*fake.net.parameters(), *head.parameters()], **settings)
+    head = dmd2.Head(channels, side, args.head)
+    trained = [*head.parameters()] + ([] if args.frozen else [*fake.net.parameters()])
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.01)
     chosen = {"all": range(len(S)), "x_0": [len(S) - 1]}[args.states]
     names = [f"z_{t:g}" for t in S[1:].tolist()] + ["x_0"]
-    print(f"{args.block or 'middle block'} {channels} x {side} x {side}, {vars(args)}", flush=True)
+    print(f"features of {fake.block}: {channels} x {side} x {side}", flush=True)
     n, began = len(seen.real), time.time()
     for step in range(1, args.steps + 1):
         rows = torch.randint(n, (args.reals or args.batch,)).repeat_interleave(args.batch // (args.reals or args.batch))
@@ -146,7 +133,8 @@ def options(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--student", default="", help="a run of the toy; default the newest, or toy/student")
     parser.add_argument("--block", default="", help="whose output D reads; default the middle one (engine/hidden.py)")
-    parser.add_argument("--logits", choices=("one", "map"), default="one")
+    parser.add_argument("--head", choices=("scaled", "map"), default="scaled", help="one logit, or one for a position")
+    parser.add_argument("--frozen", action="store_true", help="train the head alone")
     parser.add_argument("--states", choices=("all", "x_0"), default="all")
     parser.add_argument("--batch", type=at_least(1), default=16, help="latents of each kind in a step")
     parser.add_argument("--reals", type=at_least(0), default=0, help="distinct prompts in a batch; 0: all of them")

@@ -201,7 +201,8 @@ def frozen_discriminator(nets):
         add_lora(fake.net, before["lora_rank"], "student", "fake", dtype=nets.dtype)
         fake.scales = LORAS["fake"]
         player = "G"  # the checkpoint has the network that G and the score estimator share once, under this name
-    head = dmd2.new_head(nets, before.get("head", "scaled")).to(nets.latent.device)
+    kind, where = before.get("head", "scaled"), before.get("d_block", "middle")
+    head = dmd2.new_head(nets, fake, kind, where).to(nets.latent.device)
     checkpoint.restore(run, {player: (fake.net, None), "head": (head, None)}, optimizers=False)
     return nets.frozen(fake), head.requires_grad_(False)
 

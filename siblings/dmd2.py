@@ -27,7 +27,7 @@ from engine import monitor
 from engine.batch import micro_batches
 from engine.config import Config
 from engine.errors import UserError
-from engine.hidden import middle_shape
+from engine.hidden import block_name, map_shape
 
 
 @dataclass
@@ -40,7 +40,8 @@ class Settings(Config):
     ema: float = 1.0
     gan_weight: float = 5e-3
     critic_weight: float = 0.01  # weight of Eq. 7 beside Eq. 6, as in DMD2
-    head: str = "scaled"  # D's head: scaled = to the size of the features; published = DMD2's, for 32 x 32 features
+    head: str = "scaled"  # D's head: scaled = to the size of the features; published = DMD2's, for 32 x 32; map = local
+    d_block: str = "middle"  # the score estimator's block whose features D reads: middle, or last
 
     def check(self):
         super().check()
@@ -61,7 +62,8 @@ class Head(nn.Module):
     """Features (B, C, h, h) -> one logit per sample, (B,)."""
 
     def __init__(self, channels, side, kind="scaled"):
-        """channels, side: C and h. kind: "scaled" halves the map until one position is left; "published" is DMD2's.
+        """channels, side: C and h. kind: "scaled" halves the map until one position is left; "published" is DMD2's;
+        "map" gives each position a logit, and their mean.
 
         Raises UserError for a "published" head on a map of another size than DMD2's.
         """
@@ -74,6 +76,9 @@ class Head(nn.Module):
             for stride, padding in ((2, 1), (2, 1), (2, 1), (4, 0)):
                 layers += [nn.Conv2d(channels, channels, 4, stride, padding), nn.GroupNorm(32, channels), nn.SiLU()]
             layers += [nn.Conv2d(channels, 1, 1), nn.Flatten()]
+        elif kind == "map":
+            layers = [nn.Conv2d(channels, channels, 3, 1, 1), nn.GroupNorm(8, channels), nn.SiLU()]
+            layers += [nn.Conv2d(channels, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         else:
             for _ in range((side - 1).bit_length()):
                 layers += [nn.Conv2d(channels, channels, 3, 2, 1), nn.GroupNorm(8, channels), nn.SiLU()]
@@ -109,14 +114,16 @@ def discriminator_loss(fake, head, x, x_real, t, eps, c):
 
 def prepare(nets):
     """Adds D's head, trained at the score estimator's rate. Raises UserError where --head does not fit the model."""
-    if nets.config.gan_weight:
-        torch.manual_seed(nets.config.seed)
-        nets.D = nets.add("head", new_head(nets, nets.config.head), nets.config.fake_lr)
+    config = nets.config
+    if config.gan_weight:
+        torch.manual_seed(config.seed)
+        nets.D = nets.add("head", new_head(nets, nets.fake, config.head, config.d_block), config.fake_lr)
 
 
-def new_head(nets, kind):
-    """A head for the features of the score estimator's middle block."""
-    return Head(*middle_shape(nets.fake.net, nets.latent.shape[-1]), kind)
+def new_head(nets, fake, kind, where):
+    """A head for the features of a score estimator, which shows those of its middle or last block from now on."""
+    fake.block = block_name(fake.net, where)
+    return Head(*map_shape(fake.net, nets.latent.shape[-1], where), kind)
 
 
 def iterate(nets, batch, n):

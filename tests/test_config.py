@@ -26,9 +26,9 @@ PAPER = {  # the paper's tables: stage, batch, iterations, TTUR, student steps, 
 }
 OWN = {  # a sibling's own flags
     "flash": set(),
-    "dmd2": {"critic_weight", "head"},
+    "dmd2": {"critic_weight", "head", "d_block"},
     "dmdr": {"fake_lora", "dynamic", "real_scale", "reward_weight", "reward_margin"},
-    "advdmd": {"critic_weight", "head", "rl_after", "rl_gate", "judge"},
+    "advdmd": {"critic_weight", "head", "d_block", "rl_after", "rl_gate", "judge"},
 }
 
 

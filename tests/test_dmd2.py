@@ -72,7 +72,8 @@ def test_features_of_a_transformer_are_its_middle_blocks_tokens():
 def test_heads():
     """Scaled: on the toy's 4 x 4 its own layers, bit for bit; one halving more for each doubling of the map.
 
-    Published: by hand from its layers, at SDXL's width as many weights as they have; for its own maps alone.
+    Map: the mean of the logits that each 3 x 3 positions give. Published: by hand from its layers, at SDXL's width as
+    many weights as they have; for its own maps alone.
     """
     torch.manual_seed(0)
     by_hand = []
@@ -84,6 +85,11 @@ def test_heads():
     assert found.keys() == by_hand.keys() and all(torch.equal(found[k], by_hand[k]) for k in found)
     halvings = {side: sum(isinstance(m, nn.Conv2d) for m in dmd2.Head(8, side).net) for side in (8, 12, 32, 64)}
     assert halvings == {8: 3, 12: 4, 32: 5, 64: 6} and dmd2.Head(8, 12)(torch.zeros(2, 8, 12, 12)).shape == (2,)
+
+    head, h = dmd2.Head(8, 5, "map"), torch.randn(2, 8, 5, 5)
+    local = nn.Sequential(*head.net[:4])(h)
+    assert local.shape == (2, 1, 5, 5)
+    torch.testing.assert_close(head(h), local.mean((1, 2, 3)))
 
     head, h = dmd2.Head(32, 32, "published"), torch.randn(2, 32, 32, 32)
     weights = list(head.parameters())
@@ -98,6 +104,25 @@ def test_heads():
     assert sum(p.numel() for p in sdxl.parameters()) == 4 * (16 * 1280**2 + 3 * 1280) + 1281
     with pytest.raises(UserError, match="^--head published is for maps of 32 x 32, .* 96 x 4 x 4: use --head scaled$"):
         assemble(train.read(["--preset", "dmd2", "--head", "published"]), 1, torch.device("cpu"), dmd2.prepare)
+
+
+@pytest.mark.parametrize("model", ["toy/sdxl", "toy/sd3"])
+def test_features_of_the_last_block(model):
+    """What the network's own last layers turn into its output; the head fits them."""
+    config = train.read(
+        ["--preset", "dmd2", "--model", model, "--batch-size", "2", "--head", "map", "--d-block", "last"]
+    )
+    nets = assemble(config, 1, torch.device("cpu"), dmd2.prepare)
+    net, x, t = nets.fake.net, torch.randn(2, 4, 16, 16), torch.tensor([200, 700])
+    c = nets.encoder.encode(["a red circle", "a blue ring"])
+    inputs = []
+    handle = (net.conv_norm_out if model == "toy/sdxl" else net.norm_out).register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0])
+    )
+    _, features = nets.fake.with_features(x, t, c)
+    handle.remove()
+    last = inputs[0] if model == "toy/sdxl" else inputs[0].transpose(1, 2).unflatten(2, (8, 8))
+    assert torch.equal(features, last) and nets.D(features).shape == (2,)
 
 
 def test_eq_5_against_finite_differences(scene):

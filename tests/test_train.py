@@ -38,7 +38,7 @@ def metrics_of(run):
 
 
 def student(run):
-    return load_file(next(run_folder.newest(run).glob("[ul]*/*.safetensors")))  # unet/, or of a LoRA student lora/
+    return load_file(next(run_folder.newest(run).glob("[ult]*/*.safetensors")))  # unet/, transformer/, or lora/
 
 
 def flags(**settings):
