@@ -25,8 +25,6 @@ from engine.prompts import load_encoder
 from engine.run_folder import find_student
 from siblings import advdmd, dmd2
 
-HELD_OUT = 256
-
 
 @dataclass
 class Bank:
@@ -139,6 +137,7 @@ def options(argv=None):
     parser.add_argument("--batch", type=at_least(1), default=16, help="latents of each kind in a step")
     parser.add_argument("--reals", type=at_least(0), default=0, help="distinct prompts in a batch; 0: all of them")
     parser.add_argument("--bank", type=at_least(1), default=1024, help="scenes that D is trained on")
+    parser.add_argument("--held-out", type=at_least(1), default=256, help="scenes that D is judged on")
     parser.add_argument("--steps", type=at_least(1), default=400)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--critic-weight", type=float, default=0.0, help="D's loss beside Eq. 6; 0: alone")
@@ -151,7 +150,7 @@ def main():
     args = options()
     student, settings = find_student(args.student)
     seen, S = bank(student, settings, args.bank)
-    held_out, _ = bank(student, settings, HELD_OUT, held_out=True)
+    held_out, _ = bank(student, settings, args.held_out, held_out=True)
     train(args, settings["model"], seen, held_out, S)
 
 
