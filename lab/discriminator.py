@@ -91,7 +91,7 @@ def accuracies(fake, head, held_out, S, chosen, at_once=64):
 
 
 def train(args, model, seen, held_out, S):
-    """Train D; print the held-out accuracies in ten lines."""
+    """Train D; print the held-out accuracies four times."""
     torch.manual_seed(args.seed)
     fake = load_denoiser(model)
     fake.block = args.block or fake.block
@@ -120,7 +120,7 @@ def train(args, model, seen, held_out, S):
         if args.clip_grad:
             nn.utils.clip_grad_norm_(fake.net.parameters(), args.clip_grad)
         optimizer.step()
-        if step % max(1, args.steps // 10) == 0:
+        if step % max(1, args.steps // 4) == 0:
             found = accuracies(fake, head, held_out, S, chosen)
             told = ", ".join(f"{names[i]} {(a + b) / 2:.2f} ({a:.2f} {b:.2f})" for i, (a, b) in found.items())
             print(f"step {step}, {time.time() - began:.0f} s, loss {L.item():.3f}; held out: {told}", flush=True)
