@@ -29,7 +29,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from engine.batch import Batch
 from engine.errors import UserError
 from engine.models import blocks
-from engine.real_size import CLIP_G, CLIP_L, assemble, drop_gradients
+from engine.real_size import CLIP_G, CLIP_L, assemble, base_of, drop_gradients
 
 ALLOWANCE = 0.08  # of a GPU's memory
 MOMENTS = {"adamw": 8, "adamw8bit": 2 * (1 + 4 / 256)}  # bytes a parameter; torchao keeps an fp32 scale per 256 numbers
@@ -124,6 +124,9 @@ def states(nets, optimizer="adamw", frozen=2):
     kept = lambda name, n, sharded=True, size=frozen: (name, n, size * n, 0, 0, sharded)  # noqa: E731
     rows = [kept("frozen network under the LoRAs" if lora else "teacher", whole)]
     rows += [trained("generator G", lora or whole), trained("score estimator", lora or whole)]
+    tables = [b for net in dict.fromkeys((nets.teacher.net, nets.G.net, nets.fake.net)) for b in net.buffers()]
+    if tables:  # SD3's fixed positions
+        rows += [("tables of positions", sum(b.numel() for b in tables), sum(b.nbytes for b in tables), 0, 0, False)]
     rows += [kept("text encoders", words, False), kept("VAE", count(nets.vae), False, 4)]
     if "D" in nets.players:
         rows += [kept("SAM", count(nets.D.encoder[0]), False), trained("D's heads", count(nets.D), False)]
@@ -201,16 +204,14 @@ def report(config, prepare, iterate, prefer):
 
 def refuse_unknown(config):
     """Raises UserError for what the dry run does not know, and for a batch that the GPUs do not divide."""
-    sd3 = config.preset.startswith("sd3")
-    if not sd3 and not config.preset.startswith("sdxl"):
+    base = base_of(config.preset)
+    if not base:
         unknown = f"not that of --preset {config.preset}: give one of their presets"
-        raise UserError(f"--dry-run knows the geometry of SDXL and SD3-Medium, {unknown}")
+        raise UserError(f"--dry-run knows the geometry of SDXL, SD3-Medium and SD3.5, {unknown}")
     if config.method in ("dmdr", "advdmd") or config.stage == "reward":
         raise UserError("--dry-run knows neither --method dmdr nor advdmd nor --stage reward")
-    if sd3 and (config.stage == 2 or config.method == "dmd2"):
-        raise UserError(
-            "--dry-run knows SD3 in stage 1 with --method flash alone: it has no latent reward model and no bottleneck"
-        )
+    if base != "sdxl" and config.stage == 2:
+        raise UserError("--dry-run knows SD3 in stage 1 alone: it has no latent reward model")
     if config.batch_size % config.gpus or config.batch_size // config.gpus % (config.micro_batch or 1):
         batch = f"--batch-size {config.batch_size} is not divisible by --gpus {config.gpus}"
         raise UserError(f"{batch}, or a GPU's part of it not by --micro-batch")

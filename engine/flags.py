@@ -135,7 +135,7 @@ def parse(argv=None, settings=Config):
         given["resume"] = True
         saved = saved_settings(given.get("out"))
         before = {k: v for k, v in saved.items() if k in notes and k not in ("preset", "overwrite")}
-    preset = PRESETS[given.get("preset", "toy")]
+    preset = {k: v for k, v in PRESETS[given.get("preset", "toy")].items() if k in notes}  # one has DMD2's own flag
     values = preset | before | given
     config = settings(**values)
     for name, value in vars(config).items():

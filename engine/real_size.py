@@ -1,4 +1,4 @@
-"""SDXL and SD3-Medium at real size without weights: the geometry of their networks, and a run's networks.
+"""SDXL, SD3-Medium and SD3.5 at real size without weights: the geometry of their networks, and a run's networks.
 
 The networks are of fake tensors, which have shapes and dtypes but no numbers: engine/dry_run.py runs train.py's own
 iteration on them.
@@ -52,6 +52,10 @@ SD3 = {
     "pooled_projection_dim": 2048,
     "pos_embed_max_size": 192,
 }
+SD35 = SD3 | {"qk_norm": "rms_norm"}
+SD35_MEDIUM = SD35 | {"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))}
+SD35_LARGE = SD35 | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+TRANSFORMERS = {"sd3": SD3, "sd35-medium": SD35_MEDIUM, "sd35-large": SD35_LARGE}
 SD3_VAE = SDXL_VAE | {
     "latent_channels": 16,
     "scaling_factor": 1.5305,
@@ -77,6 +81,11 @@ def clip_text(width, layers, heads):
 
 CLIP_L = clip_text(768, 12, 12)
 CLIP_G = clip_text(1280, 32, 20)
+
+
+def base_of(preset):
+    """The base model that a preset is for: "sdxl", or one of TRANSFORMERS; None for one of another geometry."""
+    return next((name for name in ("sdxl", *TRANSFORMERS) if preset.startswith(f"{name}-")), None)
 
 
 class Words:
@@ -136,11 +145,12 @@ def assemble(config, batch, prepare, kind=Unmoved):
 
     Denoisers compute in bf16, as on a GPU. prepare(nets): what the method adds; kind: the class to make.
     """
-    sd3 = config.preset.startswith("sd3")
+    base = base_of(config.preset)
+    sd3 = base in TRANSFORMERS
     schedule = Schedule("flow", shift=3.0) if sd3 else Schedule()
     words = Words(sd3)
     side = config.resolution // 8
-    build = lambda: SD3Transformer2DModel(**SD3) if sd3 else UNet2DConditionModel(**SDXL)  # noqa: E731
+    build = lambda: SD3Transformer2DModel(**TRANSFORMERS[base]) if sd3 else UNet2DConditionModel(**SDXL)  # noqa: E731
     torch.set_default_dtype(torch.bfloat16)  # for the weights: fake ones cannot be cast in place
     if config.lora_rank:
         net = with_loras(build, config.lora_rank)

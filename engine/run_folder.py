@@ -25,7 +25,7 @@ SHIPPED = HERE / "toy" / "student"  # unet/ and config.json of a student for tho
 FIXED = (  # settings that a resumed run cannot change; the last line is the siblings'
     *("stage", "model", "data", "prompts", "method", "lora_rank", "optimizer"),
     *("sam", "student_steps", "resolution", "seed", "batch_size"),
-    *("fake_lora", "judge"),
+    *("fake_lora", "judge", "head", "d_block"),
 )
 
 
@@ -175,8 +175,8 @@ def from_stage_1(config):
     """Stage 2's config with --init and --reward filled in. Raises UserError for a stage-1 run that does not fit."""
     run, before = find_run(config.init, stage=1)
     before = dataclasses.asdict(type(config)()) | before
-    for key in ("model", "resolution", "student_steps", "method", "lora_rank"):
-        if before[key] != getattr(config, key):
+    for key in ("model", "resolution", "student_steps", "method", "lora_rank", "head", "d_block"):
+        if before.get(key) != getattr(config, key, None):
             raise UserError(f"{run} was trained with {flag(key)} {before[key]}, not {getattr(config, key)}")
     if config.gan_weight and not before["gan_weight"]:
         raise UserError(f"{run} was trained without a GAN: pass --gan-weight 0")

@@ -123,18 +123,20 @@ def test_gate_is_shut_while_d_is_at_chance():
     assert all(p.grad is None for p in nets.G.net.parameters())
 
 
-def test_a_frozen_reward_is_another_run_s_discriminator(small_toys, tmp_path):
+@pytest.mark.parametrize("base, lora", [("sdxl", []), ("sd3", ["--lora-rank", "2"])])
+def test_a_frozen_reward_is_another_run_s_discriminator(base, lora, small_toys, tmp_path):
     """With --judge, R comes from that run's score estimator and head, bit for bit, while the run's own are trained.
 
     A run without a latent discriminator is refused.
     """
-    model = small_toys["sdxl"]
-    run(model, tmp_path, "first", "--rl-gate", "1")
-    common = ["--preset", "advdmd", "--batch-size", "4", "--model", model]
+    model = small_toys[base]
+    run(model, tmp_path, "first", "--rl-gate", "1", "--fake-lr", "1e-2", *lora)
+    common = ["--preset", "advdmd", "--batch-size", "4", "--model", model, *lora]
     flags = [*common, "--judge", str(tmp_path / "first")]
     nets = assemble(train.read(flags), 1, torch.device("cpu"), advdmd.prepare)
     first = assemble(train.read(common), 1, torch.device("cpu"), advdmd.prepare)
-    checkpoint.restore(tmp_path / "first", {name: first.players[name] for name in ("fake", "head")}, optimizers=False)
+    restored = {name: first.players[name] for name in ("G" if lora else "fake", "head")}  # LoRAs share one network
+    checkpoint.restore(tmp_path / "first", restored, optimizers=False)
     fake, head = nets.rewarding
     assert fake is not nets.fake and head is not nets.D and first.rewarding == (first.fake, first.D)
     for frozen, kept, own in ((fake.net, first.fake.net, nets.fake.net), (head, first.D, nets.D)):
@@ -146,7 +148,10 @@ def test_a_frozen_reward_is_another_run_s_discriminator(small_toys, tmp_path):
     states = [torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     eps = randn(batch.generators("unseen"), states[0])
     with torch.no_grad():
-        _, R = advdmd.logits_of_both(fake, head, states, nets.vae.encode(batch.x_real), nets.S, eps, batch.c)
+        rest = states, nets.vae.encode(batch.x_real), nets.S, eps, batch.c
+        _, R = advdmd.logits_of_both(fake, head, *rest)
+        torch.testing.assert_close(R, advdmd.logits_of_both(first.fake, first.D, *rest)[1])
+        assert not torch.allclose(R, advdmd.logits_of_both(nets.fake, nets.D, *rest)[1])
     assert advdmd.reinforce(nets, batch, states)[1]["reward"] == R[:, -1].mean()
 
     no_head = ["--batch-size", "2", "--iterations", "1", "--gan-weight", "0", "--preview-every", "0"]

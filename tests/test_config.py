@@ -29,9 +29,9 @@ PAPER = {  # the paper's tables: stage, batch, iterations, TTUR, student steps, 
 }
 OWN = {  # a sibling's own flags
     "flash": set(),
-    "dmd2": {"critic_weight"},
+    "dmd2": {"critic_weight", "head", "d_block"},
     "dmdr": {"fake_lora", "dynamic", "real_scale", "reward_weight", "reward_margin"},
-    "advdmd": {"critic_weight", "rl_after", "rl_gate", "judge"},
+    "advdmd": {"critic_weight", "head", "d_block", "rl_after", "rl_gate", "judge"},
 }
 
 
@@ -42,6 +42,7 @@ def test_presets_are_the_papers(preset):
     assert (c.stage, c.batch_size, c.iterations, c.ttur, c.student_steps, bool(c.lora_rank)) == PAPER[preset]
     assert c.guidance == (7 if c.lora_rank else 8) and c.resolution == 1024  # Table 2's teacher; DMD2's w
     assert train.read(["--preset", preset, "--ttur", "3"]).ttur == 3
+    assert getattr(c, "head", None) == ("published" if preset == "sdxl-dmd2" else None)
 
 
 def test_presets_have_the_published_codes_values_where_the_paper_is_silent(monkeypatch):
@@ -175,7 +176,10 @@ def test_an_old_run_goes_on_with_its_method_and_settings(old):
         type(config)
         is {"flash": Config, "dmd2": dmd2.Settings, "dmdr": dmdr.Settings, "advdmd": advdmd.Settings}[method]
     )
-    expected = settings | {"method": method, "resume": True, "iterations": 9, "out": str(run), "renoise": (0.1, 0.9)}
+    newer = {"head": "scaled", "d_block": "middle"}
+    expected = (
+        newer | settings | {"method": method, "resume": True, "iterations": 9, "out": str(run), "renoise": (0.1, 0.9)}
+    )
     assert {k: v for k, v in vars(config).items() if v != expected[k]} == {}
 
 

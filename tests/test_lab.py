@@ -8,10 +8,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from engine import config
-from lab import claims, cost, pages, rows, siblings, stage1, stage2, steps
+from engine.models import load_denoiser
+from engine.run_folder import SHIPPED, saved_settings
+from lab import claims, cost, discriminator, pages, rows, siblings, stage1, stage2, steps
 from lab.claims import values
 from lab.cost import BASELINE, TUNED, headline, share
 from lab.verdicts import at_best, verdict
@@ -270,3 +273,23 @@ def test_hours_of_rows_that_recorded_them():
     others = {"--iterations 400 a": {}, "--iterations 400 d": {"minutes": 60.0}}
     others["--iterations 2000 c"] = [{"seconds": 9.0}, {"seconds": 3600.0}]
     assert claims.hours(first, others).startswith("3.0 hours of training in the 3 of 4 rows")
+
+
+def test_a_discriminator_alone(capsys):
+    """Reals are at the states' noise levels, the last without noise; --frozen trains the head alone; accuracies."""
+    settings = saved_settings(SHIPPED)
+    seen, S = discriminator.bank(SHIPPED, settings, 4)
+    fake = load_denoiser(settings["model"])
+    eps, rows = torch.randn(seen.real.shape), torch.arange(4)
+    real, made, t, _ = discriminator.pairs(fake, seen, rows, rows, S, eps)
+    assert t.tolist() == [749, 499, 249, 0] and torch.equal(made[3], seen.states[3, 3])
+    for i in range(3):
+        noised = fake.schedule.alpha(S[1:])[i] * seen.real[i] + fake.schedule.sigma(S[1:])[i] * eps[i]
+        torch.testing.assert_close(real[i], noised)
+    assert torch.equal(real[3], seen.real[3])
+    args = discriminator.options("--steps 1 --batch 2 --frozen --block up_blocks.2 --head map".split())
+    trained, head = discriminator.train(args, settings["model"], seen, seen, S)
+    same = zip(trained.net.parameters(), fake.net.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same) and head.net[0].weight.shape[1] == 32
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert re.findall(r"(z_\d+|x_0) [01][.]\d\d ", told) == ["z_749", "z_499", "z_249", "x_0"]

@@ -128,14 +128,6 @@ def test_stage_2_without_a_reward_model_is_refused(sd3, run, tmp_path):
         train.train(train.read(flags.split()))
 
 
-@pytest.mark.parametrize("method", ["dmd2", "advdmd"])
-def test_a_gan_on_the_bottleneck_is_refused(method, sd3, tmp_path):
-    flags = f"--model {sd3} --method {method} --batch-size 4 --out {tmp_path / 'run'}"
-    with pytest.raises(UserError, match=f"--method {method} .*bottleneck"):
-        train.train(train.read(flags.split()))
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_toy_teacher_draws_its_prompts():
     """toy/sd3 draws 12 held-out prompts in 10 guided steps, and one in plain diffusers."""
     prompts = [world.scene(i, "test")[1] for i in range(12)]

@@ -38,7 +38,7 @@ def metrics_of(run):
 
 
 def student(run):
-    return load_file(next(run_folder.newest(run).glob("[ul]*/*.safetensors")))  # unet/, or of a LoRA student lora/
+    return load_file(next(run_folder.newest(run).glob("[ult]*/*.safetensors")))  # unet/, transformer/, or lora/
 
 
 def flags(**settings):
@@ -295,9 +295,13 @@ DMD2 = {"method": "dmd2", "ttur": 1, "iterations": 2}
 SD3_LORA = {"model": "sd3", "lora_rank": 4, "iterations": 2}
 DMDR = {"method": "dmdr", "ttur": 1, "dynamic": 1, "ema": 1, "iterations": 2}
 ADVDMD = {"method": "advdmd", "ttur": 1, "rl_after": 1, "rl_gate": 0, "iterations": 2}
+TOKENS = {"model": "sd3", "checkpointing": True}  # D reads a transformer's block, which is computed again
+
+METHODS = [{}, DMD2, DMD2 | {"lora_rank": 4}, SD3_LORA, DMDR, ADVDMD]
+METHODS += [DMD2 | TOKENS | {"lora_rank": 4}, ADVDMD | TOKENS]
 
 
-@pytest.mark.parametrize("method", [{}, DMD2, DMD2 | {"lora_rank": 4}, SD3_LORA, DMDR, ADVDMD])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.xdist_group("ranks")
 def test_two_ranks_are_one(method, small_toys, two_ranks, tmp_path):
     """2 gloo ranks, sharded by FSDP2, take the same steps as 1 with twice the batch: losses, norms, weights.
