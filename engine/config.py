@@ -52,7 +52,7 @@ class Config:
     reward: str = ""  # stage 2, dmdr: the latent reward model's folder; default "lrm" beside --model. dmdr: or "clip"
     rl_ratio: int = 5  # stage 2: preference updates per distillation update; --iterations counts both
     rl_steps: str = "high"  # stage 2: student steps whose candidates are scored: high = the two noisiest, or all
-    candidates: int = 4  # stage 2: k, candidates per step; advdmd: rollouts per prompt
+    candidates: int = 4  # stage 2: k, candidates per step; advdmd, dmdr's grpo: rollouts per prompt
     carry: str = "random"  # stage 2: the candidate that the next step starts from: random, or best
     pair_threshold: float = 0.45  # stage 2: a pair is kept when the softmax over best and worst is this far apart
     beta: float = 0.05  # stage 2: beta of Eq. 12; H is a sum over dimensions
@@ -189,6 +189,9 @@ CHOICES = {
     "adv_reading": ("a", "b"),
     "gan_reals": ("raw", "vae"),
     "optimizer": ("adamw", "adamw8bit"),
+    "rl": ("backprop", "grpo"),  # this and the next two: dmdr's
+    "dm_input": ("rollout", "renoised"),
+    "lora_layers": ("all", "qv"),
 }
 
 
