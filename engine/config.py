@@ -54,7 +54,7 @@ class Config:
     reward: str = ""  # stage 2, dmdr: the latent reward model's folder; default "lrm" beside --model. dmdr: or "clip"
     rl_ratio: int = 5  # stage 2: preference updates per distillation update; --iterations counts both
     rl_steps: str = "high"  # stage 2: student steps that are judged, never the last: high = the two noisiest, or all
-    candidates: int = 4  # stage 2: k, candidates per step; advdmd: rollouts per prompt
+    candidates: int = 4  # stage 2: k, candidates per step; advdmd, dmdr's grpo: rollouts per prompt
     carry: str = "random"  # stage 2: the candidate that the next step starts from: random, or best
     pair_threshold: float | tuple = 0.45  # stage 2: pairs whose softmax is this far apart are kept; A,B,...: by step
     beta: float = 0.05  # stage 2: beta of Eq. 12; H is a sum over dimensions
@@ -234,6 +234,9 @@ CHOICES = {
     "head": ("scaled", "published", "map"),
     "d_block": ("middle", "last"),
     "optimizer": ("adamw", "adamw8bit"),
+    "rl": ("backprop", "grpo"),  # this and the next two: dmdr's
+    "dm_input": ("rollout", "renoised"),
+    "lora_layers": ("all", "qv"),
 }
 
 

@@ -162,8 +162,8 @@ LAYERS = [  # diffusers' names of the layers that LoRAs adapt
 ]
 
 
-def add_lora(net, rank, *names, dtype=torch.float32):
-    """In place: freeze the network's weights, in `dtype`, and add a trainable fp32 LoRA (peft) per name to all LAYERS.
+def add_lora(net, rank, *names, dtype=torch.float32, layers=LAYERS):
+    """In place: freeze the network's weights, in `dtype`, and add a trainable fp32 LoRA (peft) per name to `layers`.
 
     All LoRAs are active together; lora_scale sets the strength of each. All start from one A, and from B = 0.
     """
@@ -171,7 +171,7 @@ def add_lora(net, rank, *names, dtype=torch.float32):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of a second LoRA
         for name in names:
-            net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS), name)
+            net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), name)
     net.set_adapter(list(names))
     for layer in net.modules():
         if isinstance(layer, LoraLayer):

@@ -25,7 +25,7 @@ SHIPPED = HERE / "toy" / "student"  # unet/ and config.json of a student for tho
 FIXED = (  # settings that a resumed run cannot change; the last line is the siblings'
     *("stage", "model", "data", "prompts", "method", "lora_rank", "optimizer"),
     *("sam", "student_steps", "resolution", "seed", "batch_size"),
-    *("fake_lora", "judge", "head", "d_block"),
+    *("fake_lora", "lora_layers", "judge", "head", "d_block"),
 )
 
 

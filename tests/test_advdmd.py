@@ -1,4 +1,4 @@
-"""AdvDMD: the group-relative gradient against an analytic policy gradient, which states have a likelihood, the gate."""
+"""AdvDMD: its discriminator on states, which of them have a likelihood, the gate, a frozen reward."""
 
 import json
 
@@ -11,28 +11,7 @@ from engine import checkpoint, run_folder
 from engine.batch import Batch
 from engine.errors import UserError
 from engine.networks import assemble
-from engine.run_folder import look
 from siblings import advdmd
-
-
-def test_gradient_of_a_scalar_gaussian_policy():
-    """π = N(αθ, σ²), reward linear in z: A is (z - αθ)/σ, so d/dθ of -E[A log π] is -α/σ."""
-    alpha, sigma, n = torch.tensor(0.6), torch.tensor(0.8), 40000
-    theta = torch.tensor(0.3, requires_grad=True)
-    z = (alpha * 0.3 + sigma * torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(0))).detach()
-    A = advdmd.advantages(5.0 * z.flatten(1) - 2.0, n)[:, 0]
-    x0 = theta.expand(n, 1, 1, 1)
-    advdmd.policy_loss(z, x0, alpha, sigma, A).backward()
-    assert theta.grad.item() == pytest.approx(-(alpha / sigma).item(), rel=0.03)
-
-
-def test_advantages_are_relative_to_the_group():
-    R = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
-    A = advdmd.advantages(R, 4)
-    torch.testing.assert_close(A.view(2, 4, 3).mean(1), torch.zeros(2, 3), atol=1e-5, rtol=0)
-    shifted = R + torch.tensor([10.0, -7.0]).repeat_interleave(4)[:, None]  # an easier prompt is no better picture
-    torch.testing.assert_close(advdmd.advantages(shifted, 4), A, atol=1e-4, rtol=1e-4)
-    assert advdmd.advantages(torch.ones(4, 2), 4).abs().max() == 0
 
 
 def test_last_transition_has_no_likelihood():
@@ -67,22 +46,6 @@ def test_discriminator_on_states():
     torch.testing.assert_close(states, torch.stack([z_1, z_2, x_0], 1).flatten(1))
     noised = [add_noise(Fake.schedule, x_real, t.expand(2), eps) for t in S[1:]]
     torch.testing.assert_close(reals, torch.stack([*noised, x_real], 1).flatten(1))
-
-
-def test_groups_share_a_prompt_and_not_their_noise():
-    batch = Batch(torch.arange(8.0), list("abcdefgh"), {"pooled": torch.arange(8)}, list(range(8)), loop=1)
-    grouped = advdmd.grouped(batch, 4)
-    assert grouped.prompts == list("aaaaeeee") and grouped.x_real.tolist() == [0, 0, 0, 0, 4, 4, 4, 4]
-    assert grouped.c["pooled"].tolist() == [0, 0, 0, 0, 4, 4, 4, 4] and grouped.samples == batch.samples
-    with pytest.raises(ValueError, match="groups of 3"):
-        advdmd.grouped(batch, 3)
-
-
-@pytest.mark.parametrize("flags", [["--batch-size", "4"], ["--batch-size", "12", "--micro-batch", "4"]])
-def test_groups_that_do_not_fit_are_refused(flags):
-    config = train.read(["--preset", "advdmd", "--candidates", "3", *flags])
-    with pytest.raises(UserError, match="--candidates 3"):
-        look(config)
 
 
 def run(model, tmp_path, name, *flags):

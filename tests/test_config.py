@@ -30,8 +30,11 @@ PAPER = {  # the paper's tables: stage, batch, iterations, TTUR, student steps, 
 OWN = {  # a sibling's own flags
     "flash": set(),
     "dmd2": {"critic_weight", "head", "d_block"},
-    "dmdr": {"fake_lora", "dynamic", "real_scale", "reward_weight", "reward_margin"},
     "advdmd": {"critic_weight", "head", "d_block", "rl_after", "rl_gate", "judge"},
+    "dmdr": {
+        *("fake_lora", "lora_layers", "dynamic", "real_scale", "dm_input"),
+        *("rl", "reward_start", "reward_weight", "reward_margin"),
+    },
 }
 
 
@@ -176,10 +179,8 @@ def test_an_old_run_goes_on_with_its_method_and_settings(old):
         type(config)
         is {"flash": Config, "dmd2": dmd2.Settings, "dmdr": dmdr.Settings, "advdmd": advdmd.Settings}[method]
     )
-    newer = {"head": "scaled", "d_block": "middle"}
-    expected = (
-        newer | settings | {"method": method, "resume": True, "iterations": 9, "out": str(run), "renoise": (0.1, 0.9)}
-    )
+    given = {"method": method, "resume": True, "iterations": 9, "out": str(run), "renoise": (0.1, 0.9)}
+    expected = asdict(settings_of(method)()) | settings | given  # what did not exist then has its default
     assert {k: v for k, v in vars(config).items() if v != expected[k]} == {}
 
 

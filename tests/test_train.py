@@ -294,10 +294,11 @@ def test_non_finite_update_is_skipped_and_ten_end_the_run(small_toys, tmp_path, 
 DMD2 = {"method": "dmd2", "ttur": 1, "iterations": 2}
 SD3_LORA = {"model": "sd3", "lora_rank": 4, "iterations": 2}
 DMDR = {"method": "dmdr", "ttur": 1, "dynamic": 1, "ema": 1, "iterations": 2}
+GRPO = DMDR | {"rl": "grpo", "reward_weight": 1}
 ADVDMD = {"method": "advdmd", "ttur": 1, "rl_after": 1, "rl_gate": 0, "iterations": 2}
 TOKENS = {"model": "sd3", "checkpointing": True}  # D reads a transformer's block, which is computed again
 
-METHODS = [{}, DMD2, DMD2 | {"lora_rank": 4}, SD3_LORA, DMDR, ADVDMD]
+METHODS = [{}, DMD2, DMD2 | {"lora_rank": 4}, SD3_LORA, DMDR, GRPO, ADVDMD]
 METHODS += [DMD2 | TOKENS | {"lora_rank": 4}, ADVDMD | TOKENS]
 
 
@@ -311,7 +312,7 @@ def test_two_ranks_are_one(method, small_toys, two_ranks, tmp_path):
     """
     model = small_toys[method.get("model", "sdxl")]
     rates = {"ema": 0.99, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5}
-    size = 8 if method.get("method") == "advdmd" else 4  # whole groups on each rank
+    size = 8 if method in (GRPO, ADVDMD) else 4  # whole groups on each rank
     settings = {"iterations": 2, "batch_size": size, **rates, **method, "model": model, "reward": "toy/lrm"}
     one, two = on_one_and_two_ranks(settings, two_ranks, tmp_path)
     assert len(one) == len(two) == settings["iterations"]
