@@ -83,8 +83,7 @@ def test_presets_take_any_number_of_steps(K):
     assert TIMESTEPS == T
     for preset in PRESETS:
         for method in METHODS:
-            values = PRESETS[preset] | {"method": method, "student_steps": K, "dry_run": True}
-            config = settings_of(method)(**values)
+            config = train.read(["--preset", preset, "--method", method, "--student-steps", str(K), "--dry-run"])
             if K > 1 or config.stage == 1 and (method != "advdmd" or not config.gan_weight):
                 config.check()
             else:
