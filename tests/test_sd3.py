@@ -227,14 +227,13 @@ def test_prompts_that_are_cut_off_are_counted(sd3_t5, capsys):
     encoder = load_encoder(sd3_t5, 64, text_length=21)
     encoder.encode(["ab" * 10, "a" * 19, "abc" * 7])  # a word begins with a token of its own
     told = capsys.readouterr().err
-    assert told.startswith("warning: 2 of 3 prompts so far are cut off after 21 tokens, one of them: 'abab")
+    assert "warning: 2 of 3 prompts so far are cut off after 21 tokens, one of them: 'abab" in told
     encoder.encode(["abc" * 7] * 7)
-    assert capsys.readouterr().err == ""
+    assert "cut off" not in capsys.readouterr().err
     encoder.encode(["abc" * 7, "a"])
-    assert capsys.readouterr().err.startswith("warning: 10 of 12 prompts so far are cut off")
-    encoder = load_encoder(sd3_t5, 64, text_length=512)
-    encoder.encode(["red " * 80])
-    assert capsys.readouterr().err == ""
+    assert "warning: 10 of 12 prompts so far are cut off" in capsys.readouterr().err
+    load_encoder(sd3_t5, 64, text_length=512).encode(["red " * 80])
+    assert "cut off" not in capsys.readouterr().err
 
 
 def test_stage_2_without_a_reward_model_is_refused(sd3, run, tmp_path):
