@@ -163,7 +163,7 @@ def saved_settings(run):
     if "method" not in settings:
         settings["method"] = method_before(settings)
         settings.pop("gan", None)
-    settings.setdefault("t5", "off")  # runs of before --t5 had none
+    settings["t5"] = settings.get("t5") or "off"  # runs of before --t5 had none
     return settings
 
 
