@@ -52,7 +52,7 @@ def train(config):
     rank, ranks, device = start_process()
     prepare_method, iterate = method(config)
     source = data.source(config.data, config.resolution, config.seed, config.prompts)
-    nets = assemble(config, ranks, device, prepare_method)  # 1-3
+    nets = assemble(config, ranks, device, prepare_method, source)  # 1-3
     run = Run(config, nets, source, rank)
     for batch in run.batches():  # 4, 7
         # NOTE: Algorithm 1 does lines 5-26 and 27-31 in every iteration of stage 2. Table 4 has ratios r:1: here r

@@ -21,6 +21,9 @@ class Config:
     model: str = "toy/sdxl"  # the teacher: a diffusers pipeline folder, or a hub name
     data: str = "toy"  # toy, a folder of images with captions (docs/data.md), or shards ("s/{000..127}.tar")
     prompts: str = ""  # a text file of prompts for G, one per line; default: the captions of the data
+    t5: str = ""  # SD3: on = T5 reads the prompts too, or off; by default on where the folder of --model has it
+    text_length: int = 256  # SD3: tokens that T5 reads of a prompt, at most 512; part of the student
+    cache_text: str = ""  # folder that keeps all prompts encoded; no text encoder is held in training
     cache_latents: str = ""  # folder that keeps the VAE's latents of --data, for methods that see latents alone
     size_condition: str = "square"  # SDXL's size conditions: square = an uncropped square; original = the picture's own
     resolution: int = 64  # side of the square training images, pixels
@@ -97,6 +100,7 @@ class Config:
         self.check_steps()
         self.require("ratio_clip", 0 <= self.ratio_clip < 1, "must lie in [0, 1)")
         self.require("gan_crop", self.gan_crop <= self.resolution, "must not be larger than --resolution")
+        self.require("text_length", 1 <= self.text_length <= 512, "must lie in 1 to 512")
         has_pairs = self.stage != "reward" or self.pairs
         self.require("pairs", has_pairs, "is missing: --stage reward needs a folder of picture pairs")
         previews = self.preview_every and self.stage != "reward"
@@ -104,6 +108,12 @@ class Config:
         if self.size_condition == "original" and (self.prompts or self.data == "toy"):
             raise UserError(
                 "--size-condition original needs pictures with their own captions: give --data, and no --prompts"
+            )
+        if self.cache_text and self.stage == "reward":
+            raise UserError("--cache-text is for stages 1 and 2: leave it out of --stage reward")
+        if self.cache_text and self.data == "toy" and not (self.prompts or self.dry_run):
+            raise UserError(
+                "--cache-text needs --data, a folder or shards, or --prompts: the toy world's captions have no end"
             )
         if self.cache_latents and self.data == "toy":
             raise UserError(
@@ -223,6 +233,7 @@ CHOICES = {
     "preset": tuple(PRESETS),
     "method": METHODS,
     "stage": (1, 2, "reward"),
+    "t5": ("on", "off"),
     "size_condition": ("square", "original"),
     "rl_steps": ("high", "all"),
     "carry": ("random", "best"),

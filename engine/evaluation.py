@@ -14,7 +14,7 @@ from engine.folders import HERE, part_of
 from engine.models import load_denoiser, load_vae
 from engine.pictures import device_of, generate
 from engine.prompt_set import name_of
-from engine.prompts import load_encoder
+from engine.prompts import encoder_of
 from engine.reward_model import load_reward_model
 
 
@@ -53,7 +53,7 @@ def run(args, student, config, steps, asked=None, made_by=None):
 def networks(args, student, config, device):
     """-> what draws, the prompt encoder, the VAE, and the guided teacher where it is needed, else None."""
     model = config["model"]
-    encoder = load_encoder(model, config["resolution"], device)
+    encoder = encoder_of(config, device)
     vae = load_vae(model, device)
     teacher = None
     if student is None or args.reference == "teacher" and not args.prompts:

@@ -168,6 +168,7 @@ def out_of_memory(error, config):
     if config.stage != "reward":  # it takes a rank's batch at once
         at_once = config.micro_batch or at_once
         switch = "--micro-batch"
+    held = config.stage != "reward" and not config.cache_text  # text encoders
     pixel_gan = config.stage != "reward" and config.method == "flash" and config.gan_weight
     helps = {
         f"lower {switch}": at_once > 1,
@@ -175,6 +176,7 @@ def out_of_memory(error, config):
         f"add --gan-crop {config.resolution // 2}": pixel_gan and not config.gan_crop,
         "--optimizer adamw8bit": config.optimizer == "adamw",
         "--lora-rank 64": config.stage == 1 and config.method != "dmdr" and not config.lora_rank,
+        "--cache-text FOLDER": held and (config.prompts or config.data != "toy"),
         "more ranks": True,
         "a lower --resolution": True,
     }

@@ -8,11 +8,11 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from diffusion import guided
-from engine import checkpoint, run_folder
+from engine import checkpoint, run_folder, text_cache
 from engine.distributed import adamw, average_gradients, shard, update, weights
 from engine.errors import UserError
 from engine.models import Denoiser, add_lora, at_work, load_denoiser, load_sam, load_vae
-from engine.prompts import load_encoder
+from engine.prompts import encoder_of
 from engine.reward_model import load_reward_model
 
 LORAS = {
@@ -38,6 +38,7 @@ class Networks:
     fake: object  # μ_fake, the score estimator
     S: torch.Tensor  # τ_K > ... > τ_1
     sharded: bool = False
+    prompts: list = ()  # with --cache-text: every prompt of the run
     D: object = None  # the method's discriminator, where it has one
     ref: object = None  # stage 2: p_ref, the frozen stage-1 student
     R: object = None  # the reward model: stage 2's, or DMDR's
@@ -149,17 +150,24 @@ class Networks:
             others = f"those of {config.model} have {self.vae.channels}"
             raise UserError(f"the reward model in {path} scores latents of {channels} channels, {others}")
         self.ready(R.unet)
+        if config.cache_text:
+            text_cache.fill(R.encoder, self.prompts, config.cache_text)
         return R
 
 
-def assemble(config, ranks, device, prepare=None):
+def assemble(config, ranks, device, prepare=None, source=None):
     """Algorithm 1, lines 1-3, and in stage 2 the reference and the reward model -> Networks.
 
-    prepare(nets): adds the method's networks, a discriminator or a LoRA, before the score estimator is sharded.
+    prepare(nets): adds the method's networks, a discriminator or a LoRA, before the score estimator is sharded; source:
+    of the data, whose prompts --cache-text encodes before any other network is loaded.
     Raises UserError for settings that do not fit the model.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    encoder = load_encoder(config.model, config.resolution, device, dtype)
+    encoder = encoder_of(vars(config), device, dtype, loaded=not config.cache_text)
+    prompts = ()
+    if config.cache_text:
+        prompts = text_cache.prompts_of(config, source)
+        text_cache.fill(encoder, prompts, config.cache_text)
     vae = load_vae(config.model, device)
     side = latent_side(config, vae)
     latent = torch.empty(config.batch_size // ranks, vae.channels, side, side, device=device)
@@ -188,7 +196,7 @@ def assemble(config, ranks, device, prepare=None):
     S = schedule.steps(config.student_steps)
     null = encoder.null()
     at_scale = guided(teacher, null, config.guidance)
-    nets = Networks(config, ranks, latent, encoder, vae, teacher, at_scale, null, G, fake, S, sharded)
+    nets = Networks(config, ranks, latent, encoder, vae, teacher, at_scale, null, G, fake, S, sharded, prompts)
     nets.trained["G"] = (G.net, config.lr, "student" if config.lora_rank else "")
     nets.trained["fake"] = (fake.net, config.fake_lr, "fake" if config.lora_rank else "")
     if prepare:

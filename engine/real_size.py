@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from segment_anything import sam_model_registry
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from diffusion import Schedule, guided
 from engine.models import VAE, Denoiser, add_lora
@@ -88,16 +88,40 @@ def base_of(preset):
     return next((name for name in ("sdxl", *TRANSFORMERS) if preset.startswith(f"{name}-")), None)
 
 
-class Words:
-    """The prompt encoder's shapes: SDXL's, or SD3's (with as many zero tokens for T5 as CLIP has tokens)."""
+T5_XXL = T5Config(
+    vocab_size=32128,
+    d_model=4096,
+    d_kv=64,
+    d_ff=10240,
+    num_layers=24,
+    num_heads=64,
+    feed_forward_proj="gated-gelu",
+)
 
-    def __init__(self, sd3):
-        self.sd3 = sd3
+
+def has_t5(config):
+    """Whether T5 is among the text encoders: SD3's pipeline has it."""
+    return config.preset.startswith("sd3") and config.t5 != "off"
+
+
+def text_encoders(config):
+    """The text encoders of a run, without numbers."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        t5 = [T5EncoderModel(T5_XXL)] if has_t5(config) else []
+        return [CLIPTextModel(CLIP_L), CLIPTextModelWithProjection(CLIP_G), *t5]
+
+
+class Words:
+    """The prompt encoder's shapes: SDXL's, or SD3's (without T5: as many zero tokens as CLIP has tokens)."""
+
+    def __init__(self, config):
+        self.sd3 = config.preset.startswith("sd3")
+        self.more = config.text_length if has_t5(config) else 77
 
     def encode(self, prompts):
         n = len(prompts)
         if self.sd3:
-            return {"tokens": torch.zeros(n, 154, 4096), "pooled": torch.zeros(n, 2048)}
+            return {"tokens": torch.zeros(n, 77 + self.more, 4096), "pooled": torch.zeros(n, 2048)}
         return {"tokens": torch.zeros(n, 77, 2048), "pooled": torch.zeros(n, 1280), "size": torch.zeros(n, 6)}
 
 
@@ -148,7 +172,7 @@ def assemble(config, batch, prepare, kind=Unmoved):
     base = base_of(config.preset)
     sd3 = base in TRANSFORMERS
     schedule = Schedule("flow", shift=3.0) if sd3 else Schedule()
-    words = Words(sd3)
+    words = Words(config)
     side = config.resolution // 8
     build = lambda: SD3Transformer2DModel(**TRANSFORMERS[base]) if sd3 else UNet2DConditionModel(**SDXL)  # noqa: E731
     torch.set_default_dtype(torch.bfloat16)  # for the weights: fake ones cannot be cast in place

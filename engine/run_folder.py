@@ -17,14 +17,14 @@ from pathlib import Path
 from engine import base_model, layouts, text
 from engine.config import flag
 from engine.errors import UserError
-from engine.folders import HERE, check_writable, folder, part_of
+from engine.folders import HERE, check_holds, check_writable, folder, part_of
 from engine.locks import check_free, lock, unlock
 
 SHIPPED = HERE / "toy" / "student"  # unet/ and config.json of a student for those who have trained none
 
 FIXED = (  # settings that a resumed run cannot change; the last line is the siblings'
     *("stage", "model", "data", "prompts", "method", "lora_rank", "optimizer"),
-    *("sam", "student_steps", "resolution", "seed", "batch_size"),
+    *("t5", "text_length", "sam", "student_steps", "resolution", "seed", "batch_size"),
     *("fake_lora", "lora_layers", "judge", "head", "d_block"),
 )
 
@@ -39,6 +39,9 @@ def look(config):
     if config.dry_run:
         return config
     base_model.check(config.model)
+    config = dataclasses.replace(config, t5=base_model.t5_of(config.model, config.t5))
+    if config.cache_text:
+        check_holds(config.cache_text, "text-", "--cache-text")
     if config.cache_latents and Path(config.cache_latents).is_file():
         raise UserError(f"--cache-latents {config.cache_latents} is a file: give a folder")
     if config.stage == "reward":
@@ -148,7 +151,7 @@ def made_at(student):
 def saved_settings(run):
     """The settings in a run folder's config.json as a dict; {} where there is no such file.
 
-    Older runs have `gan` in place of `method`. Raises UserError where the file is torn.
+    Older runs have `gan` in place of `method`, and no T5. Raises UserError where the file is torn.
     """
     path = Path(run or "", "config.json")
     if not run or not path.is_file():
@@ -160,6 +163,7 @@ def saved_settings(run):
     if "method" not in settings:
         settings["method"] = method_before(settings)
         settings.pop("gan", None)
+    settings["t5"] = settings.get("t5") or "off"  # runs of before --t5 had none
     return settings
 
 
@@ -175,7 +179,8 @@ def from_stage_1(config):
     """Stage 2's config with --init and --reward filled in. Raises UserError for a stage-1 run that does not fit."""
     run, before = find_run(config.init, stage=1)
     before = dataclasses.asdict(type(config)()) | before
-    for key in ("model", "resolution", "student_steps", "method", "lora_rank", "head", "d_block"):
+    shared = ("model", "t5", "text_length", "resolution", "student_steps", "method", "lora_rank", "head", "d_block")
+    for key in shared:
         if before.get(key) != getattr(config, key, None):
             raise UserError(f"{run} was trained with {flag(key)} {before[key]}, not {getattr(config, key)}")
     if config.gan_weight and not before["gan_weight"]:

@@ -120,6 +120,14 @@ def small_toys(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sd3_t5(tmp_path_factory):
+    """The folder of a tiny SD3 pipeline with T5."""
+    from tiny_models import tiny_sd3
+
+    return tiny_sd3(tmp_path_factory.mktemp("tiny") / "sd3")
+
+
+@pytest.fixture(scope="session")
 def mask2former(tmp_path_factory):
     """A folder with a small Mask2Former of random weights that sees clocks, and the network."""
     import torch

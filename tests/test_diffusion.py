@@ -186,6 +186,27 @@ def test_guidance():
     torch.testing.assert_close(guided(denoiser, null, 3)(x_t, t, c), (0.5 + 3 * 1.5) * x_t)
 
 
+@pytest.mark.parametrize("longer", [0, 1])
+def test_guidance_pads_to_one_length(longer):
+    """Prompt and null prompt of different lengths, with a mask: as if each had been given alone. Masks stay bool."""
+
+    def denoiser(x_t, t, c):
+        assert c["mask"].dtype == torch.bool
+        mean = (c["tokens"] * c["mask"].unsqueeze(2)).sum((1, 2)) / c["mask"].sum(1)
+        return x_t * (mean + c["pooled"].sum(1)).view(-1, 1, 1, 1)
+
+    def condition(n, length):
+        mask = torch.arange(length) < torch.tensor([[length], [2], [1]])[:n]
+        return {"tokens": torch.randn(n, length, 4), "mask": mask, "pooled": torch.randn(n, 2)}
+
+    denoiser.schedule = Schedule()
+    x_t, t = torch.randn(SHAPE), torch.zeros(3).long()
+    c, null = condition(3, (5, 3)[longer]), condition(1, (3, 5)[longer])
+    apart = denoiser(x_t, t, {k: v.repeat(3, *[1] * (v.dim() - 1)) for k, v in null.items()})
+    expected = apart + 4 * (denoiser(x_t, t, c) - apart)
+    torch.testing.assert_close(guided(denoiser, null, 4)(x_t, t, c), expected)
+
+
 def test_noise_belongs_to_the_sample():
     like = torch.empty(4, 4, 8, 8)
     whole = randn(sample_generators(5, 2, range(4), "rollout"), like)

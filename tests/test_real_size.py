@@ -2,6 +2,7 @@
 
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from engine.models import load_denoiser
 PUBLISHED = {  # of the released weights' files; SD3's has its fixed table of positions too
     "sdxl": 2_567_463_684,
     "sd3": 2_084_951_104 - 192**2 * 1536,
+    "t5": 4_762_310_656,
 }
 MILLIONS = {"sd35-medium": 2243, "sd35-large": 8057}  # as their cards have it
 
@@ -97,13 +99,19 @@ def test_iteration_at_full_size(preset, sdxl, monkeypatch):
 
 
 def test_geometry_is_the_published_one():
-    """As many weights as in the released files."""
+    """As many weights as in the released files; T5 is SD3's alone, unless --t5 off."""
     with torch.device("meta"):
         nets = {name: SD3Transformer2DModel(**geometry) for name, geometry in real_size.TRANSFORMERS.items()}
         nets["sdxl"] = UNet2DConditionModel(**real_size.SDXL)
+    sd3 = ["--preset", "sd3-4step"]
+    *clips, nets["t5"] = real_size.text_encoders(train.read(sd3))
     found = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
     assert {name: round(found.pop(name) / 1e6) for name in MILLIONS} == MILLIONS
     assert found == PUBLISHED
+    for flags, length in ((sd3, 256), ([*sd3, "--text-length", "512"], 512), ([*sd3, "--t5", "off"], 77)):
+        config = train.read(flags)
+        assert len(clips) + (length > 77) == len(real_size.text_encoders(config))
+        assert real_size.Words(config).encode(["a"])["tokens"].shape == (1, 77 + length, 4096)
 
 
 def test_memory_follows_storages():
@@ -189,6 +197,12 @@ def test_dry_run_as_a_command(sdxl, monkeypatch, capsys):
         [sum(column) for column in zip(*map(row, names), strict=True)], abs=0.05 * len(names)
     )  # of rounded figures
 
+    text = re.search(
+        r"with text encoders ([\d.]+) GB on a GPU, with --cache-text ([\d.]+), and ([\d.]+) MB of disk", out
+    )
+    words = row("text encoders")[6]
+    assert [float(n) for n in text.groups()] == [near(row("sum")[6]), near(row("sum")[6] - words), 0.32]
+
     on_disk, copied = map(float, re.search(r"a checkpoint: ([\d.]+) GB .* copies ([\d.]+) GB", out).groups())
     assert on_disk == pytest.approx(28 * P, abs=0.1) and copied == pytest.approx(6 * P, abs=0.1)  # the student twice
 
@@ -208,6 +222,13 @@ def test_dry_run_as_a_command(sdxl, monkeypatch, capsys):
         "\nverdict: fits on 4 x 80 GB; one sample at once needs at least "
         "4 x 48 GB or 2 x 80 GB or 1 x 141 GB (--optimizer adamw8bit: " in out
     )
+
+    kept = replace(nets, config=replace(nets.config, cache_text="kept"))
+    monkeypatch.setattr(dry_run, "measure", lambda *a: (kept, found))
+    train.main([*flags, "--gpus", "4"])
+    again = capsys.readouterr().out
+    assert text[0] in again and re.search(r"^text encoders +0\.0 +0\.00", again, re.M)
+    monkeypatch.setattr(dry_run, "measure", lambda *a: (nets, found))
 
     def verdict(*more):
         dry_run.report(train.read([*flags, *more]), None, None, None)
