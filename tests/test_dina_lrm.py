@@ -190,8 +190,8 @@ def test_full_size_geometry():
     """SD3.5-Medium's: 87 tensors and 139 M in the head, 288 and 28 M in the LoRA."""
     with torch.device("meta"):
         head = dina_lrm.Head(1536, 3).state_dict()
-        net = SD3Transformer2DModel(num_layers=12, num_attention_heads=24, dual_attention_layers=tuple(range(12)))
-        net = get_peft_model(net, LoraConfig(r=64, target_modules=dina_lrm.LAYERS))
+        net = SD3Transformer2DModel(num_layers=13, num_attention_heads=24, dual_attention_layers=tuple(range(12)))
+        net = get_peft_model(FirstBlocks(net, 12), LoraConfig(r=64, target_modules=dina_lrm.LAYERS))
     assert {name: tuple(p.shape) for name, p in head.items()} == head_shapes(1536, 3) and len(head) == 87
     lora = [p for name, p in net.named_parameters() if "lora_" in name]
     assert len(lora) == 288
@@ -208,7 +208,7 @@ def test_full_size_geometry():
         ("lora", lambda w: w.pop(next(k for k in w if ".2.attn.to_add_out.lora_B" in k)), "backbone_lora.*1 keys"),
         (
             "lora",
-            lambda w: w.update({k.replace("blocks.0", "blocks.9"): w[k] for k in list(w)}),
+            lambda w: w.update({k.replace("blocks.0", "blocks.9"): w[k].clone() for k in list(w)}),
             "backbone_lora.*blocks.9",
         ),
         ("config", lambda c: c.update(use_logistic=True), "use_logistic True is not supported"),
