@@ -12,7 +12,7 @@ import json
 import os
 from pathlib import Path
 
-from engine import base_model, picture_folder, prompt_set, report, run_folder
+from engine import base_model, picture_folder, prompt_set, report, reward_layout, run_folder
 from engine.config import TIMESTEPS, Config
 from engine.errors import UserError
 from engine.flags import Parser, at_least, device, fail, finite
@@ -69,7 +69,7 @@ def flags(argv=None):
     )
     add(
         "--reward",
-        help='folder of the latent reward model (default: the run\'s, or "lrm" beside the model, if there is one)',
+        help="folder of the latent reward model (default: the run's, or the one beside the model, if there is one)",
     )
     add("--prompts", help="a text file, one prompt per line: the paper's scores in place of the toy's")
     add(
@@ -126,6 +126,8 @@ def check(args):
         steps = args.steps or config["student_steps"]
     base_model.check(config["model"])
     config["t5"] = base_model.t5_of(config["model"], config["t5"])
+    if args.reward:
+        reward_layout.check(args.reward, config["model"])
     if args.json:
         if Path(args.json).is_dir():
             raise UserError(f"--json {args.json} is a folder: name a file")

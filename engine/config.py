@@ -54,7 +54,7 @@ class Config:
     weight_decay: float = 0.01  # of all networks
     clip_grad: float = 1.0  # largest gradient norm of the generator and of the score estimator
     init: str = ""  # stage 2: the stage-1 run to start from; default the newest
-    reward: str = ""  # stage 2, dmdr: the latent reward model's folder; default "lrm" beside --model. dmdr: or "clip"
+    reward: str = ""  # stage 2, dmdr: the latent reward model; default lrm or sd3_lrm beside --model. dmdr: or "clip"
     rl_ratio: int = 5  # stage 2: preference updates per distillation update; --iterations counts both
     rl_steps: str = "high"  # stage 2: student steps that are judged, never the last: high = the two noisiest, or all
     candidates: int = 4  # stage 2: k, candidates per step; advdmd, dmdr's grpo: rollouts per prompt

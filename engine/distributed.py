@@ -180,8 +180,9 @@ def average_gradients(module, ranks):
     """In place: the ranks' mean gradient, for a small network that every rank holds whole."""
     if ranks > 1:
         for p in module.parameters():
-            dist.all_reduce(p.grad)
-            p.grad /= ranks
+            if p.requires_grad:
+                dist.all_reduce(p.grad)
+                p.grad /= ranks
 
 
 def shard(net, dtype):

@@ -13,7 +13,7 @@ from engine.distributed import adamw, average_gradients, shard, update, weights
 from engine.errors import UserError
 from engine.models import Denoiser, add_lora, at_work, load_denoiser, load_sam, load_vae
 from engine.prompts import encoder_of
-from engine.reward_model import load_reward_model
+from engine.reward_model import backbone, load_reward_model
 
 LORAS = {
     "teacher": {"student": 0.0, "fake": 0.0},
@@ -140,16 +140,12 @@ class Networks:
         return load_sam(self.config.sam, self.latent.device, self.dtype)
 
     def load_reward(self):
-        """The latent reward model. Raises UserError for one of another number of latent channels."""
+        """The latent reward model. Raises UserError for one of other latents than the model's."""
         config = self.config
-        device = self.latent.device
         path = run_folder.reward_folder(config)
-        R = load_reward_model(path, config.resolution, config.model, device, self.dtype)
-        channels = R.unet.config.in_channels
-        if channels != self.vae.channels:
-            others = f"those of {config.model} have {self.vae.channels}"
-            raise UserError(f"the reward model in {path} scores latents of {channels} channels, {others}")
-        self.ready(R.unet)
+        device = self.latent.device
+        R = load_reward_model(path, config.resolution, config.model, device, self.dtype, self.encoder)
+        self.ready(backbone(R))
         if config.cache_text:
             text_cache.fill(R.encoder, self.prompts, config.cache_text)
         return R

@@ -14,10 +14,10 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
-from engine import base_model, layouts, text
+from engine import base_model, layouts, reward_layout, text
 from engine.config import flag
 from engine.errors import UserError
-from engine.folders import HERE, check_holds, check_writable, folder, part_of
+from engine.folders import HERE, check_holds, check_writable, folder
 from engine.locks import check_free, lock, unlock
 
 SHIPPED = HERE / "toy" / "student"  # unet/ and config.json of a student for those who have trained none
@@ -52,6 +52,8 @@ def look(config):
         text.prompts(config.prompts)
     if config.watch:
         text.prompts(config.watch, "--watch")
+        if config.reward not in ("", "clip"):
+            reward_layout.check(config.reward, config.model)
     if config.method == "flash" and config.gan_weight and config.stage != "reward" and not config.sam.endswith(".pth"):
         folder(config.sam, "config.json", "image_encoder.safetensors", hub=False)
     if config.stage == 2:
@@ -189,14 +191,14 @@ def from_stage_1(config):
 
 
 def reward_folder(config):
-    """The latent reward model's folder: --reward, or "lrm" beside the model. Raises UserError where there is none."""
-    if not config.reward and part_of(config.model) == "transformer":
-        raise UserError("there is no latent reward model for SD3: name a folder of your own with --reward")
+    """The latent reward model's folder: --reward, or "lrm" (SDXL) or "sd3_lrm" (SD3) beside the model.
+
+    Raises UserError where there is none, and for one of other latents than the model's.
+    """
     if config.reward == "clip":
         raise UserError("--reward clip is DMDR's, in stage 1: name the folder of a latent reward model")
-    reward = config.reward or str(Path(config.model).parent / "lrm")
-    if not any((root / reward).is_dir() for root in (Path(), HERE)):
-        raise UserError(f"no latent reward model in {reward}: name its folder with --reward")
+    reward = config.reward or reward_layout.beside(config.model)
+    reward_layout.check(reward, config.model)
     return reward
 
 

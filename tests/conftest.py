@@ -109,7 +109,8 @@ def small_toys(tmp_path_factory):
     from engine.models import PARTS
 
     folder = tmp_path_factory.mktemp("toy")
-    (folder / "lrm").symlink_to(Path("toy/lrm").resolve())
+    for name in ("lrm", "sd3_lrm"):
+        (folder / name).symlink_to(Path("toy", name).resolve())
     for name, changes in SMALL.items():
         part = part_of(f"toy/{name}")
         shutil.copytree(f"toy/{name}", folder / name, ignore=shutil.ignore_patterns(part))

@@ -11,7 +11,7 @@ TORCH_FREE = {
     *("engine.errors", "engine.folders", "engine.base_model", "engine.config", "engine.run_folder"),
     *("engine.flags", "engine.text", "engine.layouts", "engine.shards", "engine.locks"),
     *("engine.stopping", "engine.picture_folder", "engine.geneval", "engine.dpg", "engine.coco"),
-    *("engine.prompt_set", "engine.report", "siblings"),
+    *("engine.prompt_set", "engine.report", "engine.reward_layout", "siblings"),
 }
 ROOMS = ("siblings", "engine", "toy", "lab", "tests")
 FILES = [str(path) for folder in (".", *ROOMS) for path in Path(folder).glob("*.py")]

@@ -238,7 +238,7 @@ def test_prompts_that_are_cut_off_are_counted(sd3_t5, capsys):
 
 def test_stage_2_without_a_reward_model_is_refused(sd3, run, tmp_path):
     flags = f"--model {sd3} --stage 2 --init {run} --batch-size 2 --out {tmp_path / 'two'}"
-    with pytest.raises(UserError, match="no latent reward model for SD3"):
+    with pytest.raises(UserError, match="no latent reward model in .*sd3_lrm: name its folder with --reward"):
         train.train(train.read(flags.split()))
 
 
@@ -275,15 +275,19 @@ def test_unknown_pipeline_is_named(sd3, tmp_path):
 @pytest.mark.parametrize(
     "flags, built, left",
     [
-        ([], [], ["vae", "clip", "teacher", "sam", "lrm", "sd3", "student"]),
+        ([], [], ["vae", "clip", "teacher", "sam", "lrm", "sd3", "sd3_lrm", "student"]),
         (
             ["--rebuild"],
-            ["vae", "clip", "teacher", "sam", "lrm", "sd3", "student"],
-            ["vae", "clip", "teacher", "sam", "lrm", "sd3", "student"],
+            ["vae", "clip", "teacher", "sam", "lrm", "sd3", "sd3_lrm", "student"],
+            ["vae", "clip", "teacher", "sam", "lrm", "sd3", "sd3_lrm", "student"],
         ),
         (["--only", "vae", "--rebuild"], ["vae"], ["vae", "clip", "sam"]),
-        (["--only", "teacher", "--rebuild"], ["teacher"], ["vae", "clip", "teacher", "sam", "sd3"]),
-        (["--only", "sd3", "--rebuild"], ["sd3"], ["vae", "clip", "teacher", "sam", "lrm", "sd3", "student"]),
+        (["--only", "teacher", "--rebuild"], ["teacher"], ["vae", "clip", "teacher", "sam", "sd3", "sd3_lrm"]),
+        (
+            ["--only", "sd3", "--rebuild"],
+            ["sd3"],
+            ["vae", "clip", "teacher", "sam", "lrm", "sd3", "student"],
+        ),
     ],
 )
 def test_no_part_outlives_what_it_was_trained_on(flags, built, left, tmp_path, monkeypatch):
