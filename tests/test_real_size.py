@@ -74,7 +74,7 @@ LATENT = {"sd35-large-4step": ("--method", "dmd2")}  # presets that are traced w
 
 @pytest.mark.parametrize("preset", ["sdxl-4step", *FEWER])
 @pytest.mark.xdist_group("full_size")
-def test_iteration_at_full_size(preset, sdxl, monkeypatch):
+def test_iteration_at_full_size(preset, request, monkeypatch):
     """SDXL's UNets in bf16, or two LoRAs on a transformer, the VAE, SAM ViT-B: no shape or dtype clashes.
 
     Every weight that a network trains gets a gradient of its own shape and type.
@@ -85,7 +85,7 @@ def test_iteration_at_full_size(preset, sdxl, monkeypatch):
             monkeypatch.setitem(geometry, key, value)
         config, nets, seen, lacking = traced(preset, *LATENT.get(preset, ()))
     else:
-        config, nets, seen, lacking = sdxl
+        config, nets, seen, lacking = request.getfixturevalue("sdxl")
     if config.stage == 2:
         assert lacking["G"] == set() and seen["rl_loss"].shape == ()
     else:
