@@ -198,11 +198,12 @@ def first_blocks(model, n=None):
 
 def text_encoder(model, image_size, device, dtype=torch.float32, shared=None):
     """The prompt encoder of pipeline `model`, at R's text length; `shared`'s networks, where that is its own."""
-    if shared is not None and folder(shared.model) == folder(model):
+    if shared is not None and shared.encoders and folder(shared.model) == folder(model):
         encoder = copy.copy(shared)
     else:
         encoder = load_encoder(model, image_size, device, dtype)
-    encoder.text_length = TEXT_LENGTH
+    if getattr(encoder, "text_length", 0):  # it has T5
+        encoder.text_length = TEXT_LENGTH
     return encoder
 
 
