@@ -183,7 +183,7 @@ def test_the_score_is_the_published_formula(published):
         eps = torch.stack([torch.randn(4, 16, 16, generator=g) for g in sample_generators(0, 0, range(3), "finished")])
         at_level = R(0.6 * z_t + 0.4 * eps, torch.full((3,), 400.0), c)
     torch.testing.assert_close(finished, at_level, atol=2e-5, rtol=2e-5)
-    assert expected.std() > 0.1 and R.encoder.text_length == 128
+    assert expected.std() > 0.1
 
 
 def test_full_size_geometry():
@@ -305,8 +305,7 @@ def test_what_is_saved_reads_back(small_toys, tmp_path):
     with torch.no_grad():
         scores = R.score(z_t, t, prompts)
         torch.testing.assert_close(again.score(z_t, t, prompts), scores, atol=1e-5, rtol=1e-5)
-    assert again.encoder.encoders is encoder.encoders and again.encoder.text_length == 128
-    assert getattr(encoder, "text_length", None) != 128
+    assert again.encoder.encoders is encoder.encoders
     assert load_reward_model("toy/sd3_lrm", 64, encoder=encoder).encoder.encoders is not encoder.encoders
     assert dina_lrm.found_from_anywhere(HERE / "toy" / "sd3") == "toy/sd3"
     written = "".join(p.read_text() for p in (tmp_path / "lrm").rglob("*.json"))
