@@ -86,6 +86,7 @@ class Pairs:
 
 def train_reward(config):
     """Train R as `config` says -> the run folder, whose checkpoints hold lrm/. Raises UserError."""
+    config = run_folder.look(config)
     rank, ranks, device = start_process()
     per_rank = config.per_rank(ranks)
     source = Pairs(config.pairs, config.resolution, config.seed)

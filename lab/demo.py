@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.flags import Parser, at_least, fail
 from engine.run_folder import newest
 
-STAGE_1 = "--batch-size 8 --iterations 200 --lr 8e-5 --fake-lr 5e-4 --gan-crop 32 --preview-every 200"
+STAGE_1 = "--batch-size 8 --iterations 200 --lr 6e-5 --fake-lr 4e-4 --gan-crop 32 --preview-every 200"
 STAGE_2 = "--iterations 45 --lr 2e-5 --fake-lr 2e-4 --gan-crop 32 --rl-ratio 2 --preview-every 45"
 EVALUATED = 200  # prompts
 

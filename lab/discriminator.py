@@ -23,7 +23,7 @@ from engine.flags import at_least
 from engine.models import load_denoiser, load_vae
 from engine.prompts import load_encoder
 from engine.run_folder import find_student
-from siblings import advdmd, dmd2
+from siblings import dmd2, policy
 
 
 @dataclass
@@ -54,7 +54,7 @@ def bank(student, settings, n, held_out=False, at_once=64):
         rows = slice(first, first + at_once)
         rng = sample_generators(int(held_out), 0, range(n)[rows], "bank")
         z = randn(rng, real[rows])
-        states.append(torch.stack(advdmd.simulate(G, z, {k: v[rows] for k, v in c.items()}, S, rng)[1:], 1))
+        states.append(torch.stack(policy.simulate(G, z, {k: v[rows] for k, v in c.items()}, S, rng)[1:], 1))
     return Bank(real, torch.cat(states), c), S
 
 

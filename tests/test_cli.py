@@ -292,7 +292,7 @@ def test_batch_not_divisible_by_ranks(capsys, tmp_path, monkeypatch):
 
 
 def test_8_bit_moments_want_the_same_ranks(tmp_path):
-    config_ = config.Config(optimizer="adamw8bit", resume=True, out=str(tmp_path))
+    config_ = config.Config(optimizer="adamw8bit", t5="off", resume=True, out=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(vars(config_)))
     (tmp_path / "checkpoint-000002").mkdir()
     for ranks, refused in ((1, False), (2, True)):

@@ -156,7 +156,8 @@ OLD = {  # method -> a run's settings in that time
 def old(request, tmp_path):
     """-> method, its settings, its run folder as it was written before --method existed."""
     settings = asdict(Config()) | BEFORE | OLD[request.param] | {"renoise": [0.1, 0.9], "lr": 1e-3}
-    del settings["method"]
+    for later in ("method", "t5", "text_length"):
+        del settings[later]
     run = tmp_path / "run"
     (run / "checkpoint-000002").mkdir(parents=True)
     (run / "checkpoint-000002" / "progress.json").write_text('{"loops": 2}')
@@ -167,7 +168,7 @@ def old(request, tmp_path):
 def test_an_old_run_has_its_method(old):
     method, settings, run = old
     found = saved_settings(run)
-    assert found == {k: v for k, v in settings.items() if k != "gan"} | {"method": method}
+    assert found == {k: v for k, v in settings.items() if k != "gan"} | {"method": method, "t5": "off"}
     assert run_folder.find_run(str(run)) == (run, found)
 
 
@@ -178,7 +179,7 @@ def test_an_old_run_goes_on_with_its_method_and_settings(old):
         type(config)
         is {"flash": Config, "dmd2": dmd2.Settings, "dmdr": dmdr.Settings, "advdmd": advdmd.Settings}[method]
     )
-    given = {"method": method, "resume": True, "iterations": 9, "out": str(run), "renoise": (0.1, 0.9)}
+    given = {"method": method, "t5": "off", "resume": True, "iterations": 9, "out": str(run), "renoise": (0.1, 0.9)}
     expected = asdict(settings_of(method)()) | settings | given  # what did not exist then has its default
     assert {k: v for k, v in vars(config).items() if v != expected[k]} == {}
 

@@ -312,7 +312,8 @@ def test_two_ranks_are_one(method, small_toys, two_ranks, tmp_path):
     """
     model = small_toys[method.get("model", "sdxl")]
     rates = {"ema": 0.99, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5}
-    size = 8 if method in (GRPO, ADVDMD) else 4  # whole groups on each rank
+    grouped = method is GRPO or method.get("method") == "advdmd"
+    size = 8 if grouped else 4  # whole groups on each rank
     settings = {"iterations": 2, "batch_size": size, **rates, **method, "model": model, "reward": "toy/lrm"}
     one, two = on_one_and_two_ranks(settings, two_ranks, tmp_path)
     assert len(one) == len(two) == settings["iterations"]
