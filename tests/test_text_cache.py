@@ -115,7 +115,7 @@ def trained(model, photos, out, *more):
     return train.train(train.read([*f"--model {model} --data {photos} {RUN} --out {out}".split(), *more]))
 
 
-@pytest.mark.parametrize("method", ["flash", "dmd2", "dmdr", "advdmd"])
+@pytest.mark.parametrize("method", ["flash", "dmdr", "advdmd"])  # AdvDMD trains DMD2's discriminator
 def test_every_method_trains_without_text_encoders(method, small_toys, photos, tmp_path, monkeypatch):
     """The same loop as with them. A second run loads none. The reward model of the toy has the same ones: one cache."""
     own = ["--method", method, "--iterations", "1", "--preview-every", "0"]
