@@ -98,6 +98,7 @@ def build(part, model, batch, steps, lr, noisiest, levels, at_least, first=None)
     """Train a part, the reward model of pipeline `model`, on t below `noisiest`; report its accuracy at `levels`."""
     schedule = load_schedule(model)
     R = untrained_reward_model(model, world.SIZE)
+    trained = sum(p.numel() for p in R.parameters() if p.requires_grad)
     better, worse, captions, _ = pairs(32768, "train", first)
     encoded = [R.encoder.encode(captions[i : i + 256]) for i in range(0, len(captions), 256)]
     conditions = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
