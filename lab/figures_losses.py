@@ -1,6 +1,7 @@
 """The walkthrough's pictures of the losses: Eq. 3 to 7 and 9 to 11, from three short runs."""
 
 import torch
+import torch.nn.functional as F
 
 import dmd
 import pixel_gan
@@ -104,9 +105,9 @@ def adversarial_gradient():
         y = y.detach().requires_grad_()
         loss = pixel_gan.generator_loss(nets.D(nets.D.features(shared.vae().decode(y))))
         (slope,) = torch.autograd.grad(loss, y)
-        y = y - 0.03 * slope / slope.square().mean((1, 2, 3), keepdim=True).sqrt()
+        y = y - 0.012 * slope / slope.square().mean((1, 2, 3), keepdim=True).sqrt()
     before, after = shared.decode(made), shared.decode(y.detach())
-    rows = [list(before), [None] * 5, list(canvas.change(before, after, 2)), list(after)]
+    rows = [list(before), [None] * 5, list(canvas.change(before, after, 3)), list(after)]
     labels = [
         "$V(x_{adv})$:\nwhat D sees",
         "$|∂L_{adv}/∂$pixel$|$",
@@ -114,8 +115,8 @@ def adversarial_gradient():
         "where they end",
     ]
     figure, boxes = canvas.grid(rows, labels=labels, top=0.1)
-    for box, heat in zip(boxes[1], pull):
-        canvas.put(figure, box, heat.sqrt(), cmap="magma")
+    for box, heat in zip(boxes[1], F.avg_pool2d(pull, 5, 1, 2)):
+        canvas.put(figure, box, heat, cmap="magma")
     return figure
 
 

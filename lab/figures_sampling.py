@@ -1,6 +1,7 @@
 """The walkthrough's pictures of sampling: Eq. 1, 2 and 8, candidates of Eq. 12 and 13, few steps beside many."""
 
 import textwrap
+from itertools import count
 
 import torch
 
@@ -92,11 +93,14 @@ def preference():
     """Eq. 12 and 13: four candidates of one z_t, R's scores, the pair, and where updates on that pair move G."""
     G, S = shared.student(), shared.student().schedule.steps(4)
     words, c = shared.prompts(shared.SCENE)
-    z = shared.noise(1, "preference")
     c_R = shared.reward().encoder.encode(words)
-    rng = shared.generators(1, "preference steps")
-    ((_, z_t, candidates, scores),) = latent_reward.rollout(G, shared.reward(), z, c, c_R, S, 1, 4, "random", rng)
-    win, lose, _ = (v.item() for v in latent_reward.choose(scores, Config.pair_threshold))
+    for seed in count():  # the first noise whose pair is kept
+        z = shared.noise(1, "preference", seed)
+        rng = shared.generators(1, "preference steps", seed)
+        ((_, z_t, candidates, scores),) = latent_reward.rollout(G, shared.reward(), z, c, c_R, S, 1, 4, "random", rng)
+        win, lose, kept = (v.item() for v in latent_reward.choose(scores, Config.pair_threshold))
+        if kept:
+            break
     pair = candidates[:, win], candidates[:, lose]
     with torch.no_grad():
         futures = G(candidates[0], times(S[1], candidates[0]), {k: v.expand(4, *v.shape[1:]) for k, v in c.items()})
@@ -113,7 +117,7 @@ def preference():
         under = f"R = {scores[0, k]:.2f}" + {win: "  $z^w$", lose: "  $z^l$"}.get(k, "")
         canvas.put(figure, boxes[0][k + 1], shared.decode(candidates[0])[k], under=under, frame=frame)
         canvas.put(figure, boxes[1][k + 1], shared.decode(futures)[k], frame=frame)
-    old, new, towards = (shared.decode(x)[0] for x in (before, after, before + 0.1 * (pair[0] - pair[1])))
+    old, new, towards = (shared.decode(x)[0] for x in (before, after, before + 0.3 * (pair[0] - pair[1])))
     last = {"before": old, "after": new, "change, times 4": canvas.change(old, new, 4)}
     last["where $z^w - z^l$ points"] = canvas.change(old, towards, 2)
     for box, (under, image) in zip(boxes[2], last.items()):

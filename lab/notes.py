@@ -9,6 +9,9 @@ import ast
 import re
 from pathlib import Path
 
+from engine.errors import UserError
+from engine.flags import fail
+
 PAGE = Path("docs/paper.md")
 MARK = "<!-- python -m lab.notes writes what follows -->"
 FILES = ("*.py", "siblings/*.py", "engine/*.py")
@@ -69,12 +72,12 @@ LINK = re.compile(r"\[`([\w/]+\.py)`:\s`([\w.]+)`\]\(\.\./[\w/.]+#L\d+\)")
 
 
 def definition(path, name):
-    """The syntax tree of a function, a class, or a method, "Class.method". Raises KeyError where there is none."""
+    """The syntax tree of a function, a class, or a method, "Class.method". Raises UserError where there is none."""
     node = ast.parse(Path(path).read_text())
     for part in name.split("."):
         node = next((n for n in node.body if getattr(n, "name", "") == part), None)
         if node is None:
-            raise KeyError(f"docs/ link to {name} in {path}, which is not there: correct the link")
+            raise UserError(f"docs/ link to {name} in {path}, which is not there: correct the link")
     return node
 
 
@@ -84,7 +87,14 @@ def linked(text):
     return LINK.sub(at, text)
 
 
+def main():
+    try:
+        renewed = {path: linked(path.read_text()) for path in Path("docs").glob("*.md")} | {PAGE: page()}
+    except UserError as e:
+        fail(e)
+    for path, text in renewed.items():
+        path.write_text(text)
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
-    for other in Path("docs").glob("*.md"):
-        other.write_text(linked(other.read_text()))
+    main()

@@ -12,6 +12,7 @@ import re
 import textwrap
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from engine.errors import UserError
@@ -91,10 +92,8 @@ WORD = re.compile(r"[^\W\d][^\W²]*")  # not the square of σ_t²
 
 def tree(latex, display):
     """LaTeX -> a MathML element, without namespaces."""
-    try:
-        from latex2mathml.converter import convert
-    except ImportError:
-        raise UserError('no package latex2mathml: pip install -e ".[page]", or the pins of requirements.txt') from None
+    from latex2mathml.converter import convert
+
     text = convert(latex, display="block" if display else "inline")
     return ET.fromstring(text.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', ""))
 
@@ -206,16 +205,19 @@ class Station:
 
 
 def stations(text):
-    """walkthrough.md -> its introduction in Markdown, and its stations."""
+    """walkthrough.md -> its introduction in Markdown, and its stations. Raises UserError for one that is not whole."""
     intro, *parts = re.split(r"^## ", text, flags=re.M)
     found = []
     for part in parts:
         title, body = part.split("\n", 1)
         functions = [(m[1], m[2]) for m in LINK.finditer(body)]
         body = re.sub(r"^\*\*Code:\*\*.*?\n\n", "", body, flags=re.M | re.S)
-        before, alt, picture, caption, after = re.fullmatch(
-            r"(.*)!\[([^\]]*)\]\(([^)]*)\)\n\n(.*?)(\*\*Try it:.*)", body, flags=re.S
-        ).groups()
+        match = re.fullmatch(r"(.*)!\[([^\]]*)\]\(([^)]*)\)\n\n(.*?)(\*\*Try it:.*)", body, flags=re.S)
+        if not match or not functions:
+            raise UserError(f"{SOURCE}, {title}: needs links to its code, a picture with words below, and **Try it:**")
+        before, alt, picture, caption, after = match.groups()
+        if not Path("docs", picture).is_file():
+            raise UserError(f"no docs/{picture}: python -m lab.figures --only {Path(picture).stem} draws it")
         found.append(Station(title, before + after, picture, alt, caption, functions))
     return intro, found
 
@@ -269,7 +271,10 @@ def section(station, number, symbols):
 
 
 def page():
-    """docs/index.html from walkthrough.md, its pictures, and the sources. Raises UserError for a missing package."""
+    """docs/index.html from walkthrough.md, its pictures, and the sources. Raises UserError for what is missing."""
+    for package in ("latex2mathml", "markdown", "pygments"):
+        if find_spec(package) is None:
+            raise UserError(f'no package {package}: pip install -e ".[page]", or the pins of requirements.txt')
     symbols = symbol_trees()
     intro, found = stations(SOURCE.read_text())
     title, intro = intro.removeprefix("# ").split("\n", 1)

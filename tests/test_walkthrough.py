@@ -9,6 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from engine.errors import UserError
 from lab import figures, notes, page
 
 TEXT = page.SOURCE.read_text()
@@ -25,8 +26,14 @@ def test_links_lead_to_their_functions():
 
 
 def test_a_link_to_nothing_is_named():
-    with pytest.raises(KeyError, match="no_such_function in dmd.py"):
+    with pytest.raises(UserError, match="no_such_function in dmd.py"):
         notes.linked("[`dmd.py`: `no_such_function`](../dmd.py#L1)")
+
+
+@pytest.mark.parametrize("lost, named", [("**Try it:**", "Try it"), (STATIONS[3].picture, "lab.figures --only gone")])
+def test_a_station_that_is_not_whole_is_named(lost, named):
+    with pytest.raises(UserError, match=named.replace("*", "")):
+        page.stations(TEXT.replace(lost, "walkthrough/gone.png" if "/" in lost else "Try"))
 
 
 def test_ten_stations_cover_the_equations():
@@ -87,7 +94,7 @@ def test_the_page_stands_alone(built):
     assert len(tree.findall(".//section")) == 10 and len(tree.findall(".//nav//a")) == 10
     for link in tree.findall(".//nav//a"):
         assert tree.find(f".//section[@id='{link.get('href')[1:]}']") is not None
-    shown = "".join(tree.find(".//section[@id='s2']//pre").itertext())
+    shown = "".join(tree.find(".//section[@id='s2']//figure[@class='code']/pre").itertext())
     assert "return -(x_t - alpha_t * x_0) / sigma_t**2" in shown
 
 
