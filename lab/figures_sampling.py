@@ -123,7 +123,7 @@ def preference():
     for box, (under, image) in zip(boxes[2], last.items()):
         canvas.put(figure, box, image, under=under)
     x, y, _, h = boxes[2][4]
-    figure.text(x + 0.02, y + h / 2, f"H = {H:+.2f} nats\nafter the updates,\n0 before", va="center", fontsize=9)
+    figure.text(x - 0.005, y + h / 2, f"H = {H:+.2f} nats\nafter the updates,\n0 before", va="center", fontsize=9)
     return figure
 
 
