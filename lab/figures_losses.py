@@ -166,7 +166,10 @@ def score_lag():
         loops, canvas.smooth([line["saturation_real"] for line in lines], 8), color=canvas.REAL, label="real scenes"
     )
     left.axhline(1, color="#c8ced6", linewidth=1, zorder=0)
-    left.set(xlabel="loops", yscale="log", title="score_lag: Eq. 6 on G's samples over the teacher's on real ones")
+    left.set_yscale("log")
+    left.set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+    left.minorticks_off()
+    left.set(xlabel="loops", title="score_lag: Eq. 6 on G's samples over the teacher's on real ones")
     right.set(xlabel="loops", title="saturation of G's samples")
     for ax in (left, right):
         ax.title.set_fontsize(8.5)

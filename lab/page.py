@@ -80,6 +80,7 @@ SYMBOLS = (
     ("weight", "H", "H"),
     ("beta", r"\beta", "beta"),
     ("beta", r"\lambda_{\text{ema}}", "lam"),
+    ("beta", r"\lambda_{\text{ema}}", "λ"),
     ("beta", r"\lambda", "gan_weight"),
     ("beta", r"\lambda", "λ"),
 )
@@ -91,11 +92,14 @@ WORD = re.compile(r"[^\W\d][^\W²]*")  # not the square of σ_t²
 
 
 def tree(latex, display):
-    """LaTeX -> a MathML element, without namespaces."""
+    """LaTeX -> a MathML element, without namespaces. Raises UserError for LaTeX that the converter does not know."""
     from latex2mathml.converter import convert
 
     text = convert(latex, display="block" if display else "inline")
-    return ET.fromstring(text.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', ""))
+    try:
+        return ET.fromstring(text.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', ""))
+    except ET.ParseError:  # it lets the & of an unknown environment through
+        raise UserError(f"latex2mathml cannot read this formula: {latex.strip()}") from None
 
 
 def same(a, b):
@@ -266,7 +270,7 @@ def section(station, number, symbols):
     return (
         f'<section id="s{number}"><h2>{html.escape(station.title)}</h2>\n<div class="pair"><div class="words">{words}'
         f'</div>\n<div class="listing">{listings}</div></div>\n'
-        f'<figure class="picture">{picture}<figcaption>{caption}</figcaption></figure></section>\n'
+        f'<figure class="picture"><div>{picture}</div><figcaption>{caption}</figcaption></figure></section>\n'
     )
 
 

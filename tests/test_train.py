@@ -298,8 +298,7 @@ GRPO = DMDR | {"rl": "grpo", "reward_weight": 1}
 ADVDMD = {"method": "advdmd", "ttur": 1, "rl_after": 1, "rl_gate": 0, "iterations": 2}
 TOKENS = {"model": "sd3", "checkpointing": True}  # D reads a transformer's block, which is computed again
 
-METHODS = [{}, DMD2, DMD2 | {"lora_rank": 4}, SD3_LORA, DMDR, GRPO, ADVDMD]
-METHODS += [DMD2 | TOKENS | {"lora_rank": 4}, ADVDMD | TOKENS]
+METHODS = [{}, DMD2, SD3_LORA, DMDR, GRPO, DMD2 | TOKENS | {"lora_rank": 4}, ADVDMD | TOKENS]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -86,6 +86,11 @@ def test_the_page_is_built_from_walkthrough_and_sources(built):
     assert built == page.PAGE.read_text(), "docs/index.html is stale: make page"
 
 
+def test_a_formula_that_cannot_be_read_is_named():
+    with pytest.raises(UserError, match="cannot read this formula.*aligned"):
+        page.tree(r"\begin{aligned} a & b \end{aligned}", True)
+
+
 def test_the_page_stands_alone(built):
     """No JavaScript, nothing that is loaded from elsewhere; it parses as XML, so no tag is left open."""
     assert not re.search(r"<script|<link|@import|url\(|\son\w+=", built)
