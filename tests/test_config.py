@@ -93,6 +93,7 @@ BEFORE = {  # settings that every run had, whatever its method
     **{"critic_weight": 0.01, "fake_lora": 0, "dynamic": 0, "real_scale": 0.75, "reward_weight": 0.0},
     **{"reward_margin": 8.0, "rl_after": 100, "rl_gate": 0.6, "judge": ""},
 }
+TEXT = {"t5": "off", "text_length": 256, "cache_text": ""}  # settings of later that such a run goes on with
 DMD = {"dm_steps": "all", "ttur": 5, "ema": 1.0}
 OLD = {  # method -> a run's settings in that time
     "flash": {"gan": "pixel", "gan_weight": 0.05},
@@ -106,7 +107,8 @@ OLD = {  # method -> a run's settings in that time
 def old(request, tmp_path):
     """-> method, its settings, its run folder as it was written before --method existed."""
     settings = asdict(Config()) | BEFORE | OLD[request.param] | {"renoise": [0.1, 0.9], "lr": 1e-3}
-    del settings["method"]
+    for name in ("method", *TEXT):
+        del settings[name]
     run = tmp_path / "run"
     (run / "checkpoint-000002").mkdir(parents=True)
     (run / "checkpoint-000002" / "progress.json").write_text('{"loops": 2}')
@@ -117,7 +119,7 @@ def old(request, tmp_path):
 def test_an_old_run_has_its_method(old):
     method, settings, run = old
     found = saved_settings(run)
-    assert found == {k: v for k, v in settings.items() if k != "gan"} | {"method": method}
+    assert found == {k: v for k, v in settings.items() if k != "gan"} | {"method": method, "t5": "off"}
     assert run_folder.find_run(str(run)) == (run, found)
 
 
@@ -128,7 +130,9 @@ def test_an_old_run_goes_on_with_its_method_and_settings(old):
         type(config)
         is {"flash": Config, "dmd2": dmd2.Settings, "dmdr": dmdr.Settings, "advdmd": advdmd.Settings}[method]
     )
-    expected = settings | {"method": method, "resume": True, "iterations": 9, "out": str(run), "renoise": (0.1, 0.9)}
+    expected = (
+        settings | TEXT | {"method": method, "resume": True, "iterations": 9, "out": str(run), "renoise": (0.1, 0.9)}
+    )
     assert {k: v for k, v in vars(config).items() if v != expected[k]} == {}
 
 
