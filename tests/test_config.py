@@ -143,6 +143,7 @@ BEFORE = {  # settings that every run had, whatever its method
     **{"critic_weight": 0.01, "fake_lora": 0, "dynamic": 0, "real_scale": 0.75, "reward_weight": 0.0},
     **{"reward_margin": 8.0, "rl_after": 100, "rl_gate": 0.6, "judge": ""},
 }
+TEXT = {"t5": "off", "text_length": 256, "cache_text": ""}  # settings of later that such a run goes on with
 DMD = {"dm_steps": "all", "ttur": 5, "ema": 1.0}
 OLD = {  # method -> a run's settings in that time
     "flash": {"gan": "pixel", "gan_weight": 0.05},
