@@ -296,7 +296,6 @@ def test_a_run_folder_that_goes_away_ends_the_run_with_one_line(capsys, tmp_path
     assert status == 2 and "run was deleted or moved while it was trained" in line
 
 
-
 def test_batch_not_divisible_by_ranks(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     status, line = call(train.main, capsys, *SMALL, "--out", tmp_path / "run")
