@@ -91,7 +91,7 @@ def latent_gan():
 
 
 def adversarial_gradient():
-    """Eq. 9: where D pulls on G's pictures, and where a step along that pull leads."""
+    """Eq. 9: where D pushes on G's pictures, and where steps along that push lead."""
     nets = shared.trained("pull")
     made, _ = shared.made_latents(nets.G, nets.S, 5, 40)
     z = made.clone().requires_grad_()
@@ -99,7 +99,7 @@ def adversarial_gradient():
     image.retain_grad()
     nets.D.requires_grad_(False)
     pixel_gan.generator_loss(nets.D(nets.D.features(image))).backward()
-    pull = image.grad.square().sum(1).sqrt()  # (5, 64, 64)
+    push = image.grad.square().sum(1).sqrt()  # (5, 64, 64)
     y = made.clone()
     for _ in range(10):  # follow it, as G is made to
         y = y.detach().requires_grad_()
@@ -111,11 +111,11 @@ def adversarial_gradient():
     labels = [
         "$V(x_{adv})$:\nwhat D sees",
         "$|∂L_{adv}/∂$pixel$|$",
-        "ten steps along\nthe pull: change",
+        "ten steps along\nD's push: change",
         "where they end",
     ]
     figure, boxes = canvas.grid(rows, labels=labels, top=0.1)
-    for box, heat in zip(boxes[1], F.avg_pool2d(pull, 5, 1, 2)):
+    for box, heat in zip(boxes[1], F.avg_pool2d(push, 5, 1, 2)):
         canvas.put(figure, box, heat, cmap="magma")
     return figure
 
