@@ -31,7 +31,7 @@ def test_threads_are_set_before_torch_is_loaded(package, own):
     assert 1 <= engine.cores() <= os.cpu_count()
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "export.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "export.py", "doctor.py"])
 def test_scripts_load_engine_before_torch(script):
     """`engine` sets the threads, so nothing but the standard library comes before it."""
     for line in ast.parse(Path(script).read_text()).body:

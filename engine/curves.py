@@ -1,0 +1,84 @@
+"""The picture of doctor.py: a run's signals over the range of healthy runs, and its newest preview. No torch here."""
+
+import math
+
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.ticker import NullLocator
+
+from engine.run_log import average
+
+PANELS = {  # signal -> its panel's title, in the order of the picture; a run's picture has those that it has logged
+    "score_lag": "score_lag",
+    "dm_loss": "dm_loss",
+    "d_accuracy": "d_accuracy",
+    "d_loss_ratio": "d_loss / its value at chance",
+    "saturation_ratio": "saturation / saturation_real",
+    "contrast_ratio": "contrast / contrast_real",
+    "latent_std_ratio": "latent_std_ratio",
+    "g_norm": "g_norm",
+    "diversity_ratio": "diversity / the teacher's",
+    "skipped_updates": "skipped_updates",
+    "kl_to_reference": "kl_to_reference",
+    "kept_pairs": "kept_pairs",
+    "held_out_reward": "held_out_reward",
+    "held_out_prompt_accuracy": "held_out_prompt_accuracy",
+    "held_out_clip_score": "held_out_clip_score",
+    "rl_open": "rl_open",
+}
+SHARES = ("d_accuracy", "kept_pairs", "held_out_prompt_accuracy", "rl_open")  # axes from 0 to 1
+PLAIN = ("skipped_updates", "held_out_reward", "held_out_clip_score")  # linear axes; the others are logarithmic
+COLUMNS, WIDTH, HEIGHT = 4, 11, 1.9  # panels in a row; inches of the picture, and of a row
+DPI = 70
+
+
+def draw(run, found, path):
+    """Write the picture: what is found above, a panel for each signal, the newest preview below."""
+    panels = [signal for signal in PANELS if run.points(signal)]
+    rows = math.ceil(len(panels) / COLUMNS)
+    preview = max(run.folder.glob("preview-*.png"), default=None)
+    grid = imread(preview) if preview else None
+    below = 0.7 * WIDTH * grid.shape[0] / grid.shape[1] if preview else 0.0
+    tall = 0.45 + HEIGHT * rows + below
+    figure = Figure(figsize=(WIDTH, tall), dpi=DPI)
+    what = ", ".join(finding.disease for finding in found) or "nothing found"
+    color = "tab:red" if found else "tab:green"
+    figure.text(0.5, 1 - 0.22 / tall, f"{run.folder.name}: {what}", color=color, ha="center")
+    for n, signal in enumerate(panels):
+        row, column = divmod(n, COLUMNS)
+        place = (0.04 + column / COLUMNS, (below + HEIGHT * (rows - 1 - row) + 0.3) / tall)
+        panel(figure.add_axes((*place, 0.2, 1.25 / tall)), run, signal)
+    if preview:
+        ax = figure.add_axes((0, 0, 1, below / tall))
+        ax.imshow(grid)
+        ax.axis("off")
+    figure.savefig(path)
+
+
+def panel(ax, run, signal):
+    """One signal: logged values as points, the average of five as a line, the range of healthy runs behind."""
+    total = run.config["iterations"]
+    points = run.points(signal)
+    loops = [p * total for p, _ in points]
+    values = [v for _, v in points]
+    band = run.bands.get(signal)
+    if band:
+        tenths = len(band["low"])
+        edges = [i * total / tenths for i in range(tenths + 1)]
+        ax.stairs(band["high"], edges, baseline=band["low"], fill=True, color="tab:green", alpha=0.2)
+    ax.plot(loops, values, ".", color="tab:blue", markersize=4, alpha=0.5)
+    ax.plot(loops, [average(values[max(0, i - 4) : i + 1], signal) for i in range(len(values))], color="tab:blue")
+    if signal in SHARES:
+        ax.set_ylim(-0.02, 1.02)
+    elif signal not in PLAIN:
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        steps = (1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+        ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+        ticks = ticks[:: len(ticks) // 7 + 1]
+        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_xlim(0, total)
+    ax.set_title(PANELS[signal], fontsize=9)
+    ax.tick_params(labelsize=7)

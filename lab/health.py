@@ -1,0 +1,205 @@
+"""What doctor.py knows of healthy runs, and its gallery of failures: toy runs of minutes, healthy and sick on purpose.
+
+    python -m lab.health                   trains what is not recorded yet, in runs/health; then all that follows
+    python -m lab.health --only blind      trains that run anew
+    python -m lab.health --print           from the records alone: toy/bands.json and the tables of docs/health.md
+
+results/health/NAME    a run's settings and curves, which doctor.py reads as it reads a run folder
+toy/bands.json         where the signals of the REFERENCES lie, in every tenth of a run
+docs/health/NAME.png   doctor.py's picture of a sick run
+docs/health.md         behind its mark: what the doctor finds in every other run. Those runs' seeds set no limit.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from statistics import mean, pstdev
+
+from tqdm import tqdm
+
+from engine import doctor, run_log
+from engine.config import Config
+from lab import demo
+
+RUNS, RECORDS, PICTURES = Path("runs/health"), Path("results/health"), Path("docs/health")
+PAGE = Path("docs/health.md")
+MARK = "<!-- python -m lab.health writes what follows -->"
+TENTHS, REACH = 10, 0.2  # a band's steps, and how far around a step's middle it takes values
+WIDTH = 1.5  # standard deviations of single values that a band reaches to each side
+SHORT = "--seed 10 --batch-size 4 --lr 8e-5 --fake-lr 5e-4 --gan-crop 32 --log-every 2 --preview-every 12 --iterations"
+JOINT = f"--stage 2 --init {RUNS / 'healthy'} {SHORT}".replace("8e-5", "2e-5").replace("5e-4", "2e-4")
+
+Made = namedtuple("Made", "disease flags how", defaults=["", "", ""])
+
+REFERENCES = {  # lab.demo's stage 1, three seeds; SD3 by the same flags
+    **{f"sdxl-{seed}": f"--seed {seed} {demo.STAGE_1}" for seed in (0, 1, 2)},
+}
+GALLERY = {
+    "healthy": Made("", f"{SHORT} 36"),
+    "nan": Made("NaN skips", f"{SHORT} 24 --gan-weight 1e39", "a loss beyond the largest number of fp32"),
+    "never": Made("G never moved", f"{SHORT} 24 --lr 1e-12", "steps below what fp32 can add to a weight"),
+    "hot": Made("rates too high", f"{SHORT} 24 --lr 5e-3 --fake-lr 2e-2", "rates 60 and 40 times as high"),
+    "lagging": Made(
+        "score estimator lagging",
+        f"{SHORT} 24 --lr 3e-4 --fake-lr 1e-9 --ema 1",
+        "a score estimator that stands still while G moves fast",
+    ),
+    "strong": Made("D too strong", f"{SHORT} 48 --lr 1e-6 --d-lr 4e-3", "D learns and G hardly moves"),
+    "blind": Made("D blind", f"{SHORT} 24 --d-lr 1e-9", "a D that does not learn"),
+    "drifting": Made("over-saturation", f"{SHORT} 24 --lr 4e-4 --guidance 100 --gan-weight 0", "guidance, and no GAN"),
+    "guided": Made("diversity falling", f"{SHORT} 24 --lr 3e-4 --guidance 40", "guidance 13 times as high"),
+    "hacked": Made(
+        "reward hacking", f"{JOINT} 48 --rl-ratio 5 --rl-lr 2e-4 --beta 0.001", "hardly held to the reference"
+    ),
+    "gate": Made(
+        "RL gate never open",
+        f"{SHORT} 24 --method advdmd --ttur 1 --rl-after 2 --rl-gate 0.95 --critic-weight 0",
+        "a gate above what D reaches, and a D that does not learn",
+    ),
+}
+ALWAYS = "method stage model data iterations".split()  # settings that a record names though they are the defaults
+PATHS = "out init preset resume overwrite renoise".split()  # settings that say nothing of the curves
+DROPPED = "samples passes ranks seconds memory_gb".split()  # counters that no rule reads
+BANDED = "score_lag dm_loss d_accuracy d_loss_ratio saturation_ratio contrast_ratio latent_std_ratio g_norm".split()
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def flags_of(name):
+    return shlex.split(REFERENCES.get(name) or GALLERY[name].flags)
+
+
+def train(name):
+    """Train a run, in RUNS / name. Raises RuntimeError where it fails otherwise than its disease makes it."""
+    argv = [sys.executable, "train.py", *flags_of(name), "--out", str(RUNS / name), "--overwrite"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    if done.returncode and "non-finite" not in done.stderr:
+        raise RuntimeError(f"{' '.join(argv)}\n{done.stderr[-2000:]}")
+
+
+def record(name):
+    """Keep of a run's folder what doctor.py reads: settings that differ from the defaults, curves without clocks."""
+    run = run_log.read(RUNS / name)
+    defaults = vars(Config())
+    config = {k: v for k, v in run.config.items() if k in ALWAYS or k not in PATHS and defaults.get(k) != v}
+    folder = RECORDS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    rows = [
+        {k: short(v) for k, v in row.items() if k not in (*DROPPED, *run_log.RATIOS, "d_loss_ratio")}
+        for row in run.rows
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def short(value):
+    """Four significant digits, of whole numbers all."""
+    return int(value) if value.is_integer() else float(f"{value:.4g}")
+
+
+# --------------------------------------------------------------------------------------------------- bands
+
+
+def bands():
+    """{kind of run: {signal: {"low": [], "high": []}}} from the records of the REFERENCES, in tenths of a run."""
+    kinds = {}
+    for name in REFERENCES:
+        run = run_log.read(RECORDS / name)
+        kinds.setdefault(run_log.kind(run.config), []).append(run)
+    return {kind: {s: band(runs, s) for s in BANDED if runs[0].points(s)} for kind, runs in kinds.items()}
+
+
+def band(runs, signal):
+    """A signal's mean less and plus WIDTH standard deviations, of all values within REACH of each tenth's middle."""
+    log, exp = (float, float) if signal in run_log.LINEAR else (math.log, math.exp)
+    points = [(p, log(v)) for run in runs for p, v in run.points(signal)]
+    low, high = [], []
+    for i in range(TENTHS):
+        middle = (i + 0.5) / TENTHS
+        values = [v for p, v in points if abs(p - middle) <= REACH]
+        low.append(short(exp(mean(values) - WIDTH * pstdev(values))))
+        high.append(short(exp(mean(values) + WIDTH * pstdev(values))))
+    return {"low": low, "high": high}
+
+
+# ---------------------------------------------------------------------------------------------------- page
+
+
+def found(name):
+    """The diseases that the doctor finds in a record, with what it says."""
+    return doctor.examine(run_log.read(RECORDS / name))
+
+
+def matrix():
+    """Disease made x diseases found, as a Markdown table, and a line with its sums."""
+    names = list(doctor.DISEASES)
+    head = ["| made | " + " | ".join(str(i + 1) for i in range(len(names))) + " |", "| --- |" + " --- |" * len(names)]
+    lines, right, clean, healthy = [], 0, 0, 0
+    for name, made in GALLERY.items():
+        seen = {f.disease for f in found(name)}
+        number = f"{names.index(made.disease) + 1}. " if made.disease else ""
+        title = made.disease or "none"
+        marks = ["" if d not in seen else "**found**" if d == made.disease else "also" for d in names]
+        lines.append(f"| {number}{title} (`{name}`) | " + " | ".join(marks) + " |")
+        right += made.disease in seen
+        healthy += not made.disease
+        clean += not made.disease and not seen
+    sick = len(GALLERY) - healthy
+    sums = f"{right} of {sick} diseases are found; in {clean} of {healthy} healthy runs nothing is."
+    return [*head, *lines, "", sums]
+
+
+def entry(name):
+    """A sick run's section: how it was made, what the doctor says, its picture."""
+    made = GALLERY[name]
+    said = [f"> {line}" for f in found(name) for line in (doctor.sentence(f), "")]
+    return [
+        f"### {made.disease}",
+        "",
+        f"`{name}`: {made.how}.",
+        "",
+        f"    python train.py {made.flags}",
+        "",
+        *said[:-1],
+        "",
+        f"![{name}](health/{name}.png)",
+        "",
+    ]
+
+
+def page():
+    """docs/health.md with what follows its mark renewed."""
+    text = PAGE.read_text().split(MARK)[0] + MARK
+    sick = [line for name, made in GALLERY.items() if made.disease for line in entry(name)]
+    return "\n".join([text, "", "### Disease made x disease found", "", *matrix(), "", *sick]).rstrip() + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    names = [*REFERENCES, *GALLERY]
+    parser.add_argument("--only", nargs="+", choices=names, help="train these runs anew")
+    parser.add_argument("--print", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    missing = [name for name in names if not (RECORDS / name).is_dir()]
+    for name in tqdm([] if args.print else args.only or missing, desc="runs"):
+        train(name)
+        record(name)
+    run_log.BANDS.write_text(json.dumps(bands(), indent=1) + "\n")
+    from engine.curves import draw
+
+    PICTURES.mkdir(exist_ok=True)
+    for name in GALLERY:
+        if (RUNS / name).is_dir():
+            run = run_log.read(RUNS / name)
+            draw(run, doctor.examine(run), PICTURES / f"{name}.png")
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
