@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.ticker import NullLocator
 
+from engine.errors import UserError
 from engine.run_log import average
 
 PANELS = {  # signal -> its panel's title, in the order of the picture; a run's picture has those that it has logged
@@ -33,26 +34,38 @@ DPI = 70
 
 
 def draw(run, found, path):
-    """Write the picture: what is found above, a panel for each signal, the newest preview below."""
+    """Write the picture: what is found above, a panel for each signal, the newest preview below. Raises UserError."""
     panels = [signal for signal in PANELS if run.points(signal)]
     rows = math.ceil(len(panels) / COLUMNS)
-    preview = max(run.folder.glob("preview-*.png"), default=None)
-    grid = imread(preview) if preview else None
-    below = 0.7 * WIDTH * grid.shape[0] / grid.shape[1] if preview else 0.0
+    grid = newest_preview(run.folder)
+    below = 0.0 if grid is None else 0.7 * WIDTH * grid.shape[0] / grid.shape[1]
     tall = 0.45 + HEIGHT * rows + below
     figure = Figure(figsize=(WIDTH, tall), dpi=DPI)
     what = ", ".join(finding.disease for finding in found) or "nothing found"
     color = "tab:red" if found else "tab:green"
-    figure.text(0.5, 1 - 0.22 / tall, f"{run.folder.name}: {what}", color=color, ha="center")
+    figure.text(0.5, 1 - 0.22 / tall, f"{run.folder.name}: {what}", color=color, ha="center", parse_math=False)
     for n, signal in enumerate(panels):
         row, column = divmod(n, COLUMNS)
         place = (0.04 + column / COLUMNS, (below + HEIGHT * (rows - 1 - row) + 0.3) / tall)
         panel(figure.add_axes((*place, 0.2, 1.25 / tall)), run, signal)
-    if preview:
+    if grid is not None:
         ax = figure.add_axes((0, 0, 1, below / tall))
         ax.imshow(grid)
         ax.axis("off")
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as e:
+        raise UserError(f"cannot write {path} ({e.strerror}): give another --out") from None
+
+
+def newest_preview(folder):
+    """The newest preview of a run, (H, W, channels); None where there is none, and where it is not written yet."""
+    for path in sorted(folder.glob("preview-*.png"), reverse=True):
+        try:
+            return imread(path)
+        except (OSError, SyntaxError, ValueError):  # Pillow's of a torn file
+            continue
+    return None
 
 
 def panel(ax, run, signal):

@@ -62,7 +62,7 @@ def too_strong(run):
 def blind(run):
     accuracy, loss = late(run, "d_accuracy"), late(run, "d_loss_ratio")
     if accuracy < 0.58 and loss > 0.95:
-        return f"d_accuracy is {accuracy:.2f} and d_loss {loss:.0%} of what a coin has (healthy is 0.6 to 0.95)"
+        return f"d_accuracy is {accuracy:.2f} (healthy is 0.6 to 0.95), d_loss {loss:.0%} of its value at chance"
 
 
 def saturated(run):
@@ -92,12 +92,6 @@ def hacks(run):
             return f"held_out_reward rises ({path('held_out_reward')}), {judge} falls ({path(judge)})"
 
 
-def few_pairs(run):
-    kept = late(run, "kept_pairs")
-    if kept < 0.5:
-        return f"{kept:.0%} of the pairs are kept (healthy is above 50 %)"
-
-
 def gate_shut(run):
     config = run.config
     if config["method"] != "advdmd" or not config["gan_weight"]:
@@ -120,7 +114,6 @@ DISEASES = {  # name: (rule, remedy); a run with one of FIRST is told nothing el
     "over-saturation": (saturated, "lower --guidance, keep --ema below 1"),
     "diversity falling": (alike, "lower --lr or --guidance, raise --ttur or --gan-weight"),
     "reward hacking": (hacks, "raise --beta, lower --rl-lr or --rl-ratio"),
-    "few pairs": (few_pairs, "lower --pair-threshold"),
     "RL gate never open": (gate_shut, "lower --rl-gate or --rl-after, raise --fake-lr or --critic-weight"),
 }
 FIRST = ("NaN skips", "G never moved", "rates too high")

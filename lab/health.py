@@ -31,8 +31,9 @@ PAGE = Path("docs/health.md")
 MARK = "<!-- python -m lab.health writes what follows -->"
 TENTHS, REACH = 10, 0.2  # a band's steps, and how far around a step's middle it takes values
 WIDTH = 1.5  # standard deviations of single values that a band reaches to each side
-SHORT = "--seed 10 --batch-size 4 --lr 8e-5 --fake-lr 5e-4 --gan-crop 32 --log-every 2 --preview-every 12 --iterations"
-JOINT = f"--stage 2 --init {RUNS / 'healthy'} {SHORT}".replace("8e-5", "2e-5").replace("5e-4", "2e-4")
+BOTH = "--seed 10 --batch-size 4 --gan-crop 32 --log-every 2 --preview-every 12"
+SHORT = f"{BOTH} --lr 8e-5 --fake-lr 5e-4 --iterations"
+JOINT = f"{BOTH} --stage 2 --init {RUNS / 'healthy'} --lr 2e-5 --fake-lr 2e-4 --iterations"
 
 Made = namedtuple("Made", "disease flags how", defaults=["", "", ""])
 
@@ -139,7 +140,10 @@ def found(name):
 def matrix():
     """Disease made x diseases found, as a Markdown table, and a line with its sums."""
     names = list(doctor.DISEASES)
-    head = ["| made | " + " | ".join(str(i + 1) for i in range(len(names))) + " |", "| --- |" + " --- |" * len(names)]
+    head = [
+        "| made \\ found | " + " | ".join(str(i + 1) for i in range(len(names))) + " |",
+        "| --- |" + " --- |" * len(names),
+    ]
     lines, right, clean, healthy = [], 0, 0, 0
     for name, made in GALLERY.items():
         seen = {f.disease for f in found(name)}
@@ -164,7 +168,7 @@ def entry(name):
         "",
         f"`{name}`: {made.how}.",
         "",
-        f"    python train.py {made.flags}",
+        f"    python train.py {made.flags}".replace(SHORT, "$SHORT").replace(JOINT, "$JOINT"),
         "",
         *said[:-1],
         "",
@@ -177,7 +181,8 @@ def page():
     """docs/health.md with what follows its mark renewed."""
     text = PAGE.read_text().split(MARK)[0] + MARK
     sick = [line for name, made in GALLERY.items() if made.disease for line in entry(name)]
-    return "\n".join([text, "", "### Disease made x disease found", "", *matrix(), "", *sick]).rstrip() + "\n"
+    common = [f'    SHORT="{SHORT}"', f'    JOINT="{JOINT}"']
+    return "\n".join([text, "", *matrix(), "", *common, "", *sick]).rstrip() + "\n"
 
 
 def main():

@@ -138,7 +138,7 @@ def test_no_run_to_read(name, tmp_path, capsys):
 
 
 def test_odd_logs_are_read(tmp_path):
-    """A torn last line, NaN, infinity, zeros and negative numbers of a run that went wrong or goes on."""
+    """A torn last line and preview, NaN, infinity, zeros and negative numbers: a run that went wrong or goes on."""
     (tmp_path / "run").mkdir()
     odd = [float("nan"), float("inf"), -float("inf"), 0, -1, True]
     names = "dm_loss score_lag d_loss d_accuracy saturation saturation_real diversity diversity_teacher g_norm".split()
@@ -146,6 +146,7 @@ def test_odd_logs_are_read(tmp_path):
     rows = [json.dumps({"loops": n} | row) for n, row in enumerate(rows, 1)]
     (tmp_path / "run" / "config.json").write_text('{"method": "flash", "model": "toy/sdxl"}')
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join([*rows, '{"loops": 40, "dm_']))
+    (tmp_path / "run" / "preview-000040.png").write_bytes(b"\x89PNG\r\n")
     assert doctor.main([str(tmp_path / "run")]) in (0, 1)
     assert (tmp_path / "run" / "doctor.png").is_file()
 
