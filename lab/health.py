@@ -64,7 +64,7 @@ GALLERY = {
     ),
 }
 ALWAYS = "method stage model data iterations".split()  # settings that a record names though they are the defaults
-PATHS = "out init preset resume overwrite renoise".split()  # settings that say nothing of the curves
+PATHS = "out init preset resume overwrite renoise save_every".split()  # settings that say nothing of the curves
 DROPPED = "samples passes ranks seconds memory_gb".split()  # counters that no rule reads
 BANDED = "score_lag dm_loss d_accuracy d_loss_ratio saturation_ratio contrast_ratio latent_std_ratio g_norm".split()
 
@@ -87,7 +87,7 @@ def train(name):
 def record(name):
     """Keep of a run's folder what doctor.py reads: settings that differ from the defaults, curves without clocks."""
     run = run_log.read(RUNS / name)
-    defaults = vars(Config())
+    defaults = vars(Config()) | {"rl_after": 0}
     config = {k: v for k, v in run.config.items() if k in ALWAYS or k not in PATHS and defaults.get(k) != v}
     folder = RECORDS / name
     folder.mkdir(parents=True, exist_ok=True)
