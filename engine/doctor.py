@@ -40,7 +40,7 @@ def unmoved(run):
 
 def too_fast(run):
     ratio = late(run, "latent_std_ratio")
-    low, high = 0.7, 1.4
+    low, high = 0.5, 2.0
     if not low <= ratio <= high and not math.isnan(ratio):
         return f"the spread of G's latents is {ratio:.2f} times that of real ones ({between(low, high)})"
 
