@@ -2,9 +2,9 @@
 
     python -m lab.health                   trains what is not recorded yet, in runs/health; then all that follows
     python -m lab.health --only blind      trains that run anew
-    python -m lab.health --print           from the records alone: toy/bands.json and the tables of docs/health.md
+    python -m lab.health --print           from the records alone: bands, pictures and tables
 
-results/health/NAME    a run's settings and curves, which doctor.py reads as it reads a run folder
+results/health/NAME    a run's settings, curves and newest preview, which doctor.py reads as it reads a run folder
 toy/bands.json         where the signals of the REFERENCES lie, in every tenth of a run
 docs/health/NAME.png   doctor.py's picture of a sick run
 docs/health.md         behind its mark: what the doctor finds in every other run. Those runs' seeds set no limit.
@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -97,6 +98,9 @@ def record(name):
         for row in run.rows
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if name in GALLERY:
+        for preview in sorted((RUNS / name).glob("preview-*.png"))[-1:]:
+            shutil.copy(preview, folder)
 
 
 def short(value):
@@ -200,9 +204,8 @@ def main():
 
     PICTURES.mkdir(exist_ok=True)
     for name in GALLERY:
-        if (RUNS / name).is_dir():
-            run = run_log.read(RUNS / name)
-            draw(run, doctor.examine(run), PICTURES / f"{name}.png")
+        run = run_log.read(RECORDS / name)
+        draw(run, doctor.examine(run), PICTURES / f"{name}.png")
     PAGE.write_text(page())
 
 
