@@ -25,11 +25,10 @@ def main(argv=None):
         run = run_log.read(args.run)
         path = check_picture(Path(args.out or run.folder / "doctor.png"))
         found = doctor.examine(run)
-        print(doctor.report(run, found))
         from engine.curves import draw  # matplotlib: mistakes come first
 
         draw(run, found, path)
-        print(f"curves: {path}")
+        print(doctor.report(run, found, path))
     except UserError as e:
         fail(e)
     return 1 if found else 0

@@ -36,6 +36,8 @@ DPI = 70
 def draw(run, found, path):
     """Write the picture: what is found above, a panel for each signal, the newest preview below. Raises UserError."""
     panels = [signal for signal in PANELS if run.points(signal)]
+    if not run.last.get("skipped_updates"):
+        panels = [signal for signal in panels if signal != "skipped_updates"]
     rows = math.ceil(len(panels) / COLUMNS)
     grid = newest_preview(run.folder)
     below = 0.0 if grid is None else 0.7 * WIDTH * grid.shape[0] / grid.shape[1]

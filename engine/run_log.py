@@ -163,11 +163,10 @@ def late(run, signal):
     return average([v for _, v in window(run, signal)], signal)
 
 
-def limits(run, signal, low=-math.inf, high=math.inf):
-    """Between what the second half of a signal should lie: its band where the run has one; else low and high."""
-    band = run.bands.get(signal)
-    if not band or not window(run, signal):
-        return low, high
-    most = len(band["low"]) - 1
-    tenths = [min(max(int(p * (most + 1)), 0), most) for p, _ in window(run, signal)]
-    return tuple(average([band[side][i] for i in tenths], signal) for side in ("low", "high"))
+def most(run, signal, high):
+    """What the second half of a signal should not exceed: its band where the run has one; else `high`."""
+    band, points = run.bands.get(signal), window(run, signal)
+    if not band or not points:
+        return high
+    tenths = len(band["high"])
+    return average([band["high"][min(max(int(p * tenths), 0), tenths - 1)] for p, _ in points], signal)

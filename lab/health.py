@@ -7,79 +7,120 @@
 results/health/NAME    a run's settings, curves and newest preview, which doctor.py reads as it reads a run folder
 toy/bands.json         where the signals of the REFERENCES lie, in every tenth of a run
 docs/health/NAME.png   doctor.py's picture of a sick run
-docs/health.md         behind its mark: what the doctor finds in every other run. Those runs' seeds set no limit.
+docs/health.md         between its marks: the rules, and what they find in all other runs, whose seeds set no limit
 """
 
 import argparse
 import json
 import math
+import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
 from statistics import mean, pstdev
 
+from PIL import Image
 from tqdm import tqdm
 
 from engine import doctor, run_log
 from engine.config import Config
+from engine.run_folder import newest
 
 RUNS, RECORDS, PICTURES = Path("runs/health"), Path("results/health"), Path("docs/health")
 PAGE = Path("docs/health.md")
-MARK = "<!-- python -m lab.health writes what follows -->"
 TENTHS, REACH = 10, 0.2  # a band's steps, and how far around a step's middle it takes values
 WIDTH = 1.5  # standard deviations of single values that a band reaches to each side
-BOTH = "--seed 10 --batch-size 4 --gan-crop 32 --log-every 2 --preview-every 12"
-SHORT = f"{BOTH} --lr 8e-5 --fake-lr 5e-4 --iterations"
-JOINT = f"{BOTH} --stage 2 --init {RUNS / 'healthy'} --lr 2e-5 --fake-lr 2e-4 --iterations"
+COLORS = 128  # of a picture
+
+LONG = "--batch-size 8 --iterations 200 --gan-crop 32 --lr 6e-5 --fake-lr 4e-4"  # as lab.demo's stage 1
+SHORT = "--batch-size 4 --gan-crop 32 --log-every 2 --preview-every 12 --lr 8e-5 --fake-lr 5e-4"
+JOINT = f"--stage 2 --init {RUNS / 'sdxl-0'} --batch-size 4 --gan-crop 32 --log-every 2 --lr 3e-5 --fake-lr 3e-4"
+JOINT = f"{JOINT} --rl-lr 5e-6 --rl-ratio 1 --iterations 24 --preview-every 12"
+SD3 = "--model toy/sd3 --guidance 2 --ttur 2 --batch-size 8 --gan-crop 32 --log-every 2 --iterations 48"
+SD3 = f"{SD3} --lr 8e-5 --fake-lr 5e-4 --preview-every 24"
+
+AFTER = f"--stage 2 --init {RUNS}/sdxl-{{}} --batch-size 16 --gan-crop 32 --lr 3e-5 --fake-lr 3e-4"
+AFTER = f"{AFTER} --rl-lr 5e-6 --rl-ratio 1 --iterations 72 --preview-every 0"
+COMMON = {"SHORT": SHORT, "JOINT": JOINT, "SD3": SD3}
 
 Made = namedtuple("Made", "disease flags how", defaults=["", "", ""])
 
-LONG = "--batch-size 8 --iterations 200 --gan-crop 32"  # as lab.demo's stage 1
 REFERENCES = {  # name: flags
-    **{f"sdxl-{seed}": f"--seed {seed} {LONG} --lr 6e-5 --fake-lr 4e-4" for seed in (0, 1, 2)},
+    **{f"sdxl-{seed}": f"{LONG} --preview-every 0 --seed {seed}" for seed in (0, 1, 2)},
+    **{f"sd3-{seed}": f"{SD3} --preview-every 0 --seed {seed}" for seed in (0, 1, 2)},
+    **{f"joint-{seed}": f"{AFTER.format(seed)} --seed {seed}" for seed in (0, 1, 2)},
 }
 GALLERY = {
-    "healthy": Made("", f"{SHORT} 36"),
-    "nan": Made("NaN skips", f"{SHORT} 24 --gan-weight 1e39", "a loss beyond the largest number of fp32"),
-    "never": Made("G never moved", f"{SHORT} 24 --lr 1e-12", "steps below what fp32 can add to a weight"),
-    "hot": Made("rates too high", f"{SHORT} 24 --lr 5e-3 --fake-lr 2e-2", "rates 60 and 40 times as high"),
+    "healthy": Made("", f"{SHORT} --seed 10 --iterations 36", "stage 1"),
+    "healthy-2": Made("", f"{SHORT} --seed 11 --iterations 24", "stage 1"),
+    "healthy-joint": Made("", f"{JOINT} --seed 12", "stage 2"),
+    "healthy-sd3": Made("", f"{SD3} --seed 13 --batch-size 4 --iterations 24", "stage 1 of SD3"),
+    "nan": Made(
+        "NaN skips",
+        f"{SHORT} --seed 10 --iterations 24 --gan-weight 1e39",
+        "a weight of Eq. 9 beyond the largest number of fp32",
+    ),
+    "never": Made(
+        "G never moved",
+        f"{SHORT} --seed 10 --iterations 12 --log-every 1 --preview-every 6 --lr 1e-12",
+        "steps of G below what fp32 can add to a weight",
+    ),
+    "hot": Made(
+        "rates too high",
+        f"{SHORT} --seed 10 --iterations 24 --lr 5e-3 --fake-lr 2e-2",
+        "rates 60 and 40 times as high",
+    ),
     "lagging": Made(
         "score estimator lagging",
-        f"{SHORT} 24 --lr 3e-4 --fake-lr 1e-9 --ema 1",
+        f"{SHORT} --seed 10 --iterations 24 --lr 3e-4 --fake-lr 1e-9 --ema 1",
         "a score estimator that stands still while G moves fast",
     ),
-    "strong": Made("D too strong", f"{SHORT} 48 --lr 1e-6 --d-lr 4e-3", "D learns and G hardly moves"),
-    "blind": Made("D blind", f"{SHORT} 24 --d-lr 1e-9", "a D that does not learn"),
-    "drifting": Made("over-saturation", f"{SHORT} 24 --lr 4e-4 --guidance 100 --gan-weight 0", "guidance, and no GAN"),
-    "guided": Made("diversity falling", f"{SHORT} 24 --lr 3e-4 --guidance 40", "guidance 13 times as high"),
+    "strong": Made(
+        "D too strong",
+        f"{SHORT} --seed 10 --iterations 32 --log-every 1 --gan-crop 0 --lr 1e-6 --d-lr 4e-3",
+        "D learns fast, sees whole pictures, and G hardly moves",
+    ),
+    "blind": Made("D blind", f"{SHORT} --seed 10 --iterations 24 --d-lr 1e-9", "a D that does not learn"),
+    "drifting": Made(
+        "over-saturation",
+        f"{SHORT} --seed 10 --iterations 24 --lr 3e-4 --guidance 100 --renoise 0.5,0.98 --gan-weight 0",
+        "guidance 33 times as high, at the noisy half alone, and no GAN",
+    ),
+    "guided": Made(
+        "diversity falling", f"{SHORT} --seed 10 --iterations 24 --lr 3e-4 --guidance 40", "guidance 13 times as high"
+    ),
     "hacked": Made(
-        "reward hacking", f"{JOINT} 48 --rl-ratio 5 --rl-lr 2e-4 --beta 0.001", "hardly held to the reference"
+        "reward hacking",
+        f"{JOINT} --seed 10 --rl-only --rl-lr 2e-4 --beta 1e-3 --preview-every 6",
+        "preference alone, fast, and hardly held to the stage-1 student",
     ),
     "gate": Made(
         "RL gate never open",
-        f"{SHORT} 24 --method advdmd --ttur 1 --rl-after 2 --rl-gate 0.95 --critic-weight 0",
-        "a gate above what D reaches, and a D that does not learn",
+        f"{SHORT} --seed 10 --iterations 16 --log-every 1 --method advdmd --ttur 1 --rl-after 2 --rl-gate 1",
+        "a gate that opens where D makes no mistake",
     ),
 }
 ALWAYS = "method stage model data iterations".split()  # settings that a record names though they are the defaults
-PATHS = "out init preset resume overwrite renoise save_every".split()  # settings that say nothing of the curves
+PATHS = "out init reward t5 preset resume overwrite save_every".split()  # settings that say nothing of the curves
 DROPPED = "samples passes ranks seconds memory_gb".split()  # counters that no rule reads
-BANDED = "score_lag dm_loss d_accuracy d_loss_ratio saturation_ratio contrast_ratio latent_std_ratio g_norm".split()
+BANDED = [  # signals that have bands
+    *"score_lag dm_loss d_accuracy d_loss_ratio saturation_ratio contrast_ratio latent_std_ratio g_norm".split(),
+    *"kl_to_reference kept_pairs implicit_accuracy".split(),
+]
 
 
 # ------------------------------------------------------------------------------------------------ training
 
 
 def flags_of(name):
-    return shlex.split(REFERENCES.get(name) or GALLERY[name].flags)
+    return REFERENCES.get(name) or GALLERY[name].flags
 
 
 def train(name):
     """Train a run, in RUNS / name. Raises RuntimeError where it fails otherwise than its disease makes it."""
-    argv = [sys.executable, "train.py", *flags_of(name), "--out", str(RUNS / name), "--overwrite"]
+    argv = [sys.executable, "train.py", *shlex.split(flags_of(name)), "--out", str(RUNS / name), "--overwrite"]
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode and "non-finite" not in done.stderr:
         raise RuntimeError(f"{' '.join(argv)}\n{done.stderr[-2000:]}")
@@ -88,7 +129,7 @@ def train(name):
 def record(name):
     """Keep of a run's folder what doctor.py reads: settings that differ from the defaults, curves without clocks."""
     run = run_log.read(RUNS / name)
-    defaults = vars(Config()) | {"rl_after": 0}
+    defaults = json.loads(json.dumps(vars(Config()) | {"rl_after": 0}))
     config = {k: v for k, v in run.config.items() if k in ALWAYS or k not in PATHS and defaults.get(k) != v}
     folder = RECORDS / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,8 +140,17 @@ def record(name):
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if name in GALLERY:
+        for old in folder.glob("preview-*.png"):
+            old.unlink()
         for preview in sorted((RUNS / name).glob("preview-*.png"))[-1:]:
-            shutil.copy(preview, folder)
+            shrink(preview, folder / preview.name)
+
+
+def shrink(path, smaller):
+    """Write a picture in COLORS colours: a third of its bytes."""
+    with Image.open(path) as picture:
+        few = picture.convert("RGB").quantize(COLORS)
+    few.save(smaller, optimize=True)
 
 
 def short(value):
@@ -141,6 +191,17 @@ def found(name):
     return doctor.examine(run_log.read(RECORDS / name))
 
 
+def signs():
+    """The rules as a Markdown table: disease, sign, remedy."""
+    rows = [f"| {name} | {rule.__doc__} | {code(remedy)} |" for name, (rule, remedy) in doctor.DISEASES.items()]
+    return ["| disease | sign | remedy |", "| --- | --- | --- |", *rows]
+
+
+def code(text):
+    """Flags set as code."""
+    return re.sub(r"--[a-z-]+", r"`\g<0>`", text)
+
+
 def matrix():
     """Disease made x diseases found, as a Markdown table, and a line with its sums."""
     names = list(doctor.DISEASES)
@@ -151,10 +212,9 @@ def matrix():
     lines, right, clean, healthy = [], 0, 0, 0
     for name, made in GALLERY.items():
         seen = {f.disease for f in found(name)}
-        number = f"{names.index(made.disease) + 1}. " if made.disease else ""
-        title = made.disease or "none"
+        title = f"{names.index(made.disease) + 1}. {made.disease}" if made.disease else f"none, {made.how}"
         marks = ["" if d not in seen else "**found**" if d == made.disease else "also" for d in names]
-        lines.append(f"| {number}{title} (`{name}`) | " + " | ".join(marks) + " |")
+        lines.append(f"| {title} (`{name}`) | " + " | ".join(marks) + " |")
         right += made.disease in seen
         healthy += not made.disease
         clean += not made.disease and not seen
@@ -166,13 +226,16 @@ def matrix():
 def entry(name):
     """A sick run's section: how it was made, what the doctor says, its picture."""
     made = GALLERY[name]
+    flags = made.flags
+    for word, value in COMMON.items():
+        flags = flags.replace(value, f"${word}")
     said = [f"> {line}" for f in found(name) for line in (doctor.sentence(f), "")]
     return [
         f"### {made.disease}",
         "",
         f"`{name}`: {made.how}.",
         "",
-        f"    python train.py {made.flags}".replace(SHORT, "$SHORT").replace(JOINT, "$JOINT"),
+        f"    python train.py {flags}",
         "",
         *said[:-1],
         "",
@@ -182,11 +245,16 @@ def entry(name):
 
 
 def page():
-    """docs/health.md with what follows its mark renewed."""
-    text = PAGE.read_text().split(MARK)[0] + MARK
+    """docs/health.md with both of its written parts renewed."""
+    common = [f'    {word}="{value}"' for word, value in COMMON.items()]
     sick = [line for name, made in GALLERY.items() if made.disease for line in entry(name)]
-    common = [f'    SHORT="{SHORT}"', f'    JOINT="{JOINT}"']
-    return "\n".join([text, "", *matrix(), "", *common, "", *sick]).rstrip() + "\n"
+    parts = {"rules": signs(), "gallery": [*matrix(), "", *common, "", *sick[:-1]]}
+    text = PAGE.read_text()
+    for part, lines in parts.items():
+        start, end = f"<!-- {part}: written by python -m lab.health -->", f"<!-- end of {part} -->"
+        before, rest = text.split(start)
+        text = "\n".join([before + start, "", *lines, "", end + rest.split(end)[1]])
+    return text
 
 
 def main():
@@ -197,6 +265,9 @@ def main():
     args = parser.parse_args()
     missing = [name for name in names if not (RECORDS / name).is_dir()]
     for name in tqdm([] if args.print else args.only or missing, desc="runs"):
+        before = re.search(rf"--init {RUNS}/(\S+)", flags_of(name))
+        if before and newest(RUNS / before[1]) is None:
+            train(before[1])
         train(name)
         record(name)
     run_log.BANDS.write_text(json.dumps(bands(), indent=1) + "\n")
@@ -206,6 +277,7 @@ def main():
     for name in GALLERY:
         run = run_log.read(RECORDS / name)
         draw(run, doctor.examine(run), PICTURES / f"{name}.png")
+        shrink(PICTURES / f"{name}.png", PICTURES / f"{name}.png")
     PAGE.write_text(page())
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -38,7 +39,19 @@ def test_each_disease_is_found_and_none_in_healthy_runs(name):
     assert made in found if made else found == []
 
 
-def test_the_gallery_has_every_disease():
+HEALTHY = [*health.REFERENCES, *(name for name, made in health.GALLERY.items() if not made.disease)]
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_run_has_no_warning_at_any_time(name):
+    """By the rules that hold for any model, and by the bands where the run has some: after every line of its log."""
+    run = run_log.read(RECORDS / name)
+    for bands in (run.bands, {}):
+        for n in range(1, len(run.rows) + 1):
+            assert diseases(replace(run, rows=run.rows[:n], bands=bands)) == [], f"line {n}"
+
+
+def test_the_gallery_has_every_disease_but_those_that_no_run_shows():
     assert {made.disease for made in health.GALLERY.values()} == {"", *rules.DISEASES}
 
 
@@ -51,16 +64,7 @@ def test_bands_and_page_are_the_records():
 
 
 def seed(flags):
-    return int((re.findall(r"--seed (\d+)", flags) or [0])[0])
-
-
-@pytest.mark.parametrize("name", health.REFERENCES)
-def test_references_are_healthy(name):
-    """By their own bands, and by the rules that hold for any model."""
-    run = run_log.read(RECORDS / name)
-    assert run.bands and diseases(run) == []
-    run.bands = {}
-    assert diseases(run) == []
+    return int(re.search(r"--seed (\d+)", flags)[1])
 
 
 def test_bands_are_of_the_toys_runs_alone(tmp_path):
@@ -70,25 +74,23 @@ def test_bands_are_of_the_toys_runs_alone(tmp_path):
         assert not run_of(tmp_path / "other", rows, **other).bands
 
 
-REWARDS = [1.0, 1.2, 1.4, 1.6]
-
-
 @pytest.mark.parametrize(
     "rewards, judged, found",
     [
-        (REWARDS, [0.7, 0.6, 0.5, 0.4], True),
-        (REWARDS, [0.7, 0.6, 0.57, 0.4], False),  # once within its standard error
-        ([1.0, 1.2, 1.2, 1.3], [0.7, 0.6, 0.5, 0.4], False),
-        (REWARDS[:3], [0.7, 0.6, 0.5], False),
+        ([1.0, 1.2, 1.4], [0.7, 0.6, 0.5], True),
+        ([1.0, 1.2, 1.4], [0.7, 0.8, 0.5], True),  # the judge is best at the second preview
+        ([1.0, 1.2, 1.4], [0.7, 0.6, 0.57], False),  # within two standard errors of a difference, 0.14
+        ([1.0, 1.02, 1.01], [0.7, 0.6, 0.5], False),  # the reward has not risen
+        ([1.4, 1.2, 1.4], [0.8, 0.6, 0.5], False),
+        ([1.0], [0.7], False),
     ],
 )
 def test_reward_hacking(rewards, judged, found, tmp_path):
-    """Reward up and a held-out judge down by more than its standard error three times running."""
-    names = ("held_out_reward", "held_out_prompt_accuracy", "held_out_prompt_accuracy_error")
-    looks = [dict(zip(names, (r, j, 0.05))) for r, j in zip(rewards, judged)]
+    names = ("held_out_reward", "held_out_prompt_accuracy", "held_out_reward_error", "held_out_prompt_accuracy_error")
+    looks = [dict(zip(names, (r, j, 0.02, 0.05))) for r, j in zip(rewards, judged)]
     seen = rules.examine(run_of(tmp_path / "run", looks, stage=2))
     assert [f.disease for f in seen] == ["reward hacking"] * found
-    assert all("1.600" in f.seen and "0.400" in f.seen for f in seen)
+    assert all("to 1.400" in f.seen and "to 0.500" in f.seen for f in seen)
 
 
 def test_watched_prompts_that_become_alike(tmp_path):
@@ -156,7 +158,9 @@ def test_the_command(tmp_path):
     shutil.copytree(RECORDS / "blind", tmp_path / "run")
     argv = [sys.executable, "-X", "importtime", "doctor.py", str(tmp_path / "run")]
     done = subprocess.run([*argv, "--out", str(tmp_path / "x.png")], capture_output=True, text=True)
-    assert done.returncode == 1 and "D blind: " in done.stdout and " torch\n" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1 and len(lines) == 2 and lines[1].startswith("D blind: ")
+    assert " torch\n" not in done.stderr
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG") and not (tmp_path / "run" / "doctor.png").exists()
     for out in ("x.jpg", "nowhere/x.png", "run/config.json/x.png"):
         with pytest.raises(SystemExit) as left:
