@@ -67,8 +67,8 @@ def blind(run):
 
 
 def saturated(run):
-    """`saturation` above 1.4 times `saturation_real`; on the toy above healthy runs"""
-    ratio, high = late(run, "saturation_ratio"), most(run, "saturation_ratio", 1.4)
+    """`saturation` above 1.5 times `saturation_real`; on the toy above healthy runs"""
+    ratio, high = late(run, "saturation_ratio"), most(run, "saturation_ratio", 1.5)
     if ratio > high:
         return f"saturation is {ratio:.2f} times that of real pictures (healthy is at most {high:.3g})"
 
