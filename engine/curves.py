@@ -28,7 +28,10 @@ PANELS = {  # signal -> its panel's title, in the order of the picture; a run's 
     "rl_open": "rl_open",
 }
 SHARES = ("d_accuracy", "kept_pairs", "held_out_prompt_accuracy", "rl_open")  # axes from 0 to 1
-PLAIN = ("skipped_updates", "held_out_reward", "held_out_clip_score")  # linear axes; the others are logarithmic
+EXACT = (  # no single batches: joined as they are, on linear axes; the others' are logarithmic
+    *("skipped_updates", "diversity_ratio"),
+    *("held_out_reward", "held_out_prompt_accuracy", "held_out_clip_score"),
+)
 COLUMNS, WIDTH, HEIGHT = 4, 11, 1.9  # panels in a row; inches of the picture, and of a row
 DPI = 70
 
@@ -71,7 +74,7 @@ def newest_preview(folder):
 
 
 def panel(ax, run, signal):
-    """One signal: logged values as points, the average of five as a line, the range of healthy runs behind."""
+    """One signal: logged values as points, the average of five (of EXACT: one) as a line, healthy runs behind."""
     total = run.config["iterations"]
     points = run.points(signal)
     loops = [p * total for p, _ in points]
@@ -82,10 +85,13 @@ def panel(ax, run, signal):
         edges = [i * total / tenths for i in range(tenths + 1)]
         ax.stairs(band["high"], edges, baseline=band["low"], fill=True, color="tab:green", alpha=0.2)
     ax.plot(loops, values, ".", color="tab:blue", markersize=4, alpha=0.5)
-    ax.plot(loops, [average(values[max(0, i - 4) : i + 1], signal) for i in range(len(values))], color="tab:blue")
+    n = 1 if signal in EXACT else 5
+    ax.plot(loops, [average(values[max(0, i + 1 - n) : i + 1], signal) for i in range(len(values))], color="tab:blue")
     if signal in SHARES:
         ax.set_ylim(-0.02, 1.02)
-    elif signal not in PLAIN:
+    elif signal == "diversity_ratio":
+        ax.set_ylim(0, max(1.2, *values))
+    elif signal not in EXACT:
         ax.set_yscale("log")
         low, high = ax.get_ylim()
         steps = (1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)

@@ -39,7 +39,7 @@ SHORT = "--batch-size 4 --gan-crop 32 --log-every 2 --preview-every 12 --lr 8e-5
 JOINT = f"--stage 2 --init {RUNS / 'sdxl-0'} --batch-size 4 --gan-crop 32 --log-every 2 --lr 3e-5 --fake-lr 3e-4"
 JOINT = f"{JOINT} --rl-lr 5e-6 --rl-ratio 1 --iterations 24 --preview-every 12"
 SD3 = "--model toy/sd3 --guidance 2 --ttur 2 --batch-size 8 --gan-crop 32 --log-every 2 --iterations 48"
-SD3 = f"{SD3} --lr 8e-5 --fake-lr 5e-4 --preview-every 24"
+SD3 = f"{SD3} --lr 8e-5 --fake-lr 5e-4 --preview-every 0"
 
 AFTER = f"--stage 2 --init {RUNS}/sdxl-{{}} --batch-size 16 --gan-crop 32 --lr 3e-5 --fake-lr 3e-4"
 AFTER = f"{AFTER} --rl-lr 5e-6 --rl-ratio 1 --iterations 72 --preview-every 0"
@@ -49,13 +49,13 @@ Made = namedtuple("Made", "disease flags how", defaults=["", "", ""])
 
 REFERENCES = {  # name: flags
     **{f"sdxl-{seed}": f"{LONG} --preview-every 0 --seed {seed}" for seed in (0, 1, 2)},
-    **{f"sd3-{seed}": f"{SD3} --preview-every 0 --seed {seed}" for seed in (0, 1, 2)},
+    **{f"sd3-{seed}": f"{SD3} --seed {seed}" for seed in (0, 1, 2)},
     **{f"joint-{seed}": f"{AFTER.format(seed)} --seed {seed}" for seed in (0, 1, 2)},
 }
 GALLERY = {
     "healthy": Made("", f"{SHORT} --seed 10 --iterations 36", "stage 1"),
-    "healthy-2": Made("", f"{SHORT} --seed 11 --iterations 24", "stage 1"),
-    "healthy-joint": Made("", f"{JOINT} --seed 12", "stage 2"),
+    "healthy-2": Made("", f"{SHORT} --seed 11 --iterations 24 --preview-every 0", "stage 1"),
+    "healthy-joint": Made("", f"{JOINT} --seed 10", "stage 2"),
     "healthy-sd3": Made("", f"{SD3} --seed 13 --batch-size 4 --iterations 24", "stage 1 of SD3"),
     "nan": Made(
         "NaN skips",
@@ -79,7 +79,7 @@ GALLERY = {
     ),
     "strong": Made(
         "D too strong",
-        f"{SHORT} --seed 10 --iterations 32 --log-every 1 --gan-crop 0 --lr 1e-6 --d-lr 4e-3",
+        f"{SHORT} --seed 10 --iterations 32 --log-every 1 --preview-every 32 --gan-crop 0 --lr 1e-6 --d-lr 4e-3",
         "D learns fast, sees whole pictures, and G hardly moves",
     ),
     "blind": Made("D blind", f"{SHORT} --seed 10 --iterations 24 --d-lr 1e-9", "a D that does not learn"),
@@ -98,7 +98,8 @@ GALLERY = {
     ),
     "gate": Made(
         "RL gate never open",
-        f"{SHORT} --seed 10 --iterations 16 --log-every 1 --method advdmd --ttur 1 --rl-after 2 --rl-gate 1",
+        f"{SHORT} --seed 10 --iterations 16 --log-every 1 --preview-every 16 "
+        "--method advdmd --ttur 1 --rl-after 2 --rl-gate 1",
         "a gate that opens where D makes no mistake",
     ),
 }
