@@ -54,7 +54,7 @@ REFERENCES = {  # name: flags
 }
 GALLERY = {
     "healthy": Made("", f"{SHORT} --seed 10 --iterations 36", "stage 1"),
-    "healthy-2": Made("", f"{SHORT} --seed 11 --iterations 24 --preview-every 0", "stage 1"),
+    "healthy-2": Made("", f"{SHORT} --seed 11 --iterations 16 --log-every 1 --preview-every 0", "stage 1"),
     "healthy-joint": Made("", f"{JOINT} --seed 10", "stage 2"),
     "healthy-sd3": Made("", f"{SD3} --seed 13 --batch-size 4 --iterations 24", "stage 1 of SD3"),
     "nan": Made(
@@ -98,8 +98,7 @@ GALLERY = {
     ),
     "gate": Made(
         "RL gate never open",
-        f"{SHORT} --seed 10 --iterations 16 --log-every 1 --preview-every 16 "
-        "--method advdmd --ttur 1 --rl-after 2 --rl-gate 1",
+        f"{SHORT} --seed 10 --iterations 12 --log-every 1 --method advdmd --ttur 1 --rl-after 0 --rl-gate 1",
         "a gate that opens where D makes no mistake",
     ),
 }
