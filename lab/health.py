@@ -6,7 +6,7 @@
 
 results/health/NAME    a run's settings, curves and newest preview, which doctor.py reads as it reads a run folder
 toy/bands.json         where the signals of the REFERENCES lie, in every tenth of a run
-docs/health/NAME.png   doctor.py's picture of a sick run
+docs/health/NAME.png   doctor.py's picture of a run
 docs/health.md         between its marks: the rules, and what they find in all other runs, whose seeds set no limit
 """
 
@@ -101,6 +101,7 @@ GALLERY = {
         "a gate that opens where D makes no mistake",
     ),
 }
+SHOWN = ["healthy", *(name for name, made in GALLERY.items() if made.disease)]  # with their pictures
 ALWAYS = "method stage model data iterations".split()  # settings that a record names though they are the defaults
 PATHS = "out init reward t5 preset resume overwrite save_every".split()  # settings that say nothing of the curves
 DROPPED = "samples passes ranks seconds memory_gb".split()  # counters that no rule reads
@@ -223,14 +224,15 @@ def matrix():
 
 
 def entry(name):
-    """A sick run's section: how it was made, what the doctor says, its picture."""
+    """A run's section: how it was made, what the doctor says, its picture."""
     made = GALLERY[name]
     flags = made.flags
     for word, value in COMMON.items():
         flags = flags.replace(value, f"${word}")
-    said = [f"> {line}" for f in found(name) for line in (doctor.sentence(f), "")]
+    said = [f"> {line}" for line in map(doctor.sentence, found(name))] or ["> healthy"]
+    said = [line for pair in zip(said, [">"] * len(said)) for line in pair]
     return [
-        f"### {made.disease}",
+        f"### {made.disease or 'Healthy, to compare'}",
         "",
         f"`{name}`: {made.how}.",
         "",
@@ -246,8 +248,8 @@ def entry(name):
 def page():
     """docs/health.md with both of its written parts renewed."""
     common = [f'    {word}="{value}"' for word, value in COMMON.items()]
-    sick = [line for name, made in GALLERY.items() if made.disease for line in entry(name)]
-    parts = {"rules": signs(), "gallery": [*matrix(), "", *common, "", *sick[:-1]]}
+    shown = [line for name in SHOWN for line in entry(name)]
+    parts = {"rules": signs(), "gallery": [*matrix(), "", *common, "", *shown[:-1]]}
     text = PAGE.read_text()
     for part, lines in parts.items():
         start, end = f"<!-- {part}: written by python -m lab.health -->", f"<!-- end of {part} -->"
@@ -273,7 +275,7 @@ def main():
     from engine.curves import draw
 
     PICTURES.mkdir(exist_ok=True)
-    for name in GALLERY:
+    for name in SHOWN:
         run = run_log.read(RECORDS / name)
         draw(run, doctor.examine(run), PICTURES / f"{name}.png")
         shrink(PICTURES / f"{name}.png", PICTURES / f"{name}.png")

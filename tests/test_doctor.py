@@ -66,15 +66,12 @@ def test_diseases_without_a_run_of_their_own(disease):
 
 
 def test_bands_and_page_are_the_records():
-    """`python -m lab.health --print` changes nothing; no seed of the bands is in the gallery."""
+    """`python -m lab.health --print` changes nothing; no run of the gallery has kind and seed of one of the bands."""
     assert health.bands() == json.loads(run_log.BANDS.read_text())
     assert health.page() == health.PAGE.read_text()
-    setting = {seed(flags) for flags in health.REFERENCES.values()}
-    assert not setting & {seed(made.flags) for made in health.GALLERY.values()}
-
-
-def seed(flags):
-    return int(re.search(r"--seed (\d+)", flags)[1])
+    settings = {name: run_log.read(RECORDS / name).config for name in (*health.REFERENCES, *health.GALLERY)}
+    origin = {name: (run_log.kind(config), config["seed"]) for name, config in settings.items()}
+    assert not {origin[name] for name in health.REFERENCES} & {origin[name] for name in health.GALLERY}
 
 
 def test_bands_are_of_the_toys_runs_alone(tmp_path):
