@@ -100,6 +100,6 @@ def panel(ax, run, signal):
         ticks = ticks[:: len(ticks) // 7 + 1]
         ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.yaxis.set_minor_locator(NullLocator())
-    ax.set_xlim(0, total)
+    ax.set_xlim(0, 1.02 * total)
     ax.set_title(PANELS[signal], fontsize=9)
     ax.tick_params(labelsize=7)

@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, pstdev
 
@@ -76,11 +77,6 @@ GALLERY = {
         f"{SHORT} --seed 10 --iterations 24 --lr 3e-4 --fake-lr 1e-9 --ema 1",
         "a score estimator that stands still while G moves fast",
     ),
-    "strong": Made(
-        "D too strong",
-        f"{SHORT} --seed 10 --iterations 32 --log-every 1 --preview-every 32 --gan-crop 0 --lr 1e-6 --d-lr 4e-3",
-        "D learns fast, sees whole pictures, and G hardly moves",
-    ),
     "blind": Made("D blind", f"{SHORT} --seed 10 --iterations 24 --d-lr 1e-9", "a D that does not learn"),
     "drifting": Made(
         "over-saturation",
@@ -89,11 +85,6 @@ GALLERY = {
     ),
     "guided": Made(
         "diversity falling", f"{SHORT} --seed 10 --iterations 24 --lr 3e-4 --guidance 40", "guidance 13 times as high"
-    ),
-    "hacked": Made(
-        "reward hacking",
-        f"{JOINT} --seed 10 --rl-only --rl-lr 2e-4 --beta 1e-3 --preview-every 6",
-        "preference alone, fast, and hardly held to the stage-1 student",
     ),
     "gate": Made(
         "RL gate never open",
@@ -186,9 +177,10 @@ def band(runs, signal):
 # ---------------------------------------------------------------------------------------------------- page
 
 
-def found(name):
-    """The diseases that the doctor finds in a record, with what it says."""
-    return doctor.examine(run_log.read(RECORDS / name))
+def found(name, bands=True):
+    """What the doctor finds in a record. bands: also by the limits of healthy toy runs."""
+    run = run_log.read(RECORDS / name)
+    return doctor.examine(run if bands else replace(run, bands={}))
 
 
 def signs():
@@ -209,18 +201,23 @@ def matrix():
         "| made \\ found | " + " | ".join(str(i + 1) for i in range(len(names))) + " |",
         "| --- |" + " --- |" * len(names),
     ]
-    lines, right, clean, healthy = [], 0, 0, 0
+    lines = []
     for name, made in GALLERY.items():
         seen = {f.disease for f in found(name)}
         title = f"{names.index(made.disease) + 1}. {made.disease}" if made.disease else f"none, {made.how}"
         marks = ["" if d not in seen else "**found**" if d == made.disease else "also" for d in names]
         lines.append(f"| {title} (`{name}`) | " + " | ".join(marks) + " |")
-        right += made.disease in seen
-        healthy += not made.disease
-        clean += not made.disease and not seen
-    sick = len(GALLERY) - healthy
-    sums = f"{right} of {sick} diseases are found; in {clean} of {healthy} healthy runs nothing is."
-    return [*head, *lines, "", sums]
+    return [*head, *lines, "", f"{sums(True)} By the limits that hold for any model alone: {sums(False)}"]
+
+
+def sums(bands):
+    """How many of the gallery's diseases are found, and in which of its healthy runs something is: a sentence each."""
+    seen = {name: {f.disease for f in found(name, bands)} for name in GALLERY}
+    sick = [name for name, made in GALLERY.items() if made.disease]
+    right = sum(GALLERY[name].disease in seen[name] for name in sick)
+    wrong = [f"{', '.join(seen[name])} (`{name}`)" for name in GALLERY if name not in sick and seen[name]]
+    told = f"in {len(GALLERY) - len(sick) - len(wrong)} of {len(GALLERY) - len(sick)} healthy runs nothing is"
+    return f"{right} of {len(sick)} diseases are found; {told}{': but ' if wrong else ''}{', '.join(wrong)}."
 
 
 def entry(name):
