@@ -83,12 +83,12 @@ def alike(run):
 
 
 def hacks(run):
-    """stage 2: since a judge's best preview that judge has fallen and `held_out_reward` risen, both by two errors"""
+    """stage 2: since a judge's best preview the reward has risen, and that judge fallen by two standard errors"""
     for judge in ("held_out_prompt_accuracy", "held_out_clip_score"):
         needed = [f"{name}{error}" for name in ("held_out_reward", judge) for error in ("", "_error")]
         looks = [row for row in run.rows if all(math.isfinite(row.get(name, math.nan)) for name in needed)]
         best = max(looks, key=lambda look: look[judge], default=None)
-        if best and change(best, looks[-1], "held_out_reward") > 2 and change(best, looks[-1], judge) < -2:
+        if best and change(best, looks[-1], "held_out_reward") > 0 and change(best, looks[-1], judge) < -2:
             rise, fall = (f"{best[name]:.3f} to {looks[-1][name]:.3f}" for name in ("held_out_reward", judge))
             return f"held_out_reward rises ({rise}), {judge} falls ({fall})"
 

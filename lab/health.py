@@ -78,11 +78,6 @@ GALLERY = {
         "a score estimator that stands still while G moves fast",
     ),
     "blind": Made("D blind", f"{SHORT} --seed 10 --iterations 24 --d-lr 1e-9", "a D that does not learn"),
-    "drifting": Made(
-        "over-saturation",
-        f"{SHORT} --seed 10 --iterations 24 --lr 3e-4 --guidance 100 --renoise 0.5,0.98 --gan-weight 0",
-        "guidance 33 times as high, at the noisy half alone, and no GAN",
-    ),
     "guided": Made(
         "diversity falling", f"{SHORT} --seed 10 --iterations 24 --lr 3e-4 --guidance 40", "guidance 13 times as high"
     ),
@@ -191,7 +186,7 @@ def signs():
 
 def code(text):
     """Flags set as code."""
-    return re.sub(r"--[a-z-]+", r"`\g<0>`", text)
+    return re.sub(r"--[a-z-]+( vae| dmd2)?", r"`\g<0>`", text)
 
 
 def matrix():
@@ -217,7 +212,9 @@ def sums(bands):
     right = sum(GALLERY[name].disease in seen[name] for name in sick)
     wrong = [f"{', '.join(seen[name])} (`{name}`)" for name in GALLERY if name not in sick and seen[name]]
     told = f"in {len(GALLERY) - len(sick) - len(wrong)} of {len(GALLERY) - len(sick)} healthy runs nothing is"
-    return f"{right} of {len(sick)} diseases are found; {told}{': but ' if wrong else ''}{', '.join(wrong)}."
+    return (
+        f"{right} of {len(sick)} diseases are found; {told}{' found, but ' if wrong else ' found'}{', '.join(wrong)}."
+    )
 
 
 def entry(name):
@@ -228,24 +225,25 @@ def entry(name):
         flags = flags.replace(value, f"${word}")
     said = [f"> {line}" for line in map(doctor.sentence, found(name))] or ["> healthy"]
     said = [line for pair in zip(said, [">"] * len(said)) for line in pair]
+    title = made.disease or f"healthy, {made.how}"
+    picture = [f"![{name}](health/{name}.png)", ""] if name in SHOWN else []
     return [
-        f"### {made.disease or 'Healthy, to compare'}",
+        f"### {title[0].upper()}{title[1:]}",
         "",
-        f"`{name}`: {made.how}.",
+        f"`{name}`: {made.how}." if made.disease else f"`{name}`",
         "",
         f"    python train.py {flags}",
         "",
         *said[:-1],
         "",
-        f"![{name}](health/{name}.png)",
-        "",
+        *picture,
     ]
 
 
 def page():
     """docs/health.md with both of its written parts renewed."""
     common = [f'    {word}="{value}"' for word, value in COMMON.items()]
-    shown = [line for name in SHOWN for line in entry(name)]
+    shown = [line for name in GALLERY for line in entry(name)]
     parts = {"rules": signs(), "gallery": [*matrix(), "", *common, "", *shown[:-1]]}
     text = PAGE.read_text()
     for part, lines in parts.items():

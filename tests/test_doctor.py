@@ -89,7 +89,7 @@ def test_bands_are_of_the_toys_runs_alone(tmp_path):
         ([1.0, 1.2, 1.4], [0.7, 0.6, 0.5], True),
         ([1.0, 1.2, 1.4], [0.7, 0.8, 0.5], True),  # the judge is best at the second preview
         ([1.0, 1.2, 1.4], [0.7, 0.6, 0.57], False),  # within two standard errors of a difference, 0.14
-        ([1.0, 1.02, 1.01], [0.7, 0.6, 0.5], False),  # the reward has not risen
+        ([1.0, 1.02, 1.0], [0.7, 0.6, 0.5], False),  # the reward has not risen
         ([1.4, 1.2, 1.4], [0.8, 0.6, 0.5], False),
         ([1.0], [0.7], False),
     ],
