@@ -211,10 +211,9 @@ def sums(bands):
     sick = [name for name, made in GALLERY.items() if made.disease]
     right = sum(GALLERY[name].disease in seen[name] for name in sick)
     wrong = [f"{', '.join(seen[name])} (`{name}`)" for name in GALLERY if name not in sick and seen[name]]
-    told = f"in {len(GALLERY) - len(sick) - len(wrong)} of {len(GALLERY) - len(sick)} healthy runs nothing is"
-    return (
-        f"{right} of {len(sick)} diseases are found; {told}{' found, but ' if wrong else ' found'}{', '.join(wrong)}."
-    )
+    healthy = len(GALLERY) - len(sick)
+    told = f"{right} of {len(sick)} diseases are found; nothing is in {healthy - len(wrong)} of {healthy} healthy runs"
+    return f"{told}{', but ' if wrong else ''}{', '.join(wrong)}."
 
 
 def entry(name):
@@ -225,12 +224,12 @@ def entry(name):
         flags = flags.replace(value, f"${word}")
     said = [f"> {line}" for line in map(doctor.sentence, found(name))] or ["> healthy"]
     said = [line for pair in zip(said, [">"] * len(said)) for line in pair]
-    title = made.disease or f"healthy, {made.how}"
+    title = made.disease or f"healthy: {made.how}"
     picture = [f"![{name}](health/{name}.png)", ""] if name in SHOWN else []
     return [
         f"### {title[0].upper()}{title[1:]}",
         "",
-        f"`{name}`: {made.how}." if made.disease else f"`{name}`",
+        f"`{name}`: {made.how}." if made.disease else f"`{name}`.",
         "",
         f"    python train.py {flags}",
         "",
