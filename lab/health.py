@@ -78,6 +78,12 @@ GALLERY = {
         "a score estimator that stands still while G moves fast",
     ),
     "blind": Made("D blind", f"{SHORT} --seed 10 --iterations 24 --d-lr 1e-9", "a D that does not learn"),
+    "drifting": Made(
+        "over-saturation",
+        f"{SHORT} --seed 10 --iterations 12 --log-every 1 "
+        "--lr 3e-4 --lr-schedule constant --guidance 40 --gan-weight 0",
+        "guidance 13 times as high, and no GAN",
+    ),
     "guided": Made(
         "diversity falling", f"{SHORT} --seed 10 --iterations 24 --lr 3e-4 --guidance 40", "guidance 13 times as high"
     ),

@@ -51,7 +51,7 @@ def test_a_healthy_run_has_no_warning_at_any_time(name):
             assert diseases(replace(run, rows=run.rows[:n], bands=bands)) == [], f"line {n}"
 
 
-ELSEWHERE = {"D too strong": "hot", "over-saturation": "hot"}  # no run of their own: a record whose log shows them
+ELSEWHERE = {"D too strong": "hot"}  # no run of its own: a record whose log shows it
 
 
 def test_the_gallery_has_every_disease():
