@@ -2,7 +2,7 @@
 
 import time
 
-from engine import checkpoint, data, latent_cache, monitor, run_folder
+from engine import checkpoint, data, doctor, latent_cache, monitor, run_folder
 from engine.batch import Batch
 from engine.distributed import Ending, from_rank_0
 from engine.errors import UserError
@@ -112,15 +112,15 @@ class Run:
         return skipped
 
     def draw(self, loop):
-        """A preview picture, the student's diversity, in stage 2 the held-out scores, and those of --watch."""
+        """A preview picture, the student's diversity, in stage 2 the held-out scores, those of --watch; a warning."""
         seen = self.preview.draw(self.folder / f"preview-{loop:06d}.png", self.nets.G, self.rank)
         if self.held_out:
             seen |= self.held_out.look(self.nets.G)
         if self.watch:
             seen |= self.watch.look(self.nets.G)
         self.log.write(self.progress, seen)
-        for judge in filter(None, (self.held_out, self.watch)):
-            self.log.warn(judge.warning())
+        if self.rank == 0:
+            self.log.warn(doctor.warning(self.folder))
 
     def save(self, background):
         """Write a checkpoint, on CUDA in the background (except torchao's moments, which cannot be copied aside)."""

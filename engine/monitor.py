@@ -1,6 +1,6 @@
 """The health of a run: signals logged beside the losses, preview pictures, metrics.jsonl and TensorBoard.
 
-docs/monitoring.md explains each signal and its healthy range.
+docs/health.md explains each signal and its healthy range.
 """
 
 import errno
@@ -39,7 +39,7 @@ def finish(G, x, i, c, S, generators):
 
 @torch.no_grad()
 def health(nets, batch, x_0, fake_loss, t, eps):
-    """Signals of a run that is about to collapse, explained in docs/monitoring.md -> {name: value}.
+    """Signals of a run that is about to collapse, explained in docs/health.md -> {name: value}.
 
     x_0 (B, C, h, w): latents of finished samples of G; fake_loss: Eq. 6, taken at t (B,) and eps (B, C, h, w).
     """
@@ -74,6 +74,9 @@ class Preview:
         z = randn(self.generators("preview", columns), self.like)
         teacher = guided(nets.teacher, nets.null, nets.config.teacher_guidance)
         self.teacher = self.vae.decode(sample_ode(teacher, z, self.c, 50))
+        z_same = randn(self.generators("diversity", 2 * per_prompt), self.like)
+        same = self.vae.decode(sample_ode(teacher, z_same, self.c_same, 50))
+        self.diversity_teacher = metrics.diversity(same, per_prompt)
         earlier = {"undistilled": teacher}
         if nets.ref:
             earlier["stage 1"] = nets.ref
@@ -96,24 +99,23 @@ class Preview:
             same = self.vae.decode(self.rollout(G, self.c_same, "diversity", 2 * self.per_prompt))
         if rank == 0:
             save_grid(path, [*self.earlier, student, self.teacher], self.labels, self.prompts)
-        return {"diversity": metrics.diversity(same, self.per_prompt)}
+        return {"diversity": metrics.diversity(same, self.per_prompt), "diversity_teacher": self.diversity_teacher}
 
 
 class HeldOut:
-    """Stage 2's scores on fixed prompts, the toy's held-out ones: the reward, and two scores that RL does not train.
-
-    Reward hacking: the reward rises while such a score falls by more than its standard error, three previews in a row.
-    """
+    """Stage 2's scores on fixed prompts, the toy's held-out ones: the reward, and two scores that RL does not train."""
 
     def __init__(self, nets, source, n=64):
         self.nets = nets
         self.judge = source.judge
         self.prompts = source.held_out(0, n)[1] if source.held_out else source.prompts(n)
         self.clip = metrics.Clip(nets.config.clip, nets.encoder.device)
-        self.history = []
 
     def look(self, G):
-        """Mean reward, CLIP score and, where the source can judge pictures, prompt accuracy, as "held_out_..."."""
+        """Mean reward, CLIP score and, where the source can judge pictures, prompt accuracy, as "held_out_...".
+
+        With each its standard error, "held_out_..._error".
+        """
         nets = self.nets
         images = generate(G, nets.encoder, nets.vae, self.prompts, len(nets.S), nets.config.seed).to(nets.latent.device)
         seen = {
@@ -122,28 +124,8 @@ class HeldOut:
         }
         if self.judge:
             seen["prompt_accuracy"] = torch.tensor(self.judge(images, self.prompts)[0]).float()
-        self.history.append({k: (v.mean().item(), v.std().item() / len(v) ** 0.5) for k, v in seen.items()})
-        return {f"held_out_{k}": mean for k, (mean, _) in self.history[-1].items()}
-
-    def warning(self):
-        return hacking(self.history)
-
-
-def hacking(history):
-    """A warning with the numbers where the last three previews look like reward hacking; else None.
-
-    history: per preview a dict score -> (mean, standard error), "reward" among them.
-    """
-    last = history[-4:]
-    steps = list(zip(last, last[1:]))
-    if len(steps) < 3 or not all(after["reward"][0] > before["reward"][0] for before, after in steps):
-        return None
-    path = lambda score: ", ".join(f"{h[score][0]:.3f}" for h in last)  # noqa: E731
-    for score in last[-1]:
-        if score != "reward" and all(after[score][0] < before[score][0] - before[score][1] for before, after in steps):
-            seen = f"The reward rises ({path('reward')}), the held-out {score} falls ({path(score)})"
-            return f"warning: reward hacking? {seen}: raise --beta or lower --rl-ratio"
-    return None
+        means = {f"held_out_{k}": v.mean().item() for k, v in seen.items()}
+        return means | {f"held_out_{k}_error": v.std().item() / len(v) ** 0.5 for k, v in seen.items()}
 
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)

@@ -8,7 +8,6 @@ from engine.pictures import generate
 from engine.reward_model import load_reward_model
 
 PER_PROMPT = 4  # pictures
-COLLAPSE = 0.5  # a student's diversity below this part of its teacher's is told
 
 
 class Watch:
@@ -30,7 +29,6 @@ class Watch:
                 text_cache.fill(self.R.encoder, nets.prompts, config.cache_text)
         teacher = guided(nets.teacher, nets.null, config.teacher_guidance)
         self.teacher = self.diversity(self.clip.features(self.pictures(teacher, 50, ode=True)))
-        self.last = None
 
     def pictures(self, denoiser, steps, ode=False):
         """(prompts x PER_PROMPT, 3, H, W), on the networks' device."""
@@ -53,13 +51,4 @@ class Watch:
         }
         if self.R:
             seen["watch_reward"] = self.R.score_finished(self.nets.vae.encode(images), self.prompts).mean().item()
-        self.last = seen
         return seen
-
-    def warning(self):
-        """A line where the last look shows a collapse; else None."""
-        diversity, teacher = self.last["watch_diversity"], self.last["watch_diversity_teacher"]
-        if diversity >= COLLAPSE * teacher:
-            return None
-        seen = f"pictures of one prompt differ by {diversity:.3f}, the teacher's by {teacher:.3f}"
-        return f"warning: collapse? {seen} (1 - cosine of CLIP features): lower --lr, raise --ttur or lower --guidance"

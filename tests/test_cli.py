@@ -741,6 +741,7 @@ def test_pairs_that_cannot_be_trained_on(row, words, tmp_path, capsys):
         "sample.py --help",
         "evaluate.py --help",
         "export.py --help",
+        "doctor.py --help",
     ],
 )
 def test_help_without_torch(command):
@@ -792,6 +793,10 @@ def test_help_without_torch(command):
         ("evaluate.py --prompts DIR/prompts.txt", "--images"),
         ("export.py DIR/nowhere", "out"),
         ("export.py DIR/nowhere DIR/out", "DIR/nowhere holds no checkpoint"),
+        ("doctor.py", "run"),
+        ("doctor.py DIR/nowhere", "DIR/nowhere is not there"),
+        ("doctor.py DIR/file.txt", "DIR/file.txt is a file"),
+        ("doctor.py DIR/run", "DIR/run is not a run folder: it has no metrics.jsonl"),
     ],
 )
 def test_mistakes_without_torch(command, words, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import doctor
 import evaluate
 import export
 import sample
@@ -27,7 +28,7 @@ OTHERS = {  # flags of torchrun, Slurm, pip, pytest, and of lab's commands
 def flags_of_ours():
     """Every flag of train.py with any method, and of the other scripts."""
     found = {f"--{f.name.replace('_', '-')}" for method in METHODS for f in fields(settings_of(method))}
-    for script in (sample, evaluate, export):
+    for script in (sample, evaluate, export, doctor):
         found |= set(re.findall(r'"(--[a-z-]+)"', Path(script.__file__).read_text()))
     return found
 

@@ -53,7 +53,7 @@ def test_others_are_counted():
             process.kill()
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "export.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "export.py", "doctor.py"])
 def test_scripts_load_engine_before_torch(script):
     """`engine` sets the threads, so nothing but the standard library comes before it."""
     for line in ast.parse(Path(script).read_text()).body:

@@ -19,7 +19,6 @@ from engine.batch import Batch
 from engine.config import Config
 from engine.errors import UserError
 from engine.models import load_denoiser
-from engine.monitor import hacking
 from engine.networks import assemble
 from engine.prompts import PromptEncoder
 from engine.real_size import SDXL
@@ -436,23 +435,6 @@ def test_reward_model_of_another_width(first, small, tmp_path):
     torch.save({"visual_projection": {"weight": torch.zeros(64, 7)}, "logit_scale": 2.0}, other / "state_dict.pt")
     with pytest.raises(UserError, match="state_dict.pt.*7"):
         load_reward_model(other, 64, "toy/sdxl")
-
-
-def test_reward_hacking_is_named():
-    """Reward up and a held-out judge down by more than its standard error three times running.
-
-    Once within it, or a flat reward, is no alarm.
-    """
-    rises = [1.0, 1.2, 1.4, 1.6]
-
-    def history(rewards, judged):
-        return [{"reward": (r, 0.1), "prompt_accuracy": (j, 0.05)} for r, j in zip(rewards, judged, strict=True)]
-
-    line = hacking(history(rises, [0.7, 0.6, 0.5, 0.4]))
-    assert "1.600" in line and "0.400" in line and "prompt_accuracy" in line
-    assert hacking(history(rises, [0.7, 0.6, 0.57, 0.4])) is None
-    assert hacking(history([1.0, 1.2, 1.2, 1.3], [0.7, 0.6, 0.5, 0.4])) is None
-    assert hacking(history(rises[:3], [0.7, 0.6, 0.5])) is None
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """--watch: scores of a file of prompts at previews."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -37,13 +35,6 @@ def test_watch(small_toys, tmp_path):
     images = generate(teacher, nets.encoder, nets.vae, four_each, 50, seed=0, ode=True)
     theirs = metrics.cosine_diversity(clip.features(images), 4).mean().item()
     assert seen["watch_diversity_teacher"] == pytest.approx(theirs, abs=1e-4)
-
-
-def test_collapse_is_told():
-    say = watch.Watch.warning
-    assert say(SimpleNamespace(last={"watch_diversity": 0.06, "watch_diversity_teacher": 0.1})) is None
-    line = say(SimpleNamespace(last={"watch_diversity": 0.04, "watch_diversity_teacher": 0.1}))
-    assert line.startswith("warning: collapse?") and "0.040" in line and "0.100" in line
 
 
 @pytest.mark.parametrize("settings", [{"preview_every": 0}, {"stage": "reward", "pairs": "pairs"}])
