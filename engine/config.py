@@ -198,6 +198,9 @@ _SD3 = _SDXL | {
 }
 # ASSUMPTION: SD3.5 is in no table of the paper: SD3's settings, and the guidance of its SD3.5-Large pictures.
 _SD35 = _SD3 | {"guidance": 4.5, "teacher_guidance": 4.5, "batch_size": 32, "iterations": 4000, "ttur": 2}
+# ASSUMPTION: rates and rank are SD3's; the guidance is what the models' cards recommend (Z-Image's 4 is w = 5 here).
+_QWEN = _SD35 | {"model": "Qwen/Qwen-Image", "guidance": 4.0, "teacher_guidance": 4.0, "cache_text": "runs/text"}
+_Z_IMAGE = _QWEN | {"model": "Tongyi-MAI/Z-Image", "guidance": 5.0, "teacher_guidance": 5.0}
 _STAGE2 = _SDXL | {
     "stage": 2,
     "rl_lr": 2e-7,
@@ -225,6 +228,9 @@ PRESETS = {  # a method's values of the common settings are in its Settings (sib
     "sd3-4step": _SD3 | {"batch_size": 32, "iterations": 4000, "ttur": 2},  # Table 2; 7,000 too
     "sd35-medium-4step": _SD35 | {"model": "stabilityai/stable-diffusion-3.5-medium"},
     "sd35-large-4step": _SD35 | {"model": "stabilityai/stable-diffusion-3.5-large"},
+    "qwen-4step": _QWEN,
+    "qwen-2step": _QWEN | {"student_steps": 2},  # AdvDMD's number, by --method advdmd too
+    "zimage-4step": _Z_IMAGE,
     "sdxl-stage2": _STAGE2 | {"batch_size": 64, "iterations": 5000},  # Tables 3, 4. ASSUMPTION: the batch is stage 1's
     "sdxl-8step-stage2": _STAGE2 | {"batch_size": 48, "iterations": 3000, "student_steps": 8},  # Table 7; 6,000 too
 }

@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from engine.base_model import family_of_net
 from engine.batch import Batch
 from engine.errors import UserError
-from engine.models import blocks
 from engine.real_size import assemble, base_of, drop_gradients, text_encoders
 
 ALLOWANCE = 0.08  # of a GPU's memory
@@ -140,7 +140,7 @@ def states(nets, optimizer="adamw", frozen=2):
 
 def gathered(nets):
     """Bytes of FSDP2's gathered blocks: bf16, the largest one and the next."""
-    return 2 * 2 * max(map(count, blocks(nets.G.net)))
+    return 2 * 2 * max(map(count, family_of_net(nets.G.net).blocks(nets.G.net)))
 
 
 def a_gpu(rows, gpus):
@@ -206,11 +206,11 @@ def refuse_unknown(config):
     base = base_of(config.preset)
     if not base:
         unknown = f"not that of --preset {config.preset}: give one of their presets"
-        raise UserError(f"--dry-run knows the geometry of SDXL, SD3-Medium and SD3.5, {unknown}")
+        raise UserError(f"--dry-run knows the geometry of SDXL, SD3-Medium, SD3.5, Qwen-Image and Z-Image, {unknown}")
     if config.method in ("dmdr", "advdmd") or config.stage == "reward":
         raise UserError("--dry-run knows neither --method dmdr nor advdmd nor --stage reward")
     if base != "sdxl" and config.stage == 2:
-        raise UserError("--dry-run knows SD3 in stage 1 alone: it has no latent reward model")
+        raise UserError("--dry-run knows stage 2 of SDXL alone: it has no other base model's reward model")
     if config.batch_size % config.gpus or config.batch_size // config.gpus % (config.micro_batch or 1):
         batch = f"--batch-size {config.batch_size} is not divisible by --gpus {config.gpus}"
         raise UserError(f"{batch}, or a GPU's part of it not by --micro-batch")
