@@ -57,10 +57,7 @@ class Schedule:
         return [a.view(-1, 1, 1, 1) for a in pair]
 
     def t_at(self, u):
-        """The timestep at a fraction u in [0, 1] of the noise range.
-
-        eps, v: floor(1000 u), at most 999; flow: the shifted 1000 s.
-        """
+        """The timestep at a fraction u in [0, 1] of the noise: floor(1000 u), at most 999; flow: the shifted 1000 s."""
         if self.prediction == "flow":
             return T * self.shift * u / (1 + (self.shift - 1) * u)
         return (T * u).floor().clamp(0, T - 1).long()

@@ -65,6 +65,7 @@ class Config:
     rl_lr: float = 1e-5  # stage 2: learning rate of the preference updates
     rl_only: bool = False  # stage 2: no distillation beside it (the paper's post-training)
     lora_rank: int = 0  # train G and the score estimator as two LoRAs of this rank on one frozen network; 0 = copies
+    quantize_frozen: str = ""  # int8 = with --lora-rank, the frozen network in 8 bits (torchao), whole on every GPU
     pairs: str = ""  # stage reward: a folder of picture pairs; metadata.jsonl with Pick-a-Pic's columns (docs/data.md)
     reward_lr: float = 1e-5  # stage reward: learning rate
     compile: bool = False  # torch.compile the three denoisers; needs a C++ compiler
@@ -115,6 +116,8 @@ class Config:
             raise UserError(
                 "--cache-text needs --data, a folder or shards, or --prompts: the toy world's captions have no end"
             )
+        if self.quantize_frozen and not self.lora_rank:
+            raise UserError("--quantize-frozen needs --lora-rank: without LoRAs no network under training is frozen")
         if self.cache_latents and self.data == "toy":
             raise UserError(
                 "--cache-latents needs --data, a folder or shards: the toy world draws new scenes without end"
@@ -251,6 +254,7 @@ CHOICES = {
     "head": ("scaled", "published", "map"),
     "d_block": ("middle", "last"),
     "optimizer": ("adamw", "adamw8bit"),
+    "quantize_frozen": ("int8",),
     "rl": ("backprop", "grpo"),  # this and the next two: dmdr's
     "dm_input": ("rollout", "renoised"),
     "lora_layers": ("all", "qv"),

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from engine.base_model import family_of_net
 from engine.errors import UserError
+from engine.quantize import in_8_bits
 from engine.stopping import SIGNALS
 
 
@@ -196,6 +197,7 @@ def shard(net, dtype):
     # Inputs are not cast: bf16 would round t.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     settings = {"mp_policy": policy, "reshard_after_forward": True}  # Eq. 11 reads the shards after a forward pass
+    settings["ignored_params"] = {p for p in net.parameters() if in_8_bits(p)}
     for block in family_of_net(net).blocks(net):
         fully_shard(block, **settings)
     return fully_shard(net, **settings)

@@ -121,6 +121,8 @@ def states(nets, optimizer="adamw", frozen=2):
     trained = lambda name, n, sharded=True: (name, n, 4 * n, 4 * n, moment * n, sharded)  # noqa: E731
     kept = lambda name, n, sharded=True, size=frozen: (name, n, size * n, 0, 0, sharded)  # noqa: E731
     rows = [kept("frozen network under the LoRAs" if lora else "teacher", whole)]
+    if nets.config.quantize_frozen:
+        rows = [kept("frozen network under the LoRAs, int8", whole, False, 1)]
     rows += [trained("generator G", lora or whole), trained("score estimator", lora or whole)]
     tables = [b for net in dict.fromkeys((nets.teacher.net, nets.G.net, nets.fake.net)) for b in net.buffers()]
     if tables:  # SD3's fixed positions

@@ -30,6 +30,7 @@ from engine.base_model import family_of, family_of_net
 from engine.errors import UserError
 from engine.folders import first_line, folder, on_disk
 from engine.hidden import block_name, output_of
+from engine.quantize import in_8_bits
 
 LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
@@ -166,7 +167,8 @@ def add_lora(net, rank, *names, dtype=torch.float32, layers=None):
             for name in names[1:]:
                 layer.lora_A[name].load_state_dict(layer.lora_A[names[0]].state_dict())
     for p in net.parameters():  # only now: peft gives a LoRA the dtype of its layer
-        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+        if not in_8_bits(p):
+            p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
 
 
 def lora_scale(net, scales):

@@ -14,6 +14,7 @@ from engine.distributed import adamw, average_gradients, shard, update, weights
 from engine.errors import UserError
 from engine.models import Denoiser, add_lora, at_work, load_denoiser, load_sam, load_vae
 from engine.prompts import encoder_of
+from engine.quantize import int8
 from engine.reward_model import backbone, load_reward_model
 
 LORAS = {
@@ -178,6 +179,8 @@ def assemble(config, ranks, device, prepare=None, source=None):
         raise UserError(f"--size-condition original: {config.model} has no size conditions, as SDXL has")
     if config.lora_rank:  # teacher, G and score estimator are one network under three settings of its two LoRAs
         net = teacher.net
+        if config.quantize_frozen:
+            int8(net)
         add_lora(net, config.lora_rank, "student", "fake", dtype=dtype)
         teacher = Denoiser(net, schedule, dtype, LORAS["teacher"], "the teacher")
         G = Denoiser(net, schedule, dtype, LORAS["G"], "the generator G")  # line 1

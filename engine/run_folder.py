@@ -24,7 +24,7 @@ from engine.sd3 import t5_of
 SHIPPED = HERE / "toy" / "student"  # unet/ and config.json of a student for those who have trained none
 
 FIXED = (  # settings that a resumed run cannot change; the last line is the siblings'
-    *("stage", "model", "data", "prompts", "method", "lora_rank", "optimizer"),
+    *("stage", "model", "data", "prompts", "method", "lora_rank", "quantize_frozen", "optimizer"),
     *("t5", "text_length", "sam", "student_steps", "resolution", "seed", "batch_size"),
     *("fake_lora", "lora_layers", "judge", "head", "d_block"),
 )

@@ -21,9 +21,11 @@ from engine import run_folder
 from engine.errors import UserError
 from engine.export import export, student_scheduler
 from engine.models import VAE, add_lora, load_denoiser, load_schedule, load_vae
+from engine.networks import assemble
 from engine.one_frame import OneFrame
 from engine.pictures import generate, to_pil
 from engine.prompts import load_encoder
+from engine.quantize import in_8_bits
 
 PROMPTS = ["it", "a large blue ring above a small red square"]
 BASES = ["sdxl", "sd3", "qwen", "z-image"]
@@ -105,8 +107,7 @@ def test_sampling_is_the_plain_pipelines(base, bases):
         torch.manual_seed(5)
         far.append(apart(b.vae.decode(few_steps(b.net, b.z, c, K, plain)).clamp(-1, 1), theirs))
         assert plain.pipeline.scheduler.timesteps.tolist() == pytest.approx(b.net.schedule.steps(K).tolist(), abs=1e-3)
-    print(base, far)
-    assert max(far) <= (2 if base == "sdxl" else 1) / 255  # LCMScheduler's estimates are a little off
+    assert max(far) <= 1 / 255
 
 
 UNGUIDED = {"qwen": {"true_cfg_scale": 1.0}} | {base: {"guidance_scale": 0} for base in ("sdxl", "sd3", "z-image")}
@@ -233,11 +234,12 @@ def test_stage_1_resumes_and_exports(base, base_models, tmp_path):
     Both exports load in plain diffusers: the code on their cards draws our picture, in 1, 2 and 4 steps.
     """
     model = base_models[base]
-    whole, logged = trained(model, tmp_path / "whole", "--iterations", "3", "--preview-every", "3")
+    fast = ["--lr", "0.1"]  # so that pictures move
+    whole, logged = trained(model, tmp_path / "whole", "--iterations", "3", "--preview-every", "3", *fast)
     assert all(m["g_norm"] > 0 and m["fake_norm"] > 0 and "adv_loss" in m for m in logged if "dm_loss" in m)
     assert logged[-1]["skipped_updates"] == 0 and (whole / "preview-000003.png").is_file()
-    half, _ = trained(model, tmp_path / "half", "--iterations", "2", "--preview-every", "0")
-    trained(model, tmp_path / "half", "--iterations", "3", "--preview-every", "0", "--resume")
+    half, _ = trained(model, tmp_path / "half", "--iterations", "2", "--preview-every", "0", *fast)
+    trained(model, tmp_path / "half", "--iterations", "3", "--preview-every", "0", "--resume", *fast)
     first, second = state(whole, tmp_path / "a.pt"), state(half, tmp_path / "b.pt")
     assert first.keys() == second.keys() and all(torch.equal(v, second[key]) for key, v in first.items())
 
@@ -316,3 +318,41 @@ def test_two_ranks_equal_one(base_models, tmp_path, two_ranks):
         for a, b in zip(map(json.loads, one), map(json.loads, two), strict=True):
             for key in {"dm_loss", "fake_loss", "d_loss", "g_norm", "fake_norm"} & a.keys():
                 assert b[key] == pytest.approx(a[key], rel=2e-3), (i, key)
+
+
+def test_a_frozen_network_in_8_bits(base_models, tmp_path):
+    """--quantize-frozen int8: linear weights are within half a 127th of their row's largest; LoRAs train."""
+    pytest.importorskip("torchao")
+    flags = f"--model {base_models['z-image']} {SMALL} --quantize-frozen int8 --preview-every 0"
+    nets = assemble(train.read(flags.split()), 1, torch.device("cpu"), train.prepare)
+    plain = load_denoiser(base_models["z-image"], resolution=64).net
+    for name, p in plain.named_parameters():
+        layer, _, kind = name.rpartition(".")
+        found = nets.G.net.get_submodule(layer)
+        kept = getattr(getattr(found, "base_layer", found), kind) if layer else getattr(nets.G.net, kind)
+        if isinstance(plain.get_submodule(layer), torch.nn.Linear) and kind == "weight":
+            assert in_8_bits(kept)
+            assert ((kept.dequantize() - p).abs() <= 0.51 * p.abs().amax(1, keepdim=True) / 127).all()
+        else:
+            assert torch.equal(kept, p)
+    whole, logged = trained(base_models["z-image"], tmp_path / "a", *flags.split()[-4:], "--iterations", "2")
+    assert logged[-1]["skipped_updates"] == 0 and all(m["g_norm"] > 0 for m in logged if "dm_loss" in m)
+    trained(base_models["z-image"], tmp_path / "b", *flags.split()[-4:], "--iterations", "1")
+    half, _ = trained(base_models["z-image"], tmp_path / "b", *flags.split()[-4:], "--iterations", "2", "--resume")
+    first, second = state(whole, tmp_path / "a.pt"), state(half, tmp_path / "b.pt")
+    assert first.keys() == second.keys() and all(torch.equal(v, second[key]) for key, v in first.items())
+
+
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_with_a_network_in_8_bits(base_models, tmp_path, two_ranks):
+    """FSDP2 leaves it whole; the LoRAs' steps are one process's."""
+    pytest.importorskip("torchao")
+    low = (
+        "--batch-size 2 --ttur 1 --log-every 1 --lr 2e-6 --fake-lr 1e-5 --iterations 1 --preview-every 0 --lora-rank 2"
+    )
+    flags = f"--model {base_models['z-image']} {low} --quantize-frozen int8 --gan-weight 0".split()
+    two_ranks(f"import train; train.train(train.read({[*flags, '--out', str(tmp_path / '2')]!r}))")
+    train.train(train.read([*flags, "--out", str(tmp_path / "1")]))
+    one, two = (json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[0]) for n in "12")
+    for key in ("dm_loss", "fake_loss", "g_norm", "fake_norm"):
+        assert two[key] == pytest.approx(one[key], rel=2e-3), key
