@@ -69,7 +69,7 @@ SD35 = SD3 | {"qk_norm": "rms_norm"}
 SD35_MEDIUM = SD35 | {"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))}
 SD35_LARGE = SD35 | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
 QWEN = {"num_layers": 60}  # the rest are the class's own values
-Z_IMAGE = {"axes_lens": [1536, 512, 512]}
+Z_IMAGE = {"n_layers": 30, "axes_lens": [1536, 512, 512]}
 SD3_VAE = SDXL_VAE | {
     "latent_channels": 16,
     "scaling_factor": 1.5305,
@@ -86,6 +86,7 @@ BASES = {  # by the beginning of their presets' names: the base model, its netwo
     "qwen": (qwen_image, QWEN, {}),
     "zimage": (z_image, Z_IMAGE, Z_IMAGE_VAE),
 }
+DEPTHS = {"qwen": "num_layers", "zimage": "n_layers"}  # of networks whose many blocks are all alike
 PROMPT = 256  # tokens of a prompt, where base models read as many as it has
 
 
@@ -112,10 +113,10 @@ def base_of(preset):
     return next((name for name in BASES if preset.startswith(f"{name}-")), None)
 
 
-def denoiser_of(base):
-    """The network of one of BASES, of its geometry."""
+def denoiser_of(base, depth=None):
+    """The network of one of BASES, of its geometry. depth: of one in DEPTHS, another number of blocks."""
     family, geometry, _ = BASES[base]
-    return getattr(diffusers, family.NETWORK)(**geometry)
+    return getattr(diffusers, family.NETWORK)(**geometry | ({DEPTHS[base]: depth} if depth else {}))
 
 
 def schedule_of(base, resolution):
@@ -237,17 +238,18 @@ def with_loras(build, rank):
     return net
 
 
-def assemble(config, batch, prepare, kind=Unmoved):
+def assemble(config, batch, prepare, kind=Unmoved, depth=None):
     """What engine.networks.assemble gives, at real size and the config's resolution; inside a FakeTensorMode.
 
-    Denoisers compute in bf16, as on a GPU. prepare(nets): what the method adds; kind: the class to make.
+    Denoisers compute in bf16, as on a GPU. prepare(nets): what the method adds; kind: the class to make; depth: another
+    number of blocks, for denoiser_of.
     """
     base = base_of(config.preset)
     family, _, vae_geometry = BASES[base]
     schedule = schedule_of(base, config.resolution)
     words = Words(config)
     side = config.resolution // 8
-    build = partial(denoiser_of, base)
+    build = partial(denoiser_of, base, depth)
     torch.set_default_dtype(torch.bfloat16)  # for the weights: fake ones cannot be cast in place
     if config.lora_rank:
         net = with_loras(build, config.lora_rank)

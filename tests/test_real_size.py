@@ -105,6 +105,22 @@ def test_iteration_at_full_size(preset, request, monkeypatch):
         assert nets.D.net[0].weight.shape[:2] == (2432, 2432) and len(nets.D.net) == 6 * 3 + 3  # of 64 x 64 tokens
 
 
+def test_blocks_that_are_alike_add_the_same(monkeypatch):
+    """Z-Image's network at full width: 1 and 2 blocks traced give the figures of 4."""
+    fast = "--gan-weight 0 --student-steps 1 --ttur 1 --lora-rank 0"
+    config = train.read(["--preset", "zimage-4step", *fast.split()])
+    run = (config, {"distillation": 1}, *train.method(config), train.prefer)
+    monkeypatch.setattr(dry_run, "FEW", 1)
+    monkeypatch.setattr(dry_run, "MORE", 2)
+    monkeypatch.setitem(real_size.Z_IMAGE, "n_layers", 4)
+    monkeypatch.setitem(real_size.Z_IMAGE, "n_refiner_layers", 1)
+    found = {}
+    for name, measured in (("by a line", dry_run.measure(*run)[1]), ("traced", dry_run.trace(*run)[1])):
+        found[name] = measured["distillation"]
+    for player, (peak, flops) in found["traced"].items():
+        assert found["by a line"][player] == (pytest.approx(peak, rel=1e-3), flops)
+
+
 def test_geometry_is_the_published_one():
     """As many weights as in the released files; T5 is SD3's alone, unless --t5 off."""
     with torch.device("meta"):
