@@ -32,6 +32,7 @@ class Schedule:
     beta_start: float = 0.00085  # eps, v: betas are linear in their square roots
     beta_end: float = 0.012
     shift: float = 1.0  # flow
+    terminal: float = 0.0  # flow: noise level to which the multi-step sampler's grid is stretched; 0 = as it is
     betas: tuple = ()  # eps, v: all T of them, where they are not linear in their square roots
     spacing: str = "trailing"  # of the multi-step sampler's timesteps: trailing, leading or linspace
     offset: int = 0  # added to leading ones
@@ -56,10 +57,7 @@ class Schedule:
         return [a.view(-1, 1, 1, 1) for a in pair]
 
     def t_at(self, u):
-        """The timestep at a fraction u in [0, 1] of the noise range.
-
-        eps, v: floor(1000 u), at most 999; flow: the shifted 1000 s.
-        """
+        """The timestep at a fraction u in [0, 1] of the noise: floor(1000 u), at most 999; flow: the shifted 1000 s."""
         if self.prediction == "flow":
             return T * self.shift * u / (1 + (self.shift - 1) * u)
         return (T * u).floor().clamp(0, T - 1).long()
@@ -80,7 +78,8 @@ class Schedule:
         if self.spacing == "linspace":
             return torch.linspace(T - 1, 0, n, dtype=torch.float64).round().long()
         if self.prediction == "flow":
-            return self.steps(n)
+            t = self.steps(n)
+            return T - (T - t) * (1 - self.terminal) / (1 - t[-1] / T) if self.terminal and n > 1 else t
         return (T * torch.arange(n, 0, -1, dtype=torch.float64) / n).round().long() - 1
 
     def x_0(self, output, x_t, t):
@@ -122,14 +121,16 @@ def guided(denoiser, null, w):
     """Classifier-free guidance as a Denoiser: x_0 = x_0(null) + w (x_0(c) - x_0(null)), formed in fp32.
 
     null: the null prompt's condition, batch of one, of any length; sizes are taken from c. w = 1: the denoiser itself.
+    A denoiser may have a rule of its own on top: denoiser.guidance(x_0, x_0(c), x_t) -> x_0.
     """
     if w == 1:
         return denoiser
+    rule = getattr(denoiser, "guidance", lambda x_0, cond, x_t: x_0)
 
     def x_0(x_t, t, c):
         nulls = {k: v if k == "size" else null[k].expand(len(v), *null[k].shape[1:]) for k, v in c.items()}
         uncond, cond = denoiser(x_t.repeat(2, 1, 1, 1), t.repeat(2), batched([nulls, c])).float().chunk(2)
-        return uncond + w * (cond - uncond)
+        return rule(uncond + w * (cond - uncond), cond, x_t)
 
     x_0.schedule = denoiser.schedule
     return x_0

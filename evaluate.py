@@ -18,6 +18,7 @@ from engine.errors import UserError
 from engine.flags import Parser, at_least, device, fail, finite
 from engine.folders import check_writable
 from engine.prompt_set import read as read_prompts
+from engine.sd3 import t5_of
 from engine.stopping import leave_at_once
 
 
@@ -126,7 +127,7 @@ def check(args):
         student, config = run_folder.find_student(args.run, args.loops)
         steps = args.steps or config["student_steps"]
     base_model.check(config["model"])
-    config["t5"] = base_model.t5_of(config["model"], config["t5"])
+    config["t5"] = t5_of(config["model"], config["t5"])
     if args.reward:
         reward_layout.check(args.reward, config["model"])
     if args.json:
@@ -143,7 +144,7 @@ def drawn_by(args, prompt_set, student, config, steps):
     made_by |= {"steps": steps, "seed": args.seed, "ode": args.teacher}
     if student is None:
         made_by["guidance"] = args.guidance
-        if base_model.t5_of(config["model"], "") == "on":
+        if t5_of(config["model"], "") == "on":
             made_by["text_length"] = config["text_length"] if config["t5"] == "on" else 0
     else:
         made_by["saved"] = run_folder.made_at(student)

@@ -9,6 +9,7 @@ from engine.errors import UserError
 from engine.flags import Parser, fail
 from engine.folders import check_new
 from engine.run_folder import find_run
+from engine.sd3 import t5_of
 from engine.stopping import leave_at_once
 
 
@@ -23,7 +24,7 @@ def main(argv=None):
     try:
         _, config = find_run(args.run)
         base_model.check(config["model"])
-        base_model.t5_of(config["model"], config["t5"])
+        t5_of(config["model"], config["t5"])
         check_new(args.out, "folder")
         from engine.export import export  # it loads torch: mistakes in flags and folders come first
 

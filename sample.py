@@ -14,7 +14,7 @@ from engine import base_model, picture_folder, run_folder, stopping
 from engine.config import TIMESTEPS
 from engine.errors import UserError
 from engine.flags import Parser, at_least, device, fail, size
-from engine.folders import check_size
+from engine.sd3 import t5_of
 from engine.text import prompts as read_prompts
 
 SETTINGS = ("model", "steps", "num", "seed", "size", "dtype", "prompts")  # beside the student, what pictures depend on
@@ -77,8 +77,8 @@ def plan(args):
     picture_folder.compare(out, before, now, "--out")
     now["batch"] = args.batch_size or before.get("batch")  # another one changes pictures by rounding alone
     base_model.check(now["model"])
-    base_model.t5_of(now["model"], config["t5"])
-    check_size(now["model"], now["size"])
+    t5_of(now["model"], config["t5"])
+    base_model.check_size(now["model"], now["size"])
     if now["steps"] != config["student_steps"]:
         print(f"warning: {student} is for {config['student_steps']} steps, not {now['steps']}", file=sys.stderr)
     return student, config, out, now
@@ -89,14 +89,13 @@ def load(student, config, model, dtype, where):
 
     config: its run's settings; model: the pipeline folder of the rest.
     """
-    import torch
-
     from engine import models, prompts
 
     encoder = prompts.encoder_of(config, where, dtype, model)
     vae = models.load_vae(model, where)
-    G = models.load_denoiser(model, where, dtype, student=student)
-    torch.nn.Module.to(G.net, dtype).eval()  # diffusers' own warns
+    how = {"student": student, "resolution": config["resolution"], "weights": dtype}
+    G = models.load_denoiser(model, where, dtype, **how)
+    G.net.eval()
     return encoder, vae, G
 
 

@@ -29,10 +29,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from engine.base_model import family_of_net
 from engine.distributed import barrier, together
 from engine.errors import UserError
 from engine.folders import first_line
-from engine.models import LORA, PARTS, gigabytes, part_name, waiting
+from engine.models import LORA, gigabytes, waiting
 from engine.run_folder import checkpoints, newest
 from engine.safe_load import Planner, Reader
 
@@ -177,14 +178,15 @@ def load(path, players, optimizers=True):
 
 def save_student(path, net, weights):
     """Write a student for diffusers: path/unet or path/transformer; a LoRA to path/lora, for load_lora_weights."""
-    name = part_name(net)
+    family = family_of_net(net)
+    name = family.PART
     if "student" in getattr(net, "peft_config", {}):
         lora = get_peft_model_state_dict(net, weights, "student")
         (path / "lora").mkdir()
         lora = {f"{name}.{k}": v.contiguous() for k, v in lora.items()}
         return save_file(lora, path / "lora" / LORA, metadata={"format": "pt"})
     (path / name).mkdir()
-    config = dict(net.config) | {"_class_name": PARTS[name].__name__}
+    config = dict(net.config) | {"_class_name": family.NETWORK}
     (path / name / "config.json").write_text(json.dumps(config, indent=2, default=list))
     whole = {k: v.contiguous() for k, v in weights.items()}
     save_file(whole, path / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})

@@ -65,6 +65,7 @@ class Config:
     rl_lr: float = 1e-5  # stage 2: learning rate of the preference updates
     rl_only: bool = False  # stage 2: no distillation beside it (the paper's post-training)
     lora_rank: int = 0  # train G and the score estimator as two LoRAs of this rank on one frozen network; 0 = copies
+    quantize_frozen: str = ""  # int8 = with --lora-rank, the frozen network in 8 bits (torchao), whole on every GPU
     pairs: str = ""  # stage reward: a folder of picture pairs; metadata.jsonl with Pick-a-Pic's columns (docs/data.md)
     reward_lr: float = 1e-5  # stage reward: learning rate
     compile: bool = False  # torch.compile the three denoisers; needs a C++ compiler
@@ -115,6 +116,8 @@ class Config:
             raise UserError(
                 "--cache-text needs --data, a folder or shards, or --prompts: the toy world's captions have no end"
             )
+        if self.quantize_frozen and not self.lora_rank:
+            raise UserError("--quantize-frozen needs --lora-rank: without LoRAs no network under training is frozen")
         if self.cache_latents and self.data == "toy":
             raise UserError(
                 "--cache-latents needs --data, a folder or shards: the toy world draws new scenes without end"
@@ -198,6 +201,9 @@ _SD3 = _SDXL | {
 }
 # ASSUMPTION: SD3.5 is in no table of the paper: SD3's settings, and the guidance of its SD3.5-Large pictures.
 _SD35 = _SD3 | {"guidance": 4.5, "teacher_guidance": 4.5, "batch_size": 32, "iterations": 4000, "ttur": 2}
+# ASSUMPTION: rates and rank are SD3's; the guidance is what the models' cards recommend (Z-Image's 4 is w = 5 here).
+_QWEN = _SD35 | {"model": "Qwen/Qwen-Image", "guidance": 4.0, "teacher_guidance": 4.0, "cache_text": "runs/text"}
+_Z_IMAGE = _QWEN | {"model": "Tongyi-MAI/Z-Image", "guidance": 5.0, "teacher_guidance": 5.0}
 _STAGE2 = _SDXL | {
     "stage": 2,
     "rl_lr": 2e-7,
@@ -225,6 +231,9 @@ PRESETS = {  # a method's values of the common settings are in its Settings (sib
     "sd3-4step": _SD3 | {"batch_size": 32, "iterations": 4000, "ttur": 2},  # Table 2; 7,000 too
     "sd35-medium-4step": _SD35 | {"model": "stabilityai/stable-diffusion-3.5-medium"},
     "sd35-large-4step": _SD35 | {"model": "stabilityai/stable-diffusion-3.5-large"},
+    "qwen-4step": _QWEN,
+    "qwen-2step": _QWEN | {"student_steps": 2},  # AdvDMD's number, by --method advdmd too
+    "zimage-4step": _Z_IMAGE,
     "sdxl-stage2": _STAGE2 | {"batch_size": 64, "iterations": 5000},  # Tables 3, 4. ASSUMPTION: the batch is stage 1's
     "sdxl-8step-stage2": _STAGE2 | {"batch_size": 48, "iterations": 3000, "student_steps": 8},  # Table 7; 6,000 too
 }
@@ -245,6 +254,7 @@ CHOICES = {
     "head": ("scaled", "published", "map"),
     "d_block": ("middle", "last"),
     "optimizer": ("adamw", "adamw8bit"),
+    "quantize_frozen": ("int8",),
     "rl": ("backprop", "grpo"),  # this and the next two: dmdr's
     "dm_input": ("rollout", "renoised"),
     "lora_layers": ("all", "qv"),

@@ -31,12 +31,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffusion import randn, sample_generators
-from engine import base_model
 from engine.errors import UserError
 from engine.folders import HERE, first_line, folder
 from engine.models import check_finite, load_part
 from engine.prompts import load_encoder
 from engine.reward_layout import HEAD, LORA, backbone, settings
+from engine.sd3 import t5_of
 
 TEXT_LENGTH = 128  # of T5's states
 FINISHED = 0.4  # s, the noise level at which generated pictures are scored, as published
@@ -204,7 +204,7 @@ def text_encoder(model, image_size, device, dtype=torch.float32, shared=None):
     """
     if shared is None or not shared.encoders or folder(shared.model) != folder(model):
         return load_encoder(model, image_size, device, dtype, text_length=TEXT_LENGTH)
-    if base_model.t5_of(model, "") == "on" and not shared.text_length:
+    if t5_of(model, "") == "on" and not shared.text_length:
         return load_encoder(model, image_size, device, dtype, text_length=TEXT_LENGTH)
     encoder = copy.copy(shared)
     encoder.text_length = TEXT_LENGTH if shared.text_length else 0

@@ -12,8 +12,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
+from engine.base_model import family_of_net
 from engine.errors import UserError
-from engine.models import blocks
+from engine.quantize import in_8_bits
 from engine.stopping import SIGNALS
 
 
@@ -164,6 +165,9 @@ def weights(optimizer):
 
 def update(optimizer, loss, max_norm=float("inf")):
     """One optimizer step, skipped where the loss or a gradient is not finite -> (gradient norm, whether it stepped)."""
+    for p in weights(optimizer):  # what nothing comes after has none; AdamW's state of it is saved like the others'
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
     norm = nn.utils.clip_grad_norm_(weights(optimizer), max_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
@@ -193,6 +197,7 @@ def shard(net, dtype):
     # Inputs are not cast: bf16 would round t.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     settings = {"mp_policy": policy, "reshard_after_forward": True}  # Eq. 11 reads the shards after a forward pass
-    for block in blocks(net):
+    settings["ignored_params"] = {p for p in net.parameters() if in_8_bits(p)}
+    for block in family_of_net(net).blocks(net):
         fully_shard(block, **settings)
     return fully_shard(net, **settings)

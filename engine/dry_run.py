@@ -9,6 +9,7 @@ tensor's storage gives the peak of activations and temporaries. Weights and opti
     trained         16 bytes a parameter: fp32 weight, gradient, two AdamW moments (10 with --optimizer adamw8bit);
                     sharded by FSDP2
     frozen          2 bytes a parameter (bf16), sharded too: teacher (or the network under LoRAs), reference, R's UNet
+                    (--quantize-frozen int8: the network under LoRAs 1 byte, on every GPU)
     on every GPU    text encoders (none with --cache-text) and SAM (bf16), VAE (fp32), the discriminators' heads
 
 Left out: the CUDA context, fragmentation and NCCL's buffers (an allowance of 8 %); the buffers in which FSDP2 reduces a
@@ -17,77 +18,47 @@ draw 4 pictures of 1024 pixels together.
 """
 
 import time
-import weakref
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from engine.base_model import family_of_net
 from engine.batch import Batch
 from engine.errors import UserError
-from engine.models import blocks
-from engine.real_size import assemble, base_of, drop_gradients, text_encoders
+from engine.meter import Meter
+from engine.real_size import BASES, DEPTHS, assemble, base_of, drop_gradients, text_encoders
 
 ALLOWANCE = 0.08  # of a GPU's memory
 MOMENTS = {"adamw": 8, "adamw8bit": 2 * (1 + 4 / 256)}  # bytes a parameter; torchao keeps an fp32 scale per 256 numbers
+FEW, MORE = 2, 4  # blocks that are traced of many
 IDLE = "a loop without G (TTUR)"
 TURNS = {"G": "generator", "fake": "score estimator", "D": "discriminator", "G, RL": "generator"}
-
-
-class Meter(TorchDispatchMode):
-    """Counts the bytes of live tensors (`live` now, `peak` so far) and floating-point operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = self.flops = 0
-        self.known = set()  # ids of the storages that live
-        self.turns = {}  # name -> (peak, operations)
-
-    def turn(self, name):
-        """Keep the peak and the operations so far under `name`, and begin the next turn."""
-        self.turns[name] = self.peak, self.flops
-        self.peak = self.live
-        self.flops = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        formula = flop_registry.get(func.overloadpacket)
-        if formula:
-            self.flops += formula(*args, **kwargs, out_val=out)
-        new = {name: storage for name, storage in storages(out).items() if name not in self.known}
-        for name in new.keys() - storages((args, kwargs)).keys() if new else ():
-            self._born(name, new[name])
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def _born(self, name, storage):
-        size = storage.nbytes()
-        self.live += size
-        self.known.add(name)
-        weakref.finalize(storage, self._died, name, size)
-
-    def _died(self, name, size):
-        self.live -= size
-        self.known.discard(name)
-
-
-def storages(tree):
-    """{id: storage} of the tensors in nested arguments."""
-    tensors = [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-    return {id(s): s for s in (t.untyped_storage() for t in tensors)}
 
 
 def measure(config, kinds, prepare, iterate, prefer):
     """One loop of each kind on one sample -> the networks, {kind: {player: (bytes at the peak, operations)}}.
 
-    A player's figures are those between the previous optimizer step and its own.
+    A player's figures are those between the previous optimizer step and its own. Of a network whose many blocks are all
+    alike, FEW of them and MORE are traced: each block adds the same.
     """
-    measured = {}
+    geometry = BASES[base_of(config.preset)][1]
+    blocks = geometry.get(DEPTHS.get(base_of(config.preset)), 0)
+    if blocks <= MORE:
+        return trace(config, kinds, prepare, iterate, prefer)
+    _, few = trace(config, kinds, prepare, iterate, prefer, FEW)
+    _, more = trace(config, kinds, prepare, iterate, prefer, MORE)
     with FakeTensorMode(allow_non_fake_inputs=True):
         nets = assemble(config, 1, prepare)
+    line = lambda a, b: a + (b - a) * (blocks - FEW) // (MORE - FEW)  # noqa: E731
+    measured = {kind: {name: tuple(map(line, few[kind][name], more[kind][name])) for name in few[kind]} for kind in few}
+    return nets, measured
+
+
+def trace(config, kinds, prepare, iterate, prefer, depth=None):
+    """`measure` on fake tensors, of a network with this number of blocks, by default its own."""
+    measured = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        nets = assemble(config, 1, prepare, depth=depth)
         drop_gradients(nets)
         picture = torch.empty(1, 3, config.resolution, config.resolution)
         c = nets.encoder.encode(["a"])
@@ -121,6 +92,8 @@ def states(nets, optimizer="adamw", frozen=2):
     trained = lambda name, n, sharded=True: (name, n, 4 * n, 4 * n, moment * n, sharded)  # noqa: E731
     kept = lambda name, n, sharded=True, size=frozen: (name, n, size * n, 0, 0, sharded)  # noqa: E731
     rows = [kept("frozen network under the LoRAs" if lora else "teacher", whole)]
+    if nets.config.quantize_frozen:
+        rows = [kept("frozen network under the LoRAs, int8", whole, False, 1)]
     rows += [trained("generator G", lora or whole), trained("score estimator", lora or whole)]
     tables = [b for net in dict.fromkeys((nets.teacher.net, nets.G.net, nets.fake.net)) for b in net.buffers()]
     if tables:  # SD3's fixed positions
@@ -140,7 +113,7 @@ def states(nets, optimizer="adamw", frozen=2):
 
 def gathered(nets):
     """Bytes of FSDP2's gathered blocks: bf16, the largest one and the next."""
-    return 2 * 2 * max(map(count, blocks(nets.G.net)))
+    return 2 * 2 * max(map(count, family_of_net(nets.G.net).blocks(nets.G.net)))
 
 
 def a_gpu(rows, gpus):
@@ -206,11 +179,11 @@ def refuse_unknown(config):
     base = base_of(config.preset)
     if not base:
         unknown = f"not that of --preset {config.preset}: give one of their presets"
-        raise UserError(f"--dry-run knows the geometry of SDXL, SD3-Medium and SD3.5, {unknown}")
+        raise UserError(f"--dry-run knows the geometry of SDXL, SD3-Medium, SD3.5, Qwen-Image and Z-Image, {unknown}")
     if config.method in ("dmdr", "advdmd") or config.stage == "reward":
         raise UserError("--dry-run knows neither --method dmdr nor advdmd nor --stage reward")
     if base != "sdxl" and config.stage == 2:
-        raise UserError("--dry-run knows SD3 in stage 1 alone: it has no latent reward model")
+        raise UserError("--dry-run knows stage 2 of SDXL alone: it has no other base model's reward model")
     if config.batch_size % config.gpus or config.batch_size // config.gpus % (config.micro_batch or 1):
         batch = f"--batch-size {config.batch_size} is not divisible by --gpus {config.gpus}"
         raise UserError(f"{batch}, or a GPU's part of it not by --micro-batch")

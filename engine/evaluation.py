@@ -55,12 +55,12 @@ def networks(args, student, config, device):
     vae = load_vae(model, device)
     teacher = None
     if student is None or args.reference == "teacher" and not args.prompts:
-        net = load_denoiser(model, device)
+        net = load_denoiser(model, device, resolution=config["resolution"])
         net.net.eval()
         teacher = guided(net, encoder.null(), args.guidance)
     if student is None:
         return teacher, encoder, vae, teacher
-    denoiser = load_denoiser(model, device, student=student)
+    denoiser = load_denoiser(model, device, student=student, resolution=config["resolution"])
     denoiser.net.eval()
     return denoiser, encoder, vae, teacher
 

@@ -1,11 +1,12 @@
 """Export a student as a diffusers pipeline folder with a model card; a LoRA student also as its LoRA alone.
 
 The folder's scheduler draws the student's steps: LCMScheduler with original_inference_steps = K for SDXL,
-FlowMatchEulerDiscreteScheduler with stochastic_sampling for SD3. diffusers' configs hold no number of steps (SD3:
-sigmas) and no guidance scale; these are on the card.
+FlowMatchEulerDiscreteScheduler with stochastic_sampling for the flow models. diffusers' configs hold no number of
+steps (SD3: sigmas) and no guidance scale; these are on the card.
 
 LoRAs of SDXL are written twice, because no one naming of layers is read by all: by diffusers' names in kohya's
-spelling, and by those of the original SDXL, which kohya's sd-scripts has. LoRAs of SD3 have diffusers' own keys.
+spelling, and by those of the original SDXL, which kohya's sd-scripts has. LoRAs of transformers have
+diffusers' own keys.
 """
 
 import json
@@ -13,20 +14,15 @@ import re
 from math import inf
 from pathlib import Path
 
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    LCMScheduler,
-    StableDiffusion3Pipeline,
-    StableDiffusionXLPipeline,
-)
+import diffusers
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
-from transformers import T5EncoderModel, T5TokenizerFast
+from transformers import CLIPPreTrainedModel
 
-from engine import base_model
+from engine.base_model import family_of
 from engine.errors import UserError
-from engine.folders import check_new, folder, index_of, on_disk, part_of
-from engine.models import LORA, load_denoiser, load_part, load_vae, waiting
+from engine.folders import check_new, folder, on_disk
+from engine.models import LORA, load_denoiser, load_part, waiting
 from engine.prompts import load_encoder
 from engine.run_folder import find_run, newest
 
@@ -42,11 +38,11 @@ Distilled with Flash-DMD (arXiv 2511.20549), stage {stage}: {loops} loops at bat
 
 ```python
 {load}
-image = pipe("a prompt", {call}, guidance_scale=0, height={resolution}, width={resolution}).images[0]
+image = pipe("a prompt", {call}, {unguided}, height={resolution}, width={resolution}).images[0]
 ```
 
 - Steps: {steps}, at timesteps {timesteps}; the scheduler in this folder gives them for `{call}`.
-{text}- Guidance: none, `guidance_scale=0`. The teacher's guidance ({guidance:g}) is distilled into the weights.
+{text}- Guidance: none, `{unguided}`. The teacher's guidance ({guidance:g}) is distilled into the weights.
 - ComfyUI (untested): sampler "lcm", scheduler "simple", {steps} steps, cfg 1{shift}.
 {files}
 ## Metrics
@@ -95,55 +91,55 @@ def export(run, out, lora=False):
     if lora and not (made / "lora").is_dir():
         raise UserError(f"{run} has no LoRA (it was trained without --lora-rank): export it without --lora")
     model = folder(config["model"])
-    part = part_of(model)
-    student = load_denoiser(model, student=made)  # raises UserError for a torn LoRA
-    scheduler = student_scheduler(model, config["student_steps"])
-    encoder = load_encoder(model, config["resolution"], t5="off")  # T5 stays in the type that it is stored in
-    t5 = config["t5"] == "on"
+    family = family_of(model)
+    side = config["resolution"]
+    student = load_denoiser(model, student=made, resolution=side)  # raises UserError for a torn LoRA
+    scheduler = student_scheduler(model, config["student_steps"], side)
+    text = {"t5": config["t5"], "text_length": config.get("text_length", 256)}
+    encoder = load_encoder(model, side, loaded=False, **text)
+    words = encoder.made("tokenizer" if lora else "")
+    encoder.tokenizers = [part for name, part in words.items() if name.startswith("tokenizer")]
     if lora:
         scheduler.save_pretrained(out / "scheduler")
         save_lora(load_file(made / "lora" / LORA), student.net, out)
     else:
-        pipeline = pipeline_of(model, student.net, scheduler, encoder, t5)
+        pipeline = pipeline_of(model, student.net, scheduler, words)
         with waiting(f"writing {out}", size=inf):
             pipeline.save_pretrained(out)
     names = {"model": config["model"], "scheduler": type(scheduler).__name__, "weights": LORA, "variant": ""}
-    variants = {on_disk(model, name)[1] for name in (*base_model.PARTS[part], *["text_encoder_3"] * t5)} - {None}
+    nets = (family.PART, "vae", *(name for name in encoder.parts if name.startswith("text")))
+    variants = {on_disk(model, name)[1] for name in nets} - {None}
     if variants:
         names["variant"] = f', variant="{min(variants)}"'
-    names["without"] = ", text_encoder_3=None, tokenizer_3=None" if part == "transformer" and not t5 else ""
+    lacking = [name for name, v in family.pipeline_settings(model).items() if v is None and name not in encoder.parts]
+    names["without"] = "".join(f", {name}=None" for name in lacking)
     load = (LOAD_LORA if lora else LOAD).format(**names)
-    files = FILES[part] if lora else ""
+    files = FILES[family.PART] if lora else ""
     (out / "README.md").write_text(card(run, made, config, load, files, student.schedule, encoder))
     return out
 
 
-def student_scheduler(model, steps):
+def student_scheduler(model, steps, resolution=None):
     """diffusers' scheduler for a student of pipeline folder `model`: its steps, re-noised as by backward_simulation.
 
     What a config says of other samplers (clipped estimates, other noise levels) is left out.
     """
-    if part_of(model) == "unet":
-        plain = {"clip_sample": False, "thresholding": False}
-        return load_part(LCMScheduler, model, "scheduler", original_inference_steps=steps, **plain)
-    plain = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
-    return load_part(FlowMatchEulerDiscreteScheduler, model, "scheduler", stochastic_sampling=True, **plain)
+    kind, settings = family_of(model).student_scheduler(model, steps, resolution)
+    return load_part(getattr(diffusers, kind), model, "scheduler", **settings)
 
 
-def pipeline_of(model, net, scheduler, encoder, t5):
-    """A diffusers pipeline, in fp32, of a student's network and the other parts of pipeline folder `model`.
+def pipeline_of(model, net, scheduler, words):
+    """A diffusers pipeline of a student's network, in fp32, and the other parts of pipeline folder `model`.
 
-    t5: whether its T5 is one of them, as it is stored.
+    words: tokenizers and text encoders. CLIPs are written in fp32, larger ones as they are stored.
     """
-    parts = {"vae": load_vae(model).net, "scheduler": scheduler, part_of(model): net}
-    for n, tokenizer, text in zip(("", "_2"), encoder.tokenizers, encoder.encoders):
-        parts |= {f"tokenizer{n}": tokenizer, f"text_encoder{n}": text}
-    if part_of(model) == "unet":
-        zeros = index_of(model).get("force_zeros_for_empty_prompt", True)
-        return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros)
-    for name, cls in {"tokenizer_3": T5TokenizerFast, "text_encoder_3": T5EncoderModel}.items():
-        parts[name] = load_part(cls, model, name) if t5 else None
-    return StableDiffusion3Pipeline(**parts)
+    family = family_of(model)
+    for part in words.values():
+        if isinstance(part, CLIPPreTrainedModel):
+            part.float()
+    vae = load_part(getattr(diffusers, family.VAE), folder(model, "vae"), "vae", low_cpu_mem_usage=False).float()
+    parts = {"vae": vae, "scheduler": scheduler, family.PART: net} | words
+    return getattr(diffusers, family.PIPELINE)(**{**family.pipeline_settings(model), **parts})
 
 
 def save_lora(weights, net, out):
@@ -177,18 +173,14 @@ def original_name(key, layers):
 
 
 def card(run, made, config, load, files, schedule, encoder):
-    """The model card of checkpoint folder `made`. load: the code that makes `pipe`; files: its lines on other files."""
+    """The model card of checkpoint folder `made`. load: the code that makes `pipe`; files: its lines on other files.
+
+    encoder: its tokenizers are loaded.
+    """
     steps = config["student_steps"]
-    call = f"num_inference_steps={steps}"
-    shift = text = ""
-    if schedule.prediction == "flow":  # sigmas before the shift
-        length = encoder.tokenizers[0].model_max_length
-        text = f"- Text: without T5; {length} tokens of zeros stand for its own.\n"
-        if config["t5"] == "on":
-            length = config["text_length"]
-            text = f"- Text: T5 reads {length} tokens, as in training. Its states depend on `max_sequence_length`.\n"
-        call = f"sigmas={[n / steps for n in range(steps, 0, -1)]}, max_sequence_length={length}"
-        shift = f"; node ModelSamplingSD3 with shift {schedule.shift:g}"
+    family = encoder.family
+    call, text = family.call(steps, encoder)
+    shift = f"; node {family.SHIFT_NODE} with shift {schedule.shift:g}" if family.SHIFT_NODE else ""
     measured = run / "metrics.json"
     metrics = f"Not measured (evaluate.py --json {measured})."
     if measured.is_file():
@@ -199,6 +191,7 @@ def card(run, made, config, load, files, schedule, encoder):
         load=load,
         files=files,
         call=call,
+        unguided=family.UNGUIDED,
         shift=shift,
         text=text,
         loops=json.loads((made / "progress.json").read_text())["loops"],

@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.errors import UserError
 
 HERE = Path(__file__).parent.parent  # the project: toy/sdxl is found from any working directory
-PIPELINES = {"StableDiffusionXLPipeline": "unet", "StableDiffusion3Pipeline": "transformer"}
+PARTS = ("unet", "transformer")  # folders of denoisers
 INDEX = "model_index.json"
 CONVERT = "from diffusers import StableDiffusionXLPipeline as P; P.from_single_file({!r}).save_pretrained({!r})"
 WEIGHTS = re.compile(  # of diffusers and transformers: whole or in parts, of a variant ("fp16") or none
@@ -71,41 +71,6 @@ def check_holds(path, beginning, flag):
     check_writable(path, flag)
 
 
-def check_size(model, size):
-    """Raises UserError where the denoiser and the VAE of pipeline folder `model` cannot draw size = (height, width)."""
-    part = part_of(model)
-    net = read_json(model, f"{part}/config.json")
-    vae = read_json(model, "vae/config.json")
-    try:
-        step = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels of a latent
-        most = None
-        if part == "unet":
-            step *= 2 ** (len(net["block_out_channels"]) - 1)  # its down blocks halve the latents
-        else:
-            step *= net["patch_size"]
-            patches = net["pos_embed_max_size"] or net["sample_size"] // net["patch_size"]  # of its table of positions
-            most = step * patches
-    except (KeyError, TypeError) as e:
-        raise UserError(f"{model}: a config.json of {part} or vae lacks {e}") from None
-    asked = "x".join(map(str, size))
-    if any(side % step for side in size):
-        near = "x".join(str(max(step, round(side / step) * step)) for side in size)
-        raise UserError(f"--size {asked}: {model} draws multiples of {step} pixels, such as {near}")
-    if most and max(size) > most:
-        raise UserError(f"--size {asked}: {model} has positions for at most {most} pixels a side")
-
-
-def part_of(model):
-    """The name of the denoiser in pipeline folder (or hub name) `model`: "unet" (SDXL) or "transformer" (SD3).
-
-    Raises UserError for a pipeline of another kind, for what is no pipeline, and for an index that cannot be read.
-    """
-    kind = index_of(model).get("_class_name")
-    if kind not in PIPELINES:
-        raise UserError(f"{model} is a {kind}: only {' and '.join(PIPELINES)} are supported")
-    return PIPELINES[kind]
-
-
 def index_of(model):
     """model_index.json of a pipeline folder or hub name, as a dict. Raises UserError, which says what else it is."""
     path = next((p for p in (Path(model), HERE / model) if p.exists()), None)
@@ -121,7 +86,7 @@ def what_else(path):
         return f"it is a run; make a pipeline of its student with: python export.py {path} FOLDER"
     if any((path / name).exists() for name in ("adapter_config.json", "pytorch_lora_weights.safetensors")):
         return "it is a LoRA; merge it into its pipeline by diffusers' load_lora_weights, fuse_lora and save_pretrained"
-    if (path / "config.json").is_file() or any((path / part).is_dir() for part in PIPELINES.values()):
+    if (path / "config.json").is_file() or any((path / part).is_dir() for part in PARTS):
         return "it is a network alone; give the folder of the whole pipeline that it belongs to, with it in its place"
     if singles and singles[0].suffix in (".safetensors", ".ckpt"):
         new = str(singles[0].with_suffix(""))

@@ -1,7 +1,8 @@
 """A diffusers pipeline folder -> Denoiser and VAE; a SAM folder or checkpoint -> image encoder.
 
-`model` is a local folder in the diffusers pipeline layout (toy/sdxl, toy/sd3) or a hub name. Text encoders are in
-engine/prompts.py. The losses see none of these classes, only callables and tensors.
+`model` is a local folder in the diffusers pipeline layout (toy/sdxl, toy/sd3) or a hub name. What one base model has
+for itself is in its file (engine/base_model.py), text encoders are in engine/prompts.py. The losses see none of these
+classes, only callables and tensors.
 """
 
 import json
@@ -14,8 +15,8 @@ from itertools import chain
 from math import inf
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, SD3Transformer2DModel, UNet2DConditionModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -24,14 +25,14 @@ from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 from tqdm import tqdm
 
-from diffusion import Schedule
 from engine import base_model
+from engine.base_model import family_of, family_of_net
 from engine.errors import UserError
-from engine.folders import first_line, folder, on_disk, part_of
-from engine.hidden import as_map, block_name, output_of
+from engine.folders import first_line, folder, on_disk
+from engine.hidden import block_name, output_of
+from engine.quantize import in_8_bits
 
 LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
-PARTS = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}  # a denoiser's name in a pipeline folder
 
 
 def load_part(cls, path, sub="", how="from_pretrained", **kwargs):
@@ -91,11 +92,6 @@ def waiting(what, size, short=0.2):
             ticking.join()
 
 
-def part_name(net):
-    """The name of a denoiser's network in a pipeline folder: "unet" or "transformer"."""
-    return next(name for name, cls in PARTS.items() if isinstance(net, cls))
-
-
 @contextmanager
 def at_work(name):
     """Add a note with the name of the running part to an error: monitor.out_of_memory reads it."""
@@ -107,7 +103,7 @@ def at_work(name):
 
 
 class Denoiser:
-    """(x_t, t, c) -> x_0, the clean estimate of an SDXL UNet or SD3 transformer.
+    """(x_t, t, c) -> x_0, the clean estimate of a base model's network.
 
     x_t, x_0 (B, C, h, w); t (B,); c: the condition (engine/prompts.py). The network computes in `dtype`; x_0 is
     computed in fp32. Several Denoisers can use one network, each with its own `scales` of the network's LoRAs
@@ -117,6 +113,8 @@ class Denoiser:
     def __init__(self, net, schedule, dtype=torch.float32, scales=None, name="a denoiser"):
         """name: its name in error messages."""
         self.net = net
+        self.family = family_of_net(net)
+        self.guidance = self.family.guidance  # (x_0, cond, x_t) -> x_0: the rule beside diffusion.guided's
         self.schedule = schedule
         self.dtype = dtype
         self.name = name
@@ -138,35 +136,26 @@ class Denoiser:
 
     def output(self, x_t, t, c):
         """The network's own output, in its own parameterisation. x_t (B, C, h, w) in `dtype`."""
-        tokens = c["tokens"].to(self.dtype)
-        pooled = c["pooled"].to(self.dtype)
-        if isinstance(self.net, SD3Transformer2DModel):
-            return self.net(x_t, tokens, pooled, t, return_dict=False)[0]
-        added = {"text_embeds": pooled, "time_ids": c["size"]}  # bf16 would round sizes
-        return self.net(x_t, t, tokens, added_cond_kwargs=added, return_dict=False)[0]
+        c = {k: v.to(self.dtype) if k in ("tokens", "pooled") else v for k, v in c.items()}
+        return self.family.output(self.net, x_t, t, c)
 
     def with_features(self, x_t, t, c):
         """-> x_0, and the output of block `self.block` as a map (B, D, h', w'), for a discriminator."""
         with output_of(self.net, self.block) as outputs:
             x_0 = self(x_t, t, c)
-        features = as_map(self.net, outputs[0], x_t.shape[-2])
+        features = self.family.as_map(self.net, outputs[0], x_t.shape[-2:])
         if self.scales and features.requires_grad:  # a loss of the features alone sends no gradient to x_0
             features.register_hook(lambda grad: lora_scale(self.net, self.scales))
         return x_0, features
 
 
-LAYERS = [  # diffusers' names of the layers that LoRAs adapt
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # attention
-    *("net.0.proj", "net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut"),  # feed-forward, residual blocks
-    *("norm1.linear", "norm1_context.linear", "norm_out.linear"),  # SD3's modulation of tokens by t and the prompt
-]
+def add_lora(net, rank, *names, dtype=torch.float32, layers=None):
+    """In place: freeze the network's weights, in `dtype`, and add a trainable fp32 LoRA (peft) per name.
 
-
-def add_lora(net, rank, *names, dtype=torch.float32, layers=LAYERS):
-    """In place: freeze the network's weights, in `dtype`, and add a trainable fp32 LoRA (peft) per name to `layers`.
-
-    All LoRAs are active together; lora_scale sets the strength of each. All start from one A, and from B = 0.
+    layers: what they adapt, by default the base model's LAYERS. All LoRAs are active together; lora_scale sets the
+    strength of each. All start from one A, and from B = 0.
     """
+    layers = layers or family_of_net(net).LAYERS
     net.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of a second LoRA
@@ -177,9 +166,9 @@ def add_lora(net, rank, *names, dtype=torch.float32, layers=LAYERS):
         if isinstance(layer, LoraLayer):
             for name in names[1:]:
                 layer.lora_A[name].load_state_dict(layer.lora_A[names[0]].state_dict())
-    for p in net.parameters():
-        if not p.requires_grad:  # only now: peft gives a LoRA the dtype of its layer
-            p.data = p.data.to(dtype)
+    for p in net.parameters():  # only now: peft gives a LoRA the dtype of its layer
+        if not in_8_bits(p):
+            p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
 
 
 def lora_scale(net, scales):
@@ -190,46 +179,35 @@ def lora_scale(net, scales):
                 layer.set_scale(name, scale)
 
 
-def load_schedule(model):
-    """The noise schedule of a pipeline folder's (or hub name's) scheduler config. Raises UserError for unknown ones."""
-    config = base_model.scheduler_of(model)
-    if config["_class_name"] == base_model.FLOW:
-        return Schedule("flow", shift=config["shift"])
-    kind = {"epsilon": "eps", "v_prediction": "v"}[config["prediction_type"]]
-    spacing = {"spacing": config["timestep_spacing"], "offset": config["steps_offset"]}
-    special = config.get("trained_betas") or config.get("rescale_betas_zero_snr")
-    if config.get("beta_schedule") == "scaled_linear" and not special:
-        return Schedule(kind, config["beta_start"], config["beta_end"], **spacing)
-    names = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    betas = DDIMScheduler(**{name: config[name] for name in names if name in config}).betas
-    return Schedule(kind, betas=tuple(betas.tolist()), **spacing)
+def load_schedule(model, resolution=None):
+    """The noise schedule of a pipeline folder's (or hub name's) scheduler config. Raises UserError for unknown ones.
+
+    resolution: of square pictures, which some base models' schedules depend on; by default the model's own.
+    """
+    return family_of(model).schedule(model, resolution)
 
 
-def load_denoiser(model, device="cpu", dtype=torch.float32, student=None, name="a denoiser"):
-    """The denoiser of pipeline folder `model`, or of checkpoint folder `student` (a LoRA is merged), in fp32.
+def load_denoiser(
+    model, device="cpu", dtype=torch.float32, student=None, name="a denoiser", resolution=None, weights=torch.float32
+):
+    """The denoiser of pipeline folder `model`, or of checkpoint folder `student` (a LoRA is merged, in fp32).
 
-    The schedule is that of `model`. name: its name in error messages.
+    dtype: that it computes in; weights: that of its weights on the device. The schedule is that of `model` at this
+    resolution. name: its name in error messages.
     """
     base_model.check(model)
-    part = part_of(model)
+    family = family_of(model)
     lora = student is not None and (Path(student) / "lora").is_dir()
     where = folder(model) if student is None or lora else str(student)
-    net = load_part(PARTS[part], where, part, low_cpu_mem_usage=False)
+    how = {"low_cpu_mem_usage": False} | ({} if lora else {"torch_dtype": weights})  # 20 B in fp32 are 82 GB
+    net = load_part(getattr(diffusers, family.NETWORK), where, family.PART, **how)
     if lora:
-        load_part(net, str(student), "lora", "load_lora_adapter", prefix=part, weight_name=LORA)
+        load_part(net, str(student), "lora", "load_lora_adapter", prefix=family.PART, weight_name=LORA)
         net.fuse_lora()
         net.unload_lora()
         check_finite(net, f"lora of {student}")
-    return Denoiser(net.float().to(device), load_schedule(model), dtype, name=name)
-
-
-def blocks(net):
-    """The parts of a denoiser, or of a reward model's network, whose weights FSDP2 gathers together."""
-    # The stem too: where only the mid block's features have a gradient (siblings/dmd2.py), FSDP2 does not gather the
-    # root's weights.
-    if isinstance(net, SD3Transformer2DModel):
-        return [net.pos_embed, net.time_text_embed, net.context_embedder, *net.transformer_blocks]
-    return [net.conv_in, net.time_embedding, net.add_embedding, *net.down_blocks, net.mid_block, *(net.up_blocks or ())]
+    torch.nn.Module.to(net, weights)  # diffusers' own warns
+    return Denoiser(net.to(device), load_schedule(model, resolution), dtype, name=name)
 
 
 class VAE(nn.Module):
@@ -239,7 +217,7 @@ class VAE(nn.Module):
     """
 
     def __init__(self, net):
-        """net: an AutoencoderKL."""
+        """net: an AutoencoderKL, or another with its interface."""
         super().__init__()
         self.net = net.eval().requires_grad_(False)
         config = net.config
@@ -276,7 +254,9 @@ def at_once(height, width=None):
 
 def load_vae(model, device="cpu"):
     """The autoencoder of pipeline folder `model`."""
-    return VAE(load_part(AutoencoderKL, folder(model, "vae"), "vae", low_cpu_mem_usage=False).float()).to(device)
+    family = family_of(model)
+    net = load_part(getattr(diffusers, family.VAE), folder(model, "vae"), "vae", low_cpu_mem_usage=False)
+    return VAE(family.vae(net.float())).to(device)
 
 
 def load_sam(path, device="cpu", dtype=torch.float32):

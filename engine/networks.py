@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 
 import torch
@@ -13,6 +14,7 @@ from engine.distributed import adamw, average_gradients, shard, update, weights
 from engine.errors import UserError
 from engine.models import Denoiser, add_lora, at_work, load_denoiser, load_sam, load_vae
 from engine.prompts import encoder_of
+from engine.quantize import int8
 from engine.reward_model import backbone, load_reward_model
 
 LORAS = {
@@ -162,7 +164,7 @@ def assemble(config, ranks, device, prepare=None, source=None):
     encoder = encoder_of(vars(config), device, dtype, loaded=not config.cache_text)
     prompts = ()
     if config.cache_text:
-        prompts = text_cache.prompts_of(config, source)
+        prompts = text_cache.prompts_of(config, source, encoder.family.EMPTY)
         text_cache.fill(encoder, prompts, config.cache_text)
     vae = load_vae(config.model, device)
     side = latent_side(config, vae)
@@ -170,12 +172,15 @@ def assemble(config, ranks, device, prepare=None, source=None):
     sharded = ranks > 1 or device.type == "cuda"
 
     torch.manual_seed(config.seed)
-    teacher = load_denoiser(config.model, device, dtype, name="the teacher")
+    load = partial(load_denoiser, config.model, device, dtype, resolution=config.resolution)
+    teacher = load(name="the teacher", weights=dtype)
     schedule = teacher.schedule
-    if config.size_condition == "original" and teacher.net.config.get("addition_embed_type") != "text_time":
+    if config.size_condition == "original" and not teacher.family.SIZES:
         raise UserError(f"--size-condition original: {config.model} has no size conditions, as SDXL has")
     if config.lora_rank:  # teacher, G and score estimator are one network under three settings of its two LoRAs
         net = teacher.net
+        if config.quantize_frozen:
+            int8(net)
         add_lora(net, config.lora_rank, "student", "fake", dtype=dtype)
         teacher = Denoiser(net, schedule, dtype, LORAS["teacher"], "the teacher")
         G = Denoiser(net, schedule, dtype, LORAS["G"], "the generator G")  # line 1
@@ -184,10 +189,12 @@ def assemble(config, ranks, device, prepare=None, source=None):
         freeze(teacher.net, dtype)
         if sharded:
             shard(teacher.net, dtype)
-        G = load_denoiser(config.model, device, dtype, name="the generator G")  # line 1
+        G = load(name="the generator G")  # line 1
         if sharded:
             shard(G.net, dtype)
-        fake = load_denoiser(config.model, device, dtype, name="the score estimator")  # line 2
+        fake = load_denoiser(
+            config.model, device, dtype, resolution=config.resolution, name="the score estimator"
+        )  # line 2
 
     S = schedule.steps(config.student_steps)
     null = encoder.null()
@@ -219,7 +226,8 @@ def add_stage_2(nets):
     device = nets.latent.device
     checkpoint.restore(config.init, nets.players, optimizers=False)
     stage_1 = run_folder.newest(config.init)
-    nets.ref = nets.frozen(load_denoiser(config.model, device, nets.dtype, student=stage_1, name="the reference"))
+    how = {"student": stage_1, "name": "the reference", "resolution": config.resolution}
+    nets.ref = nets.frozen(load_denoiser(config.model, device, nets.dtype, **how))
     module, _, lora = nets.trained["G"]
     nets.players["G, RL"] = (module, optimizer_of(module, config.rl_lr, config, lora))
     nets.R = nets.load_reward()

@@ -1,4 +1,4 @@
-"""Prompts -> conditions: SDXL's and SD3's frozen text encoders.
+"""Prompts -> conditions: the frozen text encoders of a base model.
 
 A condition c is a dict of tensors, batch first: tokens (B, L, D), pooled (B, P), and SDXL's size (B, 6). The prompts of
 a batch have one length L. A model whose prompts differ in length has `mask` (B, L) too, bool, False at the padding;
@@ -10,39 +10,36 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from transformers import (
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
+import transformers
 
-from engine import base_model
-from engine.folders import folder, index_of, on_disk, part_of, read_json
+from engine.base_model import family_of
+from engine.folders import folder, on_disk
 from engine.models import load_part
 
 ENDS = 2**20  # bytes at both ends of a file that stand for its content
 
 
 class PromptEncoder:
-    """SDXL's two frozen text encoders. encode(prompts) -> c: tokens (B, L, d1 + d2), pooled (B, p), size (B, 6)."""
+    """The frozen text encoders of a base model. encode(prompts) -> c."""
 
-    classes = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
-    sized = True  # whether sizes are part of c
-    kept = None  # prompts -> tokens and pooled, of a cache (engine/text_cache.py), in place of the encoders
+    kept = None  # prompts -> their condition without sizes, of a cache (engine/text_cache.py), in place of the encoders
     tokenizers = encoders = ()  # before load() and after unload()
 
-    def __init__(self, model, image_size, device="cpu", dtype=torch.float32, tokenizers=None, loaded=True):
+    def __init__(
+        self, model, image_size, device="cpu", dtype=torch.float32, tokenizers=None, loaded=True, family=None, **text
+    ):
         """tokenizers: another folder to take the tokenizers from; loaded: False leaves them and the encoders to load().
 
-        Raises UserError where one cannot be read.
+        family: the base model, where `model` is no pipeline folder; text: its settings of text. Raises UserError where
+        a part cannot be read.
         """
-        path = folder(model, "text_encoder", "text_encoder_2")
-        words = folder(tokenizers or model, "tokenizer", "tokenizer_2")
-        self.parts = {f"tokenizer{n}": (CLIPTokenizer, words) for n in self.classes}
-        self.parts |= {f"text_encoder{n}": (cls, path) for n, cls in self.classes.items()}
+        self.family = family or family_of(model)
+        path = folder(model, *self.family.TEXT)
+        words = folder(tokenizers or model, *self.family.TOKENIZERS)
+        parts, settings = self.family.words(model, **text)
+        self.parts = {name: (cls, words if name.startswith("tokenizer") else path) for name, cls in parts.items()}
+        self.settings = tuple(settings)  # names of attributes, beside the parts what conditions depend on
+        vars(self).update(settings)
         self.model = model
         self.size = image_size
         self.device = device
@@ -51,13 +48,20 @@ class PromptEncoder:
         if loaded:
             self.load()
 
+    def made(self, kind=""):
+        """Tokenizers and encoders, {folder: part}, of the type that they are stored in. kind: "tokenizer" = those."""
+        names = [name for name in self.parts if name.startswith(kind)]
+        return {
+            name: load_part(getattr(transformers, self.parts[name][0]), self.parts[name][1], name) for name in names
+        }
+
     def load(self):
         """Load tokenizers and encoders."""
-        made = {name: load_part(cls, path, name) for name, (cls, path) in self.parts.items()}
+        made = self.made()
         self.tokenizers = [part for name, part in made.items() if name.startswith("tokenizer")]
         self.encoders = [part for name, part in made.items() if name.startswith("text")]
         for encoder in self.encoders:
-            overflows = self.dtype == torch.float16 and isinstance(encoder, T5EncoderModel)
+            overflows = self.dtype == torch.float16 and not isinstance(encoder, transformers.CLIPPreTrainedModel)
             encoder.to(self.device, torch.bfloat16 if overflows else self.dtype).eval().requires_grad_(False)
 
     def unload(self):
@@ -69,7 +73,8 @@ class PromptEncoder:
     def identity(self):
         """What the conditions depend on beside prompts and sizes, as JSON takes it: files by their size and ends."""
         parts = {name: fingerprint(Path(on_disk(path, name)[0], name)) for name, (_, path) in self.parts.items()}
-        return {"kind": type(self).__name__, "dtype": str(self.dtype), "parts": parts}
+        settings = {name: getattr(self, name) for name in self.settings}
+        return {"kind": self.family.NAME, "dtype": str(self.dtype), "parts": parts} | settings
 
     def encode(self, prompts, sizes=None):
         """prompts: B strings; sizes (B, 6) of the pictures (engine/data.py), by default those of an uncropped square.
@@ -81,7 +86,7 @@ class PromptEncoder:
         else:
             self.count(prompts)
             c = self.text(prompts)
-        if not self.sized:
+        if not self.family.SIZES:
             return c
         if sizes is None:
             square = [self.size, self.size, 0, 0, self.size, self.size]
@@ -90,13 +95,17 @@ class PromptEncoder:
 
     @torch.no_grad()
     def text(self, prompts):
-        """tokens and pooled of B strings."""
+        """The condition of B strings, without sizes."""
+        return self.family.text(self, prompts)
+
+    def clip(self, prompts):
+        """The first two encoders, CLIPs: penultimate states side by side (B, L, d1 + d2), and pooled outputs."""
         states = []
         pooled = []
         for tokenizer, encoder in zip(self.tokenizers[:2], self.encoders[:2]):
             out = encoder(self.ids(tokenizer, prompts, tokenizer.model_max_length), output_hidden_states=True)
             states.append(out.hidden_states[-2])
-            if isinstance(encoder, CLIPTextModelWithProjection):
+            if isinstance(encoder, transformers.CLIPTextModelWithProjection):
                 pooled.append(out[0])  # SDXL: only the second encoder's
         return {"tokens": torch.cat(states, -1).float(), "pooled": torch.cat(pooled, -1).float()}
 
@@ -105,15 +114,10 @@ class PromptEncoder:
         fixed = {"padding": "max_length", "max_length": length, "truncation": True}
         return tokenizer(list(prompts), **fixed, return_tensors="pt").input_ids.to(self.device)
 
-    def longest(self):
-        """The tokenizer of the encoder that reads most of a prompt, and how many tokens that is."""
-        return self.tokenizers[0], self.tokenizers[0].model_max_length
-
     def too_long(self, prompts):
-        """Those of the prompts that have more tokens than any encoder takes."""
-        tokenizer, length = self.longest()
-        numbers = tokenizer(list(prompts), verbose=False).input_ids
-        return [prompt for prompt, found in zip(prompts, numbers) if len(found) > length]
+        """Those of the prompts that have more tokens than are read."""
+        most = self.family.longest(self)
+        return [prompt for prompt, n in zip(prompts, self.family.lengths(self, prompts)) if n > most]
 
     def count(self, prompts):
         """Count those that are cut off, and tell of them whenever their number has a digit more."""
@@ -126,62 +130,21 @@ class PromptEncoder:
 
     def warn(self, cut, of, example):
         """Tell how many of how many prompts are cut off."""
-        length = self.longest()[1]
+        length = self.family.longest(self)
         line = f"warning: {cut} of {of} are cut off after {length} tokens, one of them: {example[:60]!r} ..."
         print(line, file=sys.stderr)
 
     def null(self):
-        """The null prompt's condition, batch of one: the encoded empty prompt, or zeros where SDXL's index says so."""
-        c = self.encode([""])
-        if not self.sized or not index_of(self.model).get("force_zeros_for_empty_prompt", True):
-            return c
-        return {"tokens": torch.zeros_like(c["tokens"]), "pooled": torch.zeros_like(c["pooled"]), "size": c["size"]}
-
-
-class SD3Encoder(PromptEncoder):
-    """SD3's text encoders: encode(prompts) -> tokens (B, L + M, joint), pooled (B, p1 + p2).
-
-    L tokens of the two CLIPs (77), joined along the width and padded with zeros to the transformer's, then M of T5, its
-    last state. T5 sees no mask: its states depend on M, which belongs to the student (in diffusers
-    `max_sequence_length`). Without T5: L tokens of zeros, as many as CLIP's.
-    """
-
-    classes = {"": CLIPTextModelWithProjection, "_2": CLIPTextModelWithProjection}
-    sized = False
-
-    def __init__(self, model, image_size, device="cpu", dtype=torch.float32, t5="", text_length=256, loaded=True):
-        """t5: "on", "off", or "" = where the folder has one; text_length: M. Raises UserError for "on" without T5."""
-        super().__init__(model, image_size, device, dtype, loaded=False)
-        self.width = read_json(model, "transformer/config.json")["joint_attention_dim"]
-        self.text_length = text_length if base_model.t5_of(model, t5) == "on" else 0
-        if self.text_length:
-            path = folder(model)
-            self.parts |= {"tokenizer_3": (T5TokenizerFast, path), "text_encoder_3": (T5EncoderModel, path)}
-        if loaded:
-            self.load()
-
-    def identity(self):
-        return super().identity() | {"width": self.width, "text_length": self.text_length}
-
-    @torch.no_grad()
-    def text(self, prompts):
-        c = super().text(prompts)
-        tokens = F.pad(c["tokens"], (0, self.width - c["tokens"].shape[-1]))
-        more = torch.zeros_like(tokens)
-        if self.text_length:
-            more = self.encoders[2](self.ids(self.tokenizers[2], prompts, self.text_length))[0].float()
-        return {"tokens": torch.cat([tokens, more], 1), "pooled": c["pooled"]}
-
-    def longest(self):
-        """T5's where there is one: that CLIP reads 77 tokens of a long prompt is as it should be."""
-        return (self.tokenizers[2], self.text_length) if self.text_length else super().longest()
+        """The null prompt's condition, batch of one: encoded, or zeros, but for sizes, where the model wants those."""
+        c = self.encode([self.family.EMPTY])
+        if self.family.null_is_zero(self.model):
+            return {k: v if k == "size" else torch.zeros_like(v) for k, v in c.items()}
+        return c
 
 
 def load_encoder(model, image_size, device="cpu", dtype=torch.float32, t5="", text_length=256, loaded=True):
     """The prompt encoder of pipeline folder `model`. t5, text_length: SD3's. loaded: False leaves it to .load()."""
-    if part_of(model) == "unet":
-        return PromptEncoder(model, image_size, device, dtype, loaded=loaded)
-    return SD3Encoder(model, image_size, device, dtype, t5, text_length, loaded)
+    return PromptEncoder(model, image_size, device, dtype, loaded=loaded, t5=t5, text_length=text_length)
 
 
 def encoder_of(settings, device="cpu", dtype=torch.float32, model=None, loaded=True):

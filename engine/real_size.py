@@ -1,17 +1,30 @@
-"""SDXL, SD3-Medium and SD3.5 at real size without weights: the geometry of their networks, and a run's networks.
+"""The base models at real size without weights: the geometry of their networks, and a run's networks.
 
 The networks are of fake tensors, which have shapes and dtypes but no numbers: engine/dry_run.py runs train.py's own
 iteration on them.
 """
 
+from functools import partial
+
+import diffusers
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from segment_anything import sam_model_registry
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 from diffusion import Schedule, guided
+from engine import qwen_image, sd3, sdxl, z_image
 from engine.models import VAE, Denoiser, add_lora
 from engine.networks import LORAS, Networks
 from latent_reward import LatentRewardModel
@@ -55,7 +68,8 @@ SD3 = {
 SD35 = SD3 | {"qk_norm": "rms_norm"}
 SD35_MEDIUM = SD35 | {"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))}
 SD35_LARGE = SD35 | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
-TRANSFORMERS = {"sd3": SD3, "sd35-medium": SD35_MEDIUM, "sd35-large": SD35_LARGE}
+QWEN = {"num_layers": 60}  # the rest are the class's own values
+Z_IMAGE = {"n_layers": 30, "axes_lens": [1536, 512, 512]}
 SD3_VAE = SDXL_VAE | {
     "latent_channels": 16,
     "scaling_factor": 1.5305,
@@ -63,6 +77,17 @@ SD3_VAE = SDXL_VAE | {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
+Z_IMAGE_VAE = SD3_VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+BASES = {  # by the beginning of their presets' names: the base model, its network's geometry, and its VAE's
+    "sdxl": (sdxl, SDXL, SDXL_VAE),
+    "sd3": (sd3, SD3, SD3_VAE),
+    "sd35-medium": (sd3, SD35_MEDIUM, SD3_VAE),
+    "sd35-large": (sd3, SD35_LARGE, SD3_VAE),
+    "qwen": (qwen_image, QWEN, {}),
+    "zimage": (z_image, Z_IMAGE, Z_IMAGE_VAE),
+}
+DEPTHS = {"qwen": "num_layers", "zimage": "n_layers"}  # of networks whose many blocks are all alike
+PROMPT = 256  # tokens of a prompt, where base models read as many as it has
 
 
 def clip_text(width, layers, heads):
@@ -84,10 +109,27 @@ CLIP_G = clip_text(1280, 32, 20)
 
 
 def base_of(preset):
-    """The base model that a preset is for: "sdxl", or one of TRANSFORMERS; None for one of another geometry."""
-    return next((name for name in ("sdxl", *TRANSFORMERS) if preset.startswith(f"{name}-")), None)
+    """The base model that a preset is for, one of BASES; None for one of another geometry."""
+    return next((name for name in BASES if preset.startswith(f"{name}-")), None)
 
 
+def denoiser_of(base, depth=None):
+    """The network of one of BASES, of its geometry. depth: of one in DEPTHS, another number of blocks."""
+    family, geometry, _ = BASES[base]
+    return getattr(diffusers, family.NETWORK)(**geometry | ({DEPTHS[base]: depth} if depth else {}))
+
+
+def schedule_of(base, resolution):
+    """The noise schedule of one of BASES, as its published scheduler has it."""
+    if base == "sdxl":
+        return Schedule()
+    if base == "qwen":
+        return Schedule("flow", shift=qwen_image.shift_at(resolution, QWEN_SCHEDULER), terminal=0.02)
+    return Schedule("flow", shift=6.0 if base == "zimage" else 3.0)
+
+
+QWEN_SCHEDULER = {"base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256, "max_image_seq_len": 8192}
+QWEN_SCHEDULER |= {"use_dynamic_shifting": True, "time_shift_type": "exponential"}
 T5_XXL = T5Config(
     vocab_size=32128,
     d_model=4096,
@@ -99,30 +141,59 @@ T5_XXL = T5Config(
 )
 
 
+QWEN3 = {  # 4 B
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+}
+QWEN2_5 = {  # 7 B
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
+}
+QWEN2_5_EYES = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+
+
 def has_t5(config):
     """Whether T5 is among the text encoders: SD3's pipeline has it."""
-    return config.preset.startswith("sd3") and config.t5 != "off"
+    return BASES[base_of(config.preset)][0] is sd3 and config.t5 != "off"
 
 
 def text_encoders(config):
     """The text encoders of a run, without numbers."""
+    base = base_of(config.preset)
     with unset_fake_temporarily(), torch.device("meta"):
+        if base == "qwen":
+            both = Qwen2_5_VLConfig(text_config=QWEN2_5, vision_config=QWEN2_5_EYES)
+            return [Qwen2_5_VLForConditionalGeneration(both)]
+        if base == "zimage":
+            return [Qwen3Model(Qwen3Config(**QWEN3))]
         t5 = [T5EncoderModel(T5_XXL)] if has_t5(config) else []
         return [CLIPTextModel(CLIP_L), CLIPTextModelWithProjection(CLIP_G), *t5]
 
 
 class Words:
-    """The prompt encoder's shapes: SDXL's, or SD3's (without T5: as many zero tokens as CLIP has tokens)."""
+    """The prompt encoder's shapes: SD3's without T5 has as many zero tokens as CLIP has tokens."""
 
     def __init__(self, config):
-        self.sd3 = config.preset.startswith("sd3")
+        self.base = base_of(config.preset)
         self.more = config.text_length if has_t5(config) else 77
 
     def encode(self, prompts):
         n = len(prompts)
-        if self.sd3:
-            return {"tokens": torch.zeros(n, 77 + self.more, 4096), "pooled": torch.zeros(n, 2048)}
-        return {"tokens": torch.zeros(n, 77, 2048), "pooled": torch.zeros(n, 1280), "size": torch.zeros(n, 6)}
+        if self.base in ("qwen", "zimage"):
+            return {"tokens": torch.zeros(n, PROMPT, 3584 if self.base == "qwen" else 2560)}
+        if self.base == "sdxl":
+            return {"tokens": torch.zeros(n, 77, 2048), "pooled": torch.zeros(n, 1280), "size": torch.zeros(n, 6)}
+        return {"tokens": torch.zeros(n, 77 + self.more, 4096), "pooled": torch.zeros(n, 2048)}
 
 
 class Unmoved(Networks):
@@ -161,20 +232,24 @@ def with_loras(build, rank):
             module.register_parameter(name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
         for name, b in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.empty(b.shape, dtype=b.dtype))
+    rope = getattr(net, "pos_embed", None)
+    if hasattr(rope, "pos_freqs"):  # Qwen-Image's tables of positions are neither: they are made again
+        net.pos_embed = type(rope)(rope.theta, rope.axes_dim, rope.scale_rope)
     return net
 
 
-def assemble(config, batch, prepare, kind=Unmoved):
+def assemble(config, batch, prepare, kind=Unmoved, depth=None):
     """What engine.networks.assemble gives, at real size and the config's resolution; inside a FakeTensorMode.
 
-    Denoisers compute in bf16, as on a GPU. prepare(nets): what the method adds; kind: the class to make.
+    Denoisers compute in bf16, as on a GPU. prepare(nets): what the method adds; kind: the class to make; depth: another
+    number of blocks, for denoiser_of.
     """
     base = base_of(config.preset)
-    sd3 = base in TRANSFORMERS
-    schedule = Schedule("flow", shift=3.0) if sd3 else Schedule()
+    family, _, vae_geometry = BASES[base]
+    schedule = schedule_of(base, config.resolution)
     words = Words(config)
     side = config.resolution // 8
-    build = lambda: SD3Transformer2DModel(**TRANSFORMERS[base]) if sd3 else UNet2DConditionModel(**SDXL)  # noqa: E731
+    build = partial(denoiser_of, base, depth)
     torch.set_default_dtype(torch.bfloat16)  # for the weights: fake ones cannot be cast in place
     if config.lora_rank:
         net = with_loras(build, config.lora_rank)
@@ -184,11 +259,11 @@ def assemble(config, batch, prepare, kind=Unmoved):
         teacher.net.requires_grad_(False)
     ref = R = None
     if config.stage == 2:
-        ref = Denoiser(UNet2DConditionModel(**SDXL), schedule, torch.bfloat16)
+        ref = Denoiser(build(), schedule, torch.bfloat16)
         ref.net.requires_grad_(False)
-        R = LatentRewardModel(UNet2DConditionModel(**SDXL), words, 1280).eval().requires_grad_(False)
+        R = LatentRewardModel(build(), words, 1280).eval().requires_grad_(False)
     torch.set_default_dtype(torch.float32)
-    vae = VAE(AutoencoderKL(**(SD3_VAE if sd3 else SDXL_VAE)))
+    vae = VAE(family.vae(getattr(diffusers, family.VAE)(**vae_geometry)))
     if config.checkpointing:
         for net in (G.net, fake.net, vae.net):
             net.enable_gradient_checkpointing()

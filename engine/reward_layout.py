@@ -9,8 +9,9 @@ name; a folder or a link `backbone` beside config.json goes before it.
 
 from pathlib import Path
 
+from engine.base_model import family_of
 from engine.errors import UserError
-from engine.folders import HERE, folder, part_of, read_json
+from engine.folders import HERE, folder, read_json
 
 LORA = "checkpoint/backbone_lora"
 HEAD = "checkpoint/rm_head.pt"
@@ -25,7 +26,19 @@ FIXED_HEAD = {"use_proj_in": False, "width": -1, "out_dim": 1}
 
 def beside(model):
     """Where a model's own reward model is: "lrm" (SDXL) or "sd3_lrm" (SD3) beside it. It need not exist."""
-    return str(Path(model).parent / NAMES[part_of(model)][2])
+    return str(Path(model).parent / NAMES[kind_for(model)][2])
+
+
+def kind_for(model):
+    """The denoiser in a reward model of `model`'s latents: "unet" (SDXL) or "transformer" (SD3).
+
+    Raises UserError where no reward model of these latents is published.
+    """
+    family = family_of(model)
+    if not family.REWARD:
+        why = "no latent reward model of its latents exists, only of SDXL's and SD3's"
+        raise UserError(f"{model} is a {family.NAME}: {why}, so it has no stage 2")
+    return family.REWARD
 
 
 def exists(path):
@@ -48,7 +61,7 @@ def kind_of(path):
 def check(path, model):
     """Raises UserError for a folder that is no reward model of `model`'s latents, or an incomplete one."""
     kind = kind_of(path)
-    wanted = part_of(model)
+    wanted = kind_for(model)
     if kind != wanted:
         (of, _, _), (other, layout, _) = NAMES[kind], NAMES[wanted]
         raise UserError(
@@ -90,7 +103,7 @@ def backbone(path):
     linked = Path(folder(path, hub=False), "backbone")
     model = str(linked) if linked.exists() else str(settings(path).get("backbone_model_id"))
     try:
-        if part_of(model) != "transformer":
+        if family_of(model).NAME != "SD3":
             raise UserError(f"{model} is no SD3")
         blocks = read_json(model, "transformer/config.json").get("num_layers", 0)
         if depths[-1] >= blocks:

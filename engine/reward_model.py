@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from engine import dina_lrm
+from engine import dina_lrm, sdxl
+from engine.base_model import part_of
 from engine.errors import UserError
-from engine.folders import folder, part_of
+from engine.folders import folder
 from engine.models import load_part
 from engine.prompts import PromptEncoder
 from engine.reward_layout import kind_of
@@ -42,7 +43,7 @@ def load_reward_model(path, image_size, tokenizers=None, device="cpu", dtype=tor
     where = Path(folder(path, "unet", "text_encoder", "text_encoder_2", "state_dict.pt", hub=False))
     words = where if (where / "tokenizer").exists() else tokenizers
     unet = load_part(UNet2DConditionModel, str(where), "unet", low_cpu_mem_usage=False)
-    encoder = PromptEncoder(str(where), image_size, device, dtype, tokenizers=words)
+    encoder = PromptEncoder(str(where), image_size, device, dtype, tokenizers=words, family=sdxl)
     R = LatentRewardModel(unet, encoder, encoder.encoders[1].config.projection_dim)
     try:
         state = torch.load(where / "state_dict.pt", map_location="cpu", weights_only=True)

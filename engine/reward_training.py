@@ -91,7 +91,7 @@ def train_reward(config):
     per_rank = config.per_rank(ranks)
     source = Pairs(config.pairs, config.resolution, config.seed)
     vae = load_vae(config.model, device)
-    schedule = load_schedule(config.model)
+    schedule = load_schedule(config.model, config.resolution)
     torch.manual_seed(config.seed)
     R = untrained_reward_model(config.model, config.resolution, device).train()
     if config.checkpointing:

@@ -19,11 +19,12 @@ from engine.config import flag
 from engine.errors import UserError
 from engine.folders import HERE, check_holds, check_writable, folder
 from engine.locks import check_free, lock, unlock
+from engine.sd3 import t5_of
 
 SHIPPED = HERE / "toy" / "student"  # unet/ and config.json of a student for those who have trained none
 
 FIXED = (  # settings that a resumed run cannot change; the last line is the siblings'
-    *("stage", "model", "data", "prompts", "method", "lora_rank", "optimizer"),
+    *("stage", "model", "data", "prompts", "method", "lora_rank", "quantize_frozen", "optimizer"),
     *("t5", "text_length", "sam", "student_steps", "resolution", "seed", "batch_size"),
     *("fake_lora", "lora_layers", "judge", "head", "d_block"),
 )
@@ -39,12 +40,13 @@ def look(config):
     if config.dry_run:
         return config
     base_model.check(config.model)
-    config = dataclasses.replace(config, t5=base_model.t5_of(config.model, config.t5))
+    config = dataclasses.replace(config, t5=t5_of(config.model, config.t5))
     if config.cache_text:
         check_holds(config.cache_text, "text-", "--cache-text")
     if config.cache_latents and Path(config.cache_latents).is_file():
         raise UserError(f"--cache-latents {config.cache_latents} is a file: give a folder")
     if config.stage == "reward":
+        reward_layout.kind_for(config.model)
         layouts.pairs(config.pairs)
     elif config.data != "toy":
         layouts.check(config.data)

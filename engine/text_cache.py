@@ -1,7 +1,7 @@
 """--cache-text: the conditions of every prompt of a run, encoded once, before training; then no text encoder is held.
 
     DIR/text-1a2b3c4d.../encoder.json         which encoder: its files, its dtype, T5's length
-    DIR/text-1a2b3c4d.../5e6f....safetensors  a prompt, named by the SHA-1 of its text: tokens (1, L, D), pooled (1, P)
+    DIR/text-1a2b3c4d.../5e6f....safetensors  a prompt, named by the SHA-1 of its text: tokens (1, L, D), pooled ...
 
 Numbers are kept in the encoder's dtype, so nothing is rounded. A folder may hold several encoders, and serve several
 runs. Ranks share the work by chunks of prompts, which are the same on any number of ranks and after a kill.
@@ -70,14 +70,20 @@ class Kept:
         return [i for i, chunk in enumerate(chunks) if not all(self.place(p).name in there for p in chunk)]
 
 
-def prompts_of(config, source):
+def prompts_of(config, source, null=""):
     """Every prompt that a run may encode: the null one, those of the data or of --prompts, held-out ones, --watch's."""
-    found = ["", *source.every_prompt()]
+    found = [null, *source.every_prompt()]
     if source.held_out and config.stage == 2:
         found += source.held_out(0, 64)[1]
     if config.watch:
         found += text.prompts(config.watch, "--watch")
     return list(dict.fromkeys(found))
+
+
+def alone(c, row):
+    """The condition of one prompt of a batch, a batch of one, without the batch's padding."""
+    n = c["mask"][row].sum() if "mask" in c else None
+    return {key: v[row : row + 1, :n] if key in ("tokens", "mask") else v[row : row + 1] for key, v in c.items()}
 
 
 @torch.no_grad()
@@ -101,7 +107,7 @@ def fill(encoder, prompts, folder):
             cut += encoder.too_long(chunks[i])
             c = encoder.text(chunks[i])
             for row, prompt in enumerate(chunks[i]):
-                kept.write(prompt, {key: v[row : row + 1] for key, v in c.items()}, encoder.dtype)
+                kept.write(prompt, alone(c, row), encoder.dtype)
         barrier()  # none runs far ahead
     cut = [found for found in gathered({rank: cut}).values() if found]
     if cut and rank == 0:

@@ -37,6 +37,7 @@ def real_score(fake, scale):
             fake.scales = own
 
     x_0.schedule = fake.schedule
+    x_0.guidance = fake.guidance
     return x_0
 
 

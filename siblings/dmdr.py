@@ -26,7 +26,7 @@ from engine import metrics, monitor
 from engine.batch import micro_batches
 from engine.config import Config
 from engine.errors import UserError
-from engine.models import LAYERS, add_lora
+from engine.models import add_lora
 from engine.run_folder import reward_folder
 from siblings import policy
 from siblings.cold_start import FAKE_SCALE, c_at, noise_level, real_score
@@ -96,7 +96,7 @@ def prepare(nets):
     if config.lora_rank:  # the score estimator is a LoRA already
         fake.scales = fake.scales | {"fake": FAKE_SCALE}
     elif config.fake_lora:
-        layers = QV if config.lora_layers == "qv" else LAYERS
+        layers = QV if config.lora_layers == "qv" else None
         add_lora(fake.net, config.fake_lora, "fake", dtype=nets.dtype, layers=layers)
         fake.scales = {"fake": FAKE_SCALE}
     if config.reward_weight and config.stage == 1:  # stage 2 loads its own

@@ -15,7 +15,8 @@ def frozen_discriminator(nets):
     fits = before["method"] in ("dmd2", "advdmd") and before["gan_weight"]
     if not fits or (before["model"], before["resolution"]) != (config.model, config.resolution):
         raise UserError(f"--judge {run}: needs a run with --method dmd2 or advdmd of {config.model}, of the same size")
-    fake = load_denoiser(config.model, nets.latent.device, nets.dtype, name="the frozen discriminator")
+    how = {"resolution": config.resolution, "name": "the frozen discriminator"}
+    fake = load_denoiser(config.model, nets.latent.device, nets.dtype, **how)
     player = "fake"
     if before.get("lora_rank"):
         add_lora(fake.net, before["lora_rank"], "student", "fake", dtype=nets.dtype)

@@ -103,20 +103,21 @@ def small_toys(tmp_path_factory):
 
     They are quicker than the trained ones, which amplify rounding, too: in gradients 10,000-fold.
     """
+    import diffusers
     import torch
 
-    from engine.folders import part_of
-    from engine.models import PARTS
+    from engine.base_model import family_of
 
     folder = tmp_path_factory.mktemp("toy")
     for name in ("lrm", "sd3_lrm"):
         (folder / name).symlink_to(Path("toy", name).resolve())
     for name, changes in SMALL.items():
-        part = part_of(f"toy/{name}")
+        family = family_of(f"toy/{name}")
+        part, cls = family.PART, getattr(diffusers, family.NETWORK)
         shutil.copytree(f"toy/{name}", folder / name, ignore=shutil.ignore_patterns(part))
-        config = dict(PARTS[part].load_config(f"toy/{name}/{part}")) | changes
+        config = dict(cls.load_config(f"toy/{name}/{part}")) | changes
         torch.manual_seed(0)
-        PARTS[part].from_config(config).save_pretrained(folder / name / part)
+        cls.from_config(config).save_pretrained(folder / name / part)
     return {name: str(folder / name) for name in SMALL}
 
 
@@ -126,6 +127,16 @@ def sd3_t5(tmp_path_factory):
     from tiny_models import tiny_sd3
 
     return tiny_sd3(tmp_path_factory.mktemp("tiny") / "sd3")
+
+
+@pytest.fixture(scope="session")
+def base_models(small_toys, sd3_t5, tmp_path_factory):
+    """Pipeline folder by base model, all of random weights and for 64 pixels."""
+    from tiny_models import tiny_qwen, tiny_z_image
+
+    folder = tmp_path_factory.mktemp("base")
+    new = {"qwen": tiny_qwen(folder / "qwen"), "z-image": tiny_z_image(folder / "z-image")}
+    return {"sdxl": small_toys["sdxl"], "sd3": sd3_t5} | new
 
 
 @pytest.fixture(scope="session")

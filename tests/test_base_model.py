@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import export
 import train
 from diffusion import backward_simulation, guided, randn, sample_generators, sample_ode, times
-from engine import base_model
+from engine import base_model, sdxl
 from engine.errors import UserError
 from engine.export import student_scheduler
 from engine.models import load_denoiser, load_schedule, load_vae
@@ -172,15 +172,32 @@ REFUSED_SD3 = [
     (SCHEDULER, {"_class_name": "FlowMatchHeunDiscreteScheduler"}, "is of a FlowMatchHeun"),
     ("vae/config.json", {"latents_mean": [0.1] * 4, "latents_std": [1.0] * 4}, "latents_mean"),
 ]
+REFUSED_QWEN = [
+    (INDEX, {"text_encoder": ["transformers", "Qwen3Model"]}, "its text_encoder is a Qwen3Model"),
+    (SCHEDULER, {"time_shift_type": "cubic"}, "time_shift_type 'cubic'"),
+    (SCHEDULER, {"base_shift": "0.5"}, "base_shift '0.5': it must be a number"),
+    (SCHEDULER, {"invert_sigmas": True}, "invert_sigmas True"),
+    ("transformer/config.json", {"zero_cond_t": True}, "zero_cond_t True, only False"),
+    ("transformer/config.json", {"guidance_embeds": True}, "guidance_embeds True"),
+    ("transformer/config.json", {"in_channels": 132}, "in_channels 132, its VAE 16 latent channels"),
+    ("vae/config.json", {"z_dim": 48}, "its VAE 48 latent channels"),
+]
+REFUSED_Z_IMAGE = [
+    (INDEX, {"_class_name": "ZImageOmniPipeline"}, "is a ZImageOmniPipeline"),
+    (SCHEDULER, {"use_dynamic_shifting": True}, "use_dynamic_shifting True"),
+    ("transformer/config.json", {"siglip_feat_dim": 8}, "siglip_feat_dim 8"),
+    ("transformer/config.json", {"all_patch_size": [1]}, "all_patch_size [1]"),
+    ("vae/config.json", {"latent_channels": 4}, "in_channels 16, its VAE 4"),
+]
+REFUSED_OF = {"toy/sdxl": REFUSED, "toy/sd3": REFUSED_SD3, "qwen": REFUSED_QWEN, "z-image": REFUSED_Z_IMAGE}
 
 
 @pytest.mark.parametrize(
-    "model, name, keys, words",
-    [("toy/sdxl", *row) for row in REFUSED] + [("toy/sd3", *row) for row in REFUSED_SD3],
+    "model, name, keys, words", [(model, *row) for model in REFUSED_OF for row in REFUSED_OF[model]]
 )
-def test_what_training_ignores_is_refused(model, name, keys, words, tmp_path, capsys, monkeypatch):
+def test_what_training_ignores_is_refused(model, name, keys, words, base_models, tmp_path, capsys, monkeypatch):
     """By train.py, before a network is loaded, and by whatever loads the denoiser."""
-    copied(tmp_path / "model", model)
+    copied(tmp_path / "model", base_models.get(model, model))
     edit(tmp_path / "model" / name, keys)
     monkeypatch.setattr(train, "assemble", None)
     assert words in refused(capsys, tmp_path, "--model", tmp_path / "model")
@@ -284,7 +301,7 @@ def test_schedules_are_diffusers(kind, config, scheduled):
 
 
 def test_spacings_of_configs_without_one_are_diffusers():
-    for name, spacing in base_model.SPACINGS.items():
+    for name, spacing in sdxl.SPACINGS.items():
         parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
         if "timestep_spacing" in parameters:  # not where diffusers stands in for a scheduler whose package is missing
             assert parameters["timestep_spacing"].default == spacing, name

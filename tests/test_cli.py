@@ -25,7 +25,18 @@ import evaluate
 import export
 import sample
 import train
-from engine import checkpoint, config, data, decode, folders, monitor, pictures, report, run_folder, safe_load
+from engine import (
+    base_model,
+    checkpoint,
+    config,
+    data,
+    decode,
+    monitor,
+    pictures,
+    report,
+    run_folder,
+    safe_load,
+)
 from engine.batch import Batch
 from engine.errors import UserError
 from engine.flags import parse
@@ -397,16 +408,16 @@ def test_sizes(model, step, most, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(UNet2DConditionModel, "forward", told)
     encoder, vae, G = load_encoder(model, 64), load_vae(model), load_denoiser(model)
     size = (step, 2 * step)
-    folders.check_size(model, size)
+    base_model.check_size(model, size)
     pictures.draw(tmp_path, G, encoder, vae, ["a red circle"] * 3, 1, 0, batch=2, size=size)
     assert [Image.open(path).size for path in tmp_path.iterdir()] == [size[::-1]] * 3
     assert {tuple(row) for rows in seen for row in rows.tolist()} <= {(*size, 0, 0, *size)}
     assert bool(seen) == (model == "toy/sdxl")
     with pytest.raises(UserError, match=f"multiples of {step} pixels, such as {2 * step}x{step}"):
-        folders.check_size(model, (2 * step + 1, 1))
+        base_model.check_size(model, (2 * step + 1, 1))
     if most:
         with pytest.raises(UserError, match=f"at most {most} pixels"):
-            folders.check_size(model, (most, 2 * most))
+            base_model.check_size(model, (most, 2 * most))
 
 
 def test_without_a_run_the_shipped_student_draws(run, capsys, tmp_path, monkeypatch):

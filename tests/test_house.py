@@ -13,6 +13,7 @@ TORCH_FREE = {
     *("engine.stopping", "engine.picture_folder", "engine.geneval", "engine.dpg", "engine.coco"),
     *("engine.prompt_set", "engine.report", "engine.reward_layout", "siblings"),
     *("engine.run_log", "engine.doctor", "engine.curves"),
+    *("engine.parts", "engine.sdxl", "engine.sd3", "engine.qwen_image", "engine.z_image"),
 }
 ROOMS = ("siblings", "engine", "toy", "lab", "tests")
 FILES = [str(path) for folder in (".", *ROOMS) for path in Path(folder).glob("*.py")]

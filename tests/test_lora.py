@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -18,10 +18,10 @@ import export as export_script
 import train
 from diffusion import backward_simulation, randn
 from engine import real_size, run_folder
+from engine.base_model import part_of
 from engine.batch import Batch
 from engine.errors import UserError
 from engine.export import SD_SCRIPTS, export, save_lora
-from engine.folders import part_of
 from engine.models import LORA, Denoiser, add_lora, load_denoiser, load_schedule, load_vae
 from engine.networks import assemble
 from engine.pictures import to_pil
@@ -225,19 +225,35 @@ def test_keys_of_sdxls_lora_at_real_size(tmp_path):
         }
 
 
-@pytest.mark.parametrize("base, layers", [("sd3", 335), ("sd35-medium", 335 + 13 * 4), ("sd35-large", 38 * 14 - 1)])
-def test_keys_of_sd3s_lora_at_real_size(base, layers, tmp_path):
+ATTENTION = "to_q|to_k|to_v|to_out.0|add_q_proj|add_k_proj|add_v_proj|to_add_out".replace(".", "[.]")
+FEED_FORWARD = "net[.](0[.]proj|2)"
+KNOWN = {  # the layers that ComfyUI's tables have, by base model
+    "sd3": rf"transformer_blocks[.]\d+[.](attn[.]({ATTENTION})|attn2[.]to_(q|k|v|out[.]0)"
+    rf"|ff(_context)?[.]{FEED_FORWARD}"
+    r"|norm1(_context)?[.]linear)|norm_out[.]linear|proj_out",
+    "qwen": rf"transformer_blocks[.]\d+[.](attn[.]({ATTENTION})|(img|txt)_mlp[.]{FEED_FORWARD}|(img|txt)_mod[.]1)"
+    r"|norm_out[.]linear|proj_out",
+    "zimage": r"(layers|(noise|context)_refiner)[.]\d+[.](attention[.]to_(q|k|v|out[.]0)|feed_forward[.]w[123]"
+    r"|adaLN_modulation[.]0)|all_final_layer[.]2-1[.](linear|adaLN_modulation[.]1)",
+}
+LAYERS = {
+    "sd3": 335,
+    "sd35-medium": 335 + 13 * 4,
+    "sd35-large": 38 * 14 - 1,
+    "qwen": 60 * 14 + 2,
+    "zimage": 34 * 7 + 34,
+}
+
+
+@pytest.mark.parametrize("base", LAYERS)
+def test_keys_of_transformers_loras_at_real_size(base, tmp_path):
     """ComfyUI: "transformer.", a diffusers module's path, of the layers that its table has; kohya has no such names."""
-    net, weights = numbered(lambda: SD3Transformer2DModel(**real_size.TRANSFORMERS[base]), "transformer")
+    net, weights = numbered(lambda: real_size.denoiser_of(base), "transformer")
     save_lora(weights, net, tmp_path)
     kept = load_file(tmp_path / LORA)
     assert kept.keys() == weights.keys() and os.listdir(tmp_path) == [LORA]
-    attention = "to_q|to_k|to_v|to_out.0|add_q_proj|add_k_proj|add_v_proj|to_add_out".replace(".", "[.]")
-    inside = (
-        rf"attn[.]({attention})|attn2[.]to_(q|k|v|out[.]0)|ff(_context)?[.]net[.](0[.]proj|2)|norm1(_context)?[.]linear"
-    )
-    known = rf"transformer[.](transformer_blocks[.]\d+[.]({inside})|norm_out[.]linear|proj_out)[.]lora_[AB][.]weight"
-    assert len(kept) == 2 * layers and all(re.fullmatch(known, key) for key in kept)
+    known = rf"transformer[.]({KNOWN[base if base in KNOWN else 'sd3']})[.]lora_[AB][.]weight"
+    assert len(kept) == 2 * LAYERS[base] and all(re.fullmatch(known, key) for key in kept)
 
 
 @both

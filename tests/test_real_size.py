@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,8 +21,9 @@ PUBLISHED = {  # of the released weights' files; SD3's has its fixed table of po
     "sdxl": 2_567_463_684,
     "sd3": 2_084_951_104 - 192**2 * 1536,
     "t5": 4_762_310_656,
+    "zimage": 6_154_908_736,
 }
-MILLIONS = {"sd35-medium": 2243, "sd35-large": 8057}  # as their cards have it
+MILLIONS = {"sd35-medium": 2243, "sd35-large": 8057, "qwen": 20430, "qwen words": 8292, "zimage words": 4022}
 
 
 def traced(preset, *flags, metered=False):
@@ -68,8 +69,12 @@ FEWER = {  # layers that are alike: one of each is traced
     "sd3-4step": (real_size.SD3, {"num_layers": 2}),
     "sd35-medium-4step": (real_size.SD35_MEDIUM, {"num_layers": 3, "dual_attention_layers": (0,)}),
     "sd35-large-4step": (real_size.SD35_LARGE, {"num_layers": 2}),
+    "qwen-4step": (real_size.QWEN, {"num_layers": 2}),
+    "zimage-4step": (real_size.Z_IMAGE, {"n_layers": 2, "n_refiner_layers": 1}),
 }
-LATENT = {"sd35-large-4step": ("--method", "dmd2")}  # presets that are traced with a latent discriminator
+# presets that are traced with a latent discriminator
+LATENT = dict.fromkeys(("sd35-large-4step", "zimage-4step"), ("--method", "dmd2"))
+LAST_TEXT = re.compile(r"transformer_blocks\.1\.(attn\.to_add_out|txt_mlp)")  # of use to nothing
 
 
 @pytest.mark.parametrize("preset", ["sdxl-4step", *FEWER])
@@ -89,6 +94,8 @@ def test_iteration_at_full_size(preset, request, monkeypatch):
     if config.stage == 2:
         assert lacking["G"] == set() and seen["rl_loss"].shape == ()
     else:
+        if preset == "qwen-4step":
+            lacking = {name: {k for k in keys if not LAST_TEXT.search(k)} for name, keys in lacking.items()}
         assert lacking == {"G": set(), "fake": set(), "head" if preset in LATENT else "D": set()}
         assert set(seen["distillation"]) == {"G", "fake", "D"} if preset == "sdxl-4step" else "d_loss" in seen
     if preset == "sd35-medium-4step":  # a buffer, which FSDP2 does not shard
@@ -98,13 +105,30 @@ def test_iteration_at_full_size(preset, request, monkeypatch):
         assert nets.D.net[0].weight.shape[:2] == (2432, 2432) and len(nets.D.net) == 6 * 3 + 3  # of 64 x 64 tokens
 
 
+def test_blocks_that_are_alike_add_the_same(monkeypatch):
+    """Z-Image's network at full width: 1 and 2 blocks traced give the figures of 4."""
+    fast = "--gan-weight 0 --student-steps 1 --ttur 1 --lora-rank 0"
+    config = train.read(["--preset", "zimage-4step", *fast.split()])
+    run = (config, {"distillation": 1}, *train.method(config), train.prefer)
+    monkeypatch.setattr(dry_run, "FEW", 1)
+    monkeypatch.setattr(dry_run, "MORE", 2)
+    monkeypatch.setitem(real_size.Z_IMAGE, "n_layers", 4)
+    monkeypatch.setitem(real_size.Z_IMAGE, "n_refiner_layers", 1)
+    found = {}
+    for name, measured in (("by a line", dry_run.measure(*run)[1]), ("traced", dry_run.trace(*run)[1])):
+        found[name] = measured["distillation"]
+    for player, (peak, flops) in found["traced"].items():
+        assert found["by a line"][player] == (pytest.approx(peak, rel=1e-3), flops)
+
+
 def test_geometry_is_the_published_one():
     """As many weights as in the released files; T5 is SD3's alone, unless --t5 off."""
     with torch.device("meta"):
-        nets = {name: SD3Transformer2DModel(**geometry) for name, geometry in real_size.TRANSFORMERS.items()}
-        nets["sdxl"] = UNet2DConditionModel(**real_size.SDXL)
+        nets = {base: real_size.denoiser_of(base) for base in real_size.BASES}
     sd3 = ["--preset", "sd3-4step"]
     *clips, nets["t5"] = real_size.text_encoders(train.read(sd3))
+    for base in ("qwen", "zimage"):
+        (nets[f"{base} words"],) = real_size.text_encoders(train.read(["--preset", f"{base}-4step"]))
     found = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
     assert {name: round(found.pop(name) / 1e6) for name in MILLIONS} == MILLIONS
     assert found == PUBLISHED
@@ -251,9 +275,9 @@ def test_dry_run_as_a_command(sdxl, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, why",
     [
-        (["--preset", "toy"], "geometry of SDXL, SD3-Medium and SD3.5"),
+        (["--preset", "toy"], "geometry of SDXL, SD3-Medium, SD3.5, Qwen-Image and Z-Image"),
         (["--preset", "sdxl-4step", "--method", "advdmd"], "advdmd"),
-        (["--preset", "sd35-large-4step", "--stage", "2"], "SD3 in stage 1 alone"),
+        (["--preset", "sd35-large-4step", "--stage", "2"], "stage 2 of SDXL alone"),
         (["--preset", "sdxl-4step", "--gpus", "5"], "not divisible by --gpus 5"),
         (["--preset", "sdxl-4step", "--gpus", "8", "--micro-batch", "3"], "--micro-batch"),
     ],

@@ -111,18 +111,6 @@ def test_multi_step_sampling_is_diffusers(kind, length, lengths, folders):
     assert (ours - diffusers_picture(pipeline, 6, 4.0, length)).abs().max() > 20 / 255
 
 
-def test_a_prompt_draws_alone_what_it_draws_among_others(sd3_t5):
-    """One of 2 letters and one that is cut off; without a mask, neither sees the other's length."""
-    encoder, vae, net = load_encoder(sd3_t5, 64), load_vae(sd3_t5), load_denoiser(sd3_t5)
-    teacher = guided(net, encoder.null(), 4.0)
-    prompts = ["it", "a large blue ring above a small red square. " * 9]
-    together = generate(teacher, encoder, vae, prompts, 4, 0, ode=True)
-    for i, prompt in enumerate(prompts):
-        alone = generate(teacher, encoder, vae, [prompt], 4, 0, first=i, ode=True)
-        torch.testing.assert_close(alone[0], together[i], atol=1e-4, rtol=0)
-    assert (together[0] - together[1]).abs().max() > 20 / 255
-
-
 @pytest.fixture(scope="module")
 def run(sd3, tmp_path_factory):
     """Two loops of stage 1."""

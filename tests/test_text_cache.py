@@ -22,12 +22,15 @@ def files(folder):
     return {p.name: p.read_bytes() for p in Path(folder).glob("text-*/*.safetensors")}
 
 
-@pytest.mark.parametrize("model", ["toy/sdxl", "T5"])
-def test_kept_conditions_are_the_encoders(model, sd3_t5, tmp_path):
-    """Also the null one, and SDXL's sizes; they are memory-mapped; another length of T5's is another encoder's."""
-    model = sd3_t5 if model == "T5" else model
+@pytest.mark.parametrize("model", ["toy/sdxl", "T5", "qwen", "z-image"])
+def test_kept_conditions_are_the_encoders(model, base_models, sd3_t5, tmp_path):
+    """Also the null one, SDXL's sizes and masks; they are memory-mapped; another length of T5's is another encoder's.
+
+    What is kept of a prompt has no padding.
+    """
+    model = sd3_t5 if model == "T5" else base_models.get(model, model)
     encoder, kept = load_encoder(model, 64), load_encoder(model, 64, loaded=False)
-    text_cache.fill(kept, PROMPTS, tmp_path)
+    text_cache.fill(kept, [*PROMPTS, " "], tmp_path)
     assert kept.encoders == kept.tokenizers == ()
     asked = [PROMPTS[i] for i in (7, 0, 33)]
     for sizes in (None, torch.arange(18.0).view(3, 6)):
@@ -37,6 +40,7 @@ def test_kept_conditions_are_the_encoders(model, sd3_t5, tmp_path):
             torch.testing.assert_close(ours[name], v, atol=1e-5, rtol=1e-4)
     for name, v in encoder.null().items():
         torch.testing.assert_close(kept.null()[name], v, atol=1e-5, rtol=1e-4)
+    assert all(kept.kept.read(prompt).get("mask", torch.ones(1)).all() for prompt in asked)
     one = kept.kept.read(asked[0])
     assert str(kept.kept.place(asked[0])) in Path("/proc/self/maps").read_text() and one["tokens"].shape[0] == 1
     with pytest.raises(UserError, match="lacks the prompt 'a blue"):

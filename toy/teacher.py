@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion import Schedule, add_noise, backward_simulation, guided, sample_ode
-from engine.folders import part_of
+from engine.base_model import part_of
 from engine.models import Denoiser, load_vae
 from engine.prompts import load_encoder
 from toy import world
