@@ -1,0 +1,193 @@
+"""The plane: its closed forms by other routes, its measures, and that the paper's functions are what moves it."""
+
+import pytest
+import torch
+
+import dmd
+import latent_reward
+import score_estimator
+from diffusion import sample_ode, times
+from lab import mixture, plane
+from lab.mixture import SCHEDULE, Player, Settings
+
+
+def points(n, seed, t=None):
+    """Points of the mixture, or anything near it."""
+    return mixture.draw(n, torch.Generator().manual_seed(seed))
+
+
+class Exact:
+    """A student that samples the mixture itself, and its score estimator, the teacher."""
+
+    runs = 1
+    fake = staticmethod(mixture.teacher)
+
+
+@pytest.mark.parametrize("t", [50, 300, 800])
+@pytest.mark.parametrize("null", [False, True])
+def test_the_teachers_score_is_the_gradient_of_the_log_density(t, null):
+    x, c = points(60, 0)
+    c = {"class": torch.full((60,), mixture.CLASSES)} if null else c
+    t = times(torch.tensor(float(t)), x)
+    x_t = (x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    (expected,) = torch.autograd.grad(mixture.log_density(x_t, t, c).sum(), x_t)
+    found = dmd.score(x_t, mixture.teacher(x_t, t, c), SCHEDULE.alpha(t), SCHEDULE.sigma(t))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_the_density_sums_to_one():
+    side = torch.linspace(-5, 5, 400)
+    grid = torch.cartesian_prod(side, side).view(-1, 2, 1, 1)
+    p = mixture.log_density(grid, torch.full((len(grid),), 200.0), {"class": torch.ones(len(grid)).long()}).exp()
+    assert (p.sum() * (side[1] - side[0]) ** 2).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_teachers_reverse_steps_recover_the_mixture():
+    """60 steps of Eq. 2 from pure noise: every mode has its share of the points, and its spread."""
+    c = mixture.classes(3000)
+    z = torch.randn(3000, 2, 1, 1, generator=torch.Generator().manual_seed(0))
+    x = sample_ode(mixture.teacher, z, c, 60).flatten(1)
+    distance, mode = torch.cdist(x, mixture.MEANS).min(1)
+    shares = torch.bincount(mode, minlength=len(mixture.MEANS)) / 1000
+    torch.testing.assert_close(shares, torch.tensor(mixture.WEIGHTS * mixture.CLASSES), atol=0.06, rtol=0)
+    assert (distance.square().mean() / 2).sqrt().item() == pytest.approx(mixture.STD, rel=0.1)
+
+
+@pytest.mark.parametrize("t", mixture.LEVELS[::4])
+def test_the_exact_student_has_no_divergence(t):
+    """KL and score error of the mixture's own samples are zero but for the errors that are told."""
+    (found,) = mixture.levels(game_of_exact(), points(900, 1), points(mixture.MEASURED, 2), (t,))[0]
+    assert abs(found["kl"]) < 4 * found["kl_error"] + 2 * abs(found["kl_bias"])
+    assert found["score_error"] < 2 * found["score_noise"] + 1e-3
+
+
+def game_of_exact():
+    game = mixture.Game(Player([0]), Player([0]), Settings(), 0)
+    game.fake = mixture.teacher
+    return game
+
+
+def test_the_divergence_of_a_shifted_student():
+    """Every mode moved by d: far from other modes the KL of the noised student is α² d² / (2 v)."""
+    shift = torch.tensor([0.12, -0.05]).view(1, 2, 1, 1)
+    (x, c), (own, c_own) = points(3000, 1), points(mixture.MEASURED, 2)
+    (found,) = mixture.levels(game_of_exact(), (x + shift, c), (own + shift, c_own), (100,))[0]
+    alpha, sigma = 0.9, 0.1
+    expected = alpha**2 * shift.square().sum().item() / (2 * (alpha**2 * mixture.STD**2 + sigma**2))
+    assert found["kl"] == pytest.approx(expected, rel=0.1)
+
+
+def test_coverage_by_hand():
+    """One mode of a class left out, a quarter of another class's points far away."""
+    c = mixture.classes(3000)
+    x, _ = points(3000, 0)
+    x = x.flatten(1)
+    near = torch.cdist(x, mixture.MEANS).argmin(1)
+    x[near == 2] = mixture.MEANS[0]
+    assert mixture.coverage(x.view(-1, 2, 1, 1), c) == (pytest.approx(8 / 9), 0)
+    x[:300] = 9.0
+    assert mixture.coverage(x.view(-1, 2, 1, 1), c)[1] == pytest.approx(0.1)
+
+
+def test_the_reward_of_noisy_points_is_the_mean_reward_of_their_clean_ones():
+    """By weighting clean points with the likelihood of one noisy point."""
+    x, c = points(60_000, 3)
+    mine = c["class"] == 1
+    s = torch.tensor([600.0])
+    z = torch.tensor([0.3, -0.4]).view(1, 2, 1, 1)
+    alpha, sigma = SCHEDULE.alpha(s).item(), SCHEDULE.sigma(s).item()
+    likely = (-(z - alpha * x[mine]).square().flatten(1).sum(1) / (2 * sigma**2)).softmax(0)
+    expected = 4 * (likely * mixture.outward(x[mine], {"class": c["class"][mine]})).sum()
+    assert mixture.R(z, s, {"class": torch.tensor([1])}).item() == pytest.approx(expected.item(), abs=0.03)
+
+
+# ------------------------------------------------------------------------------- the paper's functions
+
+
+SHORT = Settings(updates=60)
+
+
+def kl(game):
+    found = mixture.levels(game, mixture.student(game.G, 600, 1), mixture.student(game.G, 3000, 2), (300,))
+    return found[0][0]["kl"]
+
+
+def test_distribution_matching_moves_the_student_to_the_teacher_and_its_opposite_away(monkeypatch):
+    """Eq. 4 is dmd.gradient's: with its sign turned the same run leads away."""
+    start = Player([0])
+    before = kl(mixture.Game(start, start, SHORT, 0))
+    assert kl(mixture.play(start, SHORT, 0)) < 0.7 * before
+    real = dmd.gradient
+    monkeypatch.setattr(dmd, "gradient", lambda *inputs: -real(*inputs))
+    assert kl(mixture.play(start, SHORT, 0)) > 1.2 * before
+
+
+STAGE1 = Settings(updates=4)
+STAGE2 = Settings(updates=0, rl_updates=5)
+USED = [
+    (dmd, "loss", STAGE1, lambda f: lambda x, g: f(x, 2 * g) + x.sum()),
+    (dmd, "student_step", STAGE1, lambda f: lambda *a: 3 - f(*a)),
+    (dmd, "renoise_time", STAGE1, lambda f: lambda *a: f(*a) / 2),
+    (score_estimator, "draw", STAGE1, lambda f: lambda *a: (f(*a)[0] / 2, f(*a)[1])),
+    (score_estimator, "loss", STAGE1, lambda f: lambda *a: -f(*a)),
+    (score_estimator, "pull", STAGE1, lambda f: lambda *a: None),
+    (mixture, "backward_simulation", STAGE1, lambda f: lambda *a: f(*a) + 1),
+    (latent_reward, "rollout", STAGE2, lambda f: lambda *a: f(*a)[:1]),
+    (latent_reward, "choose", STAGE2, lambda f: lambda *a: (f(*a)[1], f(*a)[0], f(*a)[2])),
+    (latent_reward, "pair_terms", STAGE2, lambda f: lambda *a: (-f(*a)[0], f(*a)[1])),
+    (latent_reward, "loss", STAGE2, lambda f: lambda *a: -f(*a)),
+]
+
+
+@pytest.mark.parametrize("module, function, settings, change", USED, ids=[f"{m.__name__}.{f}" for m, f, *_ in USED])
+def test_the_papers_functions_are_what_moves_it(module, function, settings, change, monkeypatch):
+    """Any of them changed, the run's weights are others; unchanged, they are the same."""
+
+    def weights():
+        start = Player([0])
+        game = mixture.Game(start, start, settings, 0)
+        game = mixture.play(game if settings.rl_updates else start, settings, 0)
+        return torch.cat([p.detach().flatten() for net in (game.G, game.fake) for p in net.parameters()])
+
+    before = weights()
+    assert torch.equal(weights(), before)
+    monkeypatch.setattr(module, function, change(getattr(module, function)))
+    assert not torch.equal(weights(), before)
+
+
+def test_runs_of_a_stack_do_not_know_of_each_other():
+    """A run's gradient is its own: another run beside it with other weights and noise changes nothing in it."""
+    both = Player([0, 1])
+    x, c = points(96, 4)
+    t = SCHEDULE.t_at(torch.rand(96, generator=torch.Generator().manual_seed(5)))
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(6))
+    score_estimator.loss(both, x, t, eps, c).backward()
+    alone = Player([1])
+    half = slice(48, None)
+    score_estimator.loss(alone, x[half], t[half], eps[half], {"class": c["class"][half]}).backward()
+    for two, one in zip(both.parameters(), alone.parameters()):
+        torch.testing.assert_close(2 * two.grad[1], one.grad[0], atol=1e-6, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ the verdicts
+
+
+def test_paired_differences_decide():
+    """Ten seeds whose sides differ by 1 +- 0.5 although each varies by much more; nine decide nothing."""
+    worse = [10.0 * i for i in range(10)]
+    better = [w - 1 + 0.5 * (-1) ** i for i, w in enumerate(worse)]
+    gain, error, decided = plane.verdict(better, worse, -1)
+    assert (gain, decided) == (pytest.approx(1), "holds") and error == pytest.approx(0.5 * (10 / 9) ** 0.5 / 10**0.5)
+    assert plane.verdict(better, worse, 1)[2] == "does not hold"
+    assert plane.verdict([1.0, -1.0] * 5, [0.0] * 10, 1)[2] == "within noise"
+    assert plane.verdict(better[:9], worse[:9], -1) == (None, None, "9 of 20 seeds, not decided")
+
+
+def test_every_claim_names_runs():
+    for claim in plane.CLAIMS:
+        assert {claim.better, claim.worse} <= plane.RUNS.keys()
+    assert plane.RUNS[plane.STANDARD] == plane.BASE
+
+
+def test_the_page_is_that_of_the_runs():
+    assert plane.PAGE.read_text() == plane.page()
