@@ -16,7 +16,7 @@ from torch import nn
 import dmd
 import latent_reward
 import score_estimator
-from diffusion import Schedule, add_noise, backward_simulation, guided, randn, times
+from diffusion import Schedule, backward_simulation, guided, times
 
 CLASSES, ARM = 3, 3  # each class is an arm of a spiral, of three modes
 WEIGHTS = (0.5, 0.3, 0.2)  # of an arm's modes, from the inside
@@ -24,8 +24,6 @@ STD = 0.17  # of each mode
 SCHEDULE = Schedule("flow")  # the student's steps are t = 1000, 750, 500 and 250; σ_t is t/1000
 STEPS = SCHEDULE.steps(4)
 BATCH = 48  # points of one run
-LEVELS = tuple(range(100, 1000, 100))  # where KL and score errors are measured
-MEASURED, FRESH = 10_002, 900  # the student's samples that stand for its density, and those that it is measured at
 
 
 # ---------------------------------------------------------------------------------------------- the world
@@ -94,7 +92,7 @@ def classes(n, runs=1):
 
 
 def outward(x_0, c):
-    """The reward that preference updates follow, of clean points: how far out they lie towards their last mode, (B,)."""
+    """The reward that preference updates follow, of clean points: how far they lie towards their last mode, (B,)."""
     u = OUTER / OUTER.norm(dim=1, keepdim=True)
     return (x_0.flatten(1) * u[c["class"]]).sum(1)
 
@@ -222,9 +220,8 @@ class Game:
     def prefer(self, ref):
         """Lines 28-31, at the two noisiest steps."""
         settings, c = self.settings, self.c
-        rollout = latent_reward.rollout(
-            self.G, R, self.noise(), c, c, STEPS, 2, settings.candidates, "random", self.rng
-        )
+        k = settings.candidates
+        rollout = latent_reward.rollout(self.G, R, self.noise(), c, c, STEPS, 2, k, "random", self.rng)
         rows = torch.arange(len(self.rng))
         loss = 0.0
         for i, z_t, z_s, scores in rollout:
@@ -257,95 +254,3 @@ def play(start, settings, seed, see=lambda game, update: None):
                 game.distil(loop, loop % settings.ttur == 0)  # line 12
         see(game, update)
     return game
-
-
-# ---------------------------------------------------------------------------------------------- measuring
-
-
-@torch.no_grad()
-def student(G, n, seed):
-    """n finished points of the four-step student in every run, (runs * n, 2, 1, 1), and their classes."""
-    rng = torch.Generator().manual_seed(seed)
-    c = classes(n, G.runs)
-    z = torch.randn(len(c["class"]), 2, 1, 1, generator=rng)
-    return backward_simulation(G, z, c, STEPS, [rng] * len(z)), c
-
-
-def by_class(x, runs):
-    """Points, or a value of each -> (runs, CLASSES, points, ...)."""
-    return x.view(runs, -1, CLASSES, *x.shape[1:2]).transpose(1, 2)
-
-
-def kernels(x_t, own, alpha, sigma):
-    """Two mixtures of N(α x_i, σ²), one over each half of the samples x_i: log p(x_t), (2, C, m); E[x_0|x_t], (2, C, m, 2).
-
-    x_t (C, m, 2), own samples (C, n, 2), of C classes; alpha, sigma: of one noise level.
-    """
-    log_p, mean = [], []
-    for half in own.chunk(2, 1):
-        near = torch.cdist(x_t, alpha * half).square() / (-2 * sigma**2)
-        log_p.append(near.logsumexp(2) - math.log(2 * math.pi * sigma**2 * half.shape[1]))
-        mean.append(near.softmax(2) @ half)
-    return torch.stack(log_p), torch.stack(mean)
-
-
-def at_level(x_t, own, log_real, x0_fake, alpha, sigma):
-    """One run at one noise level -> KL(student || mixture) and the squared error of the score estimator's ε̂.
-
-    x_t (C, m, 2): fresh samples, noised; own (C, n, 2): others, clean, for the kernels; log_real (C, m), x0_fake
-    (C, m, 2): the mixture's log density and the score estimator's clean estimate of x_t.
-    Each with its error. That of the KL is the standard error over x_t; its bias is estimated too: kernels are too low on the average
-    (Jensen), in proportion to 1/n, so half of the samples have twice that bias. The noise of the kernels' score is part
-    of the score error: a quarter of the mean squared difference between its two halves.
-    """
-    log_p, mean = kernels(x_t, own, alpha, sigma)
-    ratio = log_p.logsumexp(0) - math.log(2) - log_real
-    x_0 = (log_p.softmax(0)[..., None] * mean).sum(0)
-    squared = lambda difference: (alpha / sigma * difference).square().sum(-1).mean().item()  # noqa: E731
-    return {
-        "kl": ratio.mean().item(),
-        "kl_error": (ratio.std() / ratio.numel() ** 0.5).item(),
-        "kl_bias": ((log_p - log_real).mean() - ratio.mean()).item(),
-        "score_error": squared(x0_fake - x_0),
-        "score_noise": squared(mean[0] - mean[1]) / 4,
-    }
-
-
-@torch.no_grad()
-def levels(game, points, centres, ts=LEVELS, seed=0):
-    """at_level of every run at every level -> a list over runs of lists over ts. points, centres: `student`'s."""
-    (x, c), (own, _), runs = points, centres, game.G.runs
-    found = [[] for _ in range(runs)]
-    for t in ts:
-        t = times(torch.tensor(float(t)), x)
-        x_t = add_noise(SCHEDULE, x, t, torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
-        level = [SCHEDULE.alpha(t[:1]).item(), SCHEDULE.sigma(t[:1]).item()]
-        each = [by_class(v, runs) for v in (x_t.flatten(1), own.flatten(1), log_density(x_t, t, c), game.fake(x_t, t, c).flatten(1))]
-        for run, values in zip(found, zip(*each)):
-            run.append(at_level(*values, *level))
-    return found
-
-
-def coverage(x, c):
-    """Of a run's points: the share of the modes that have at least half the points they should, the share of strays.
-
-    A point is a mode's within 4 STD, and a stray where it is so near to none of its class.
-    """
-    near, mode = torch.cdist(x.flatten(1), MEANS).where(LOG_WEIGHTS[c["class"]].isfinite(), torch.inf).min(1)
-    inside = torch.bincount(mode[near < 4 * STD], minlength=len(MEANS)) / (len(x) / CLASSES)
-    covered = inside >= torch.tensor(WEIGHTS * CLASSES) / 2
-    return covered.float().mean().item(), (near >= 4 * STD).float().mean().item()
-
-
-def measured(game):
-    """Everything that is measured of a finished game -> one dict per run."""
-    points, centres = student(game.G, FRESH, 1), student(game.G, MEASURED, 2)
-    rows = []
-    for i, found in enumerate(levels(game, points, centres)):
-        x, c = (v[i * MEASURED : (i + 1) * MEASURED] for v in (centres[0], centres[1]["class"]))
-        c = {"class": c}
-        row = {name: [level[name] for level in found] for name in found[0]}
-        row["coverage"], row["strays"] = coverage(x, c)
-        row["reward"], row["second_reward"] = outward(x, c).mean().item(), arrived(x, c).mean().item()
-        rows.append(row)
-    return rows

@@ -19,8 +19,9 @@ import torch
 from tqdm import tqdm
 
 from engine.flags import at_least
-from lab import pages, plane_pictures
-from lab.mixture import LEVELS, MEASURED, Game, Player, Settings, levels, measured, play, student
+from lab import pages
+from lab.mixture import Game, Player, Settings, play
+from lab.plane_student import LEVELS, MEASURED, draw, levels, measured, student
 
 RESULTS = Path("results/plane.json")
 PAGE = Path("results/plane.md")
@@ -323,7 +324,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.quick:
-        return plane_pictures.draw({STANDARD: BASE} | {title: RUNS[title] for title in PICTURED}, Player([0]))
+        return draw({STANDARD: BASE} | {title: RUNS[title] for title in PICTURED}, Player([0]))
     if not args.print:
         run(args.jobs)
     PAGE.write_text(page())

@@ -7,20 +7,12 @@ import dmd
 import latent_reward
 import score_estimator
 from diffusion import sample_ode, times
-from lab import mixture, plane
+from lab import mixture, plane, plane_student
 from lab.mixture import SCHEDULE, Player, Settings
 
 
-def points(n, seed, t=None):
-    """Points of the mixture, or anything near it."""
+def points(n, seed):
     return mixture.draw(n, torch.Generator().manual_seed(seed))
-
-
-class Exact:
-    """A student that samples the mixture itself, and its score estimator, the teacher."""
-
-    runs = 1
-    fake = staticmethod(mixture.teacher)
 
 
 @pytest.mark.parametrize("t", [50, 300, 800])
@@ -53,25 +45,24 @@ def test_the_teachers_reverse_steps_recover_the_mixture():
     assert (distance.square().mean() / 2).sqrt().item() == pytest.approx(mixture.STD, rel=0.1)
 
 
-@pytest.mark.parametrize("t", mixture.LEVELS[::4])
+@pytest.mark.parametrize("t", plane_student.LEVELS[::4])
 def test_the_exact_student_has_no_divergence(t):
     """KL and score error of the mixture's own samples are zero but for the errors that are told."""
-    (found,) = mixture.levels(game_of_exact(), points(900, 1), points(mixture.MEASURED, 2), (t,))[0]
+    (found,) = plane_student.levels(game_of_exact(), points(900, 1), points(plane_student.MEASURED, 2), (t,))[0]
     assert abs(found["kl"]) < 4 * found["kl_error"] + 2 * abs(found["kl_bias"])
     assert found["score_error"] < 2 * found["score_noise"] + 1e-3
 
 
 def game_of_exact():
-    game = mixture.Game(Player([0]), Player([0]), Settings(), 0)
-    game.fake = mixture.teacher
-    return game
+    """A first state: its score estimator is the teacher."""
+    return mixture.Game(Player([0]), Player([0]), Settings(), 0)
 
 
 def test_the_divergence_of_a_shifted_student():
     """Every mode moved by d: far from other modes the KL of the noised student is α² d² / (2 v)."""
     shift = torch.tensor([0.12, -0.05]).view(1, 2, 1, 1)
-    (x, c), (own, c_own) = points(3000, 1), points(mixture.MEASURED, 2)
-    (found,) = mixture.levels(game_of_exact(), (x + shift, c), (own + shift, c_own), (100,))[0]
+    (x, c), (own, c_own) = points(3000, 1), points(plane_student.MEASURED, 2)
+    (found,) = plane_student.levels(game_of_exact(), (x + shift, c), (own + shift, c_own), (100,))[0]
     alpha, sigma = 0.9, 0.1
     expected = alpha**2 * shift.square().sum().item() / (2 * (alpha**2 * mixture.STD**2 + sigma**2))
     assert found["kl"] == pytest.approx(expected, rel=0.1)
@@ -84,9 +75,9 @@ def test_coverage_by_hand():
     x = x.flatten(1)
     near = torch.cdist(x, mixture.MEANS).argmin(1)
     x[near == 2] = mixture.MEANS[0]
-    assert mixture.coverage(x.view(-1, 2, 1, 1), c) == (pytest.approx(8 / 9), 0)
+    assert plane_student.coverage(x.view(-1, 2, 1, 1), c) == (pytest.approx(8 / 9), 0)
     x[:300] = 9.0
-    assert mixture.coverage(x.view(-1, 2, 1, 1), c)[1] == pytest.approx(0.1)
+    assert plane_student.coverage(x.view(-1, 2, 1, 1), c)[1] == pytest.approx(0.1)
 
 
 def test_the_reward_of_noisy_points_is_the_mean_reward_of_their_clean_ones():
@@ -108,7 +99,9 @@ SHORT = Settings(updates=60)
 
 
 def kl(game):
-    found = mixture.levels(game, mixture.student(game.G, 600, 1), mixture.student(game.G, 3000, 2), (300,))
+    found = plane_student.levels(
+        game, plane_student.student(game.G, 600, 1), plane_student.student(game.G, 3000, 2), (300,)
+    )
     return found[0][0]["kl"]
 
 
