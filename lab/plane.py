@@ -76,31 +76,28 @@ class Claim:
     sign: int = -1
 
 
-def questions():
-    claims = []
-    first = "EMA pull and TTUR (Fig. 5, 6)"
-    for rate in RATES:
-        for ttur in (1, 2, 5):
-            sides = pace_title(rate, ttur, True), pace_title(rate, ttur, False)
-            claims.append(Claim(first, f"{rate} rates, TTUR {ttur}: the pull helps", *sides))
-    for rate in RATES:
-        for pulled in (True, False):
-            sides = pace_title(rate, 5, pulled), pace_title(rate, 1, pulled)
-            how = "with the pull" if pulled else "without it"
-            claims.append(Claim(first, f"{rate} rates, {how}: TTUR 5 beats TTUR 1", *sides))
-    claims.append(Claim("DM steps (3.3)", "the high-noise steps alone beat all", HIGH_STEPS, STANDARD))
-    claims.append(Claim("Renoising (3.1)", "the whole range beats high noise alone", STANDARD, HIGH))
-    claims.append(Claim("Renoising (3.1)", "the whole range beats low noise alone", STANDARD, LOW))
-    last = "Joint RL (3.4, Table 4)"
-    claims.append(Claim(last, "joint stays nearer to the teacher than RL alone", JOINT, ALONE))
-    claims.append(Claim(last, "joint has more of the reward that RL sees", JOINT, ALONE, "reward", 1))
-    claims.append(Claim(last, "joint has more of the second reward", JOINT, ALONE, "second_reward", 1))
-    claims.append(Claim(last, "joint has more of the second reward than stage 1", JOINT, STANDARD, "second_reward", 1))
-    claims.append(Claim(last, "RL alone has more of it than stage 1", ALONE, STANDARD, "second_reward", 1))
-    return claims
-
-
-CLAIMS = questions()
+PULL, RL = "EMA pull and TTUR (Fig. 5, 6)", "Joint RL (3.4, Table 4)"
+WITH = {True: "with the pull", False: "without it"}
+CLAIMS = [
+    *(
+        Claim(PULL, f"{r} rates, TTUR {ttur}: the pull helps", pace_title(r, ttur, True), pace_title(r, ttur, False))
+        for r in RATES
+        for ttur in (1, 2, 5)
+    ),
+    *(
+        Claim(PULL, f"{r} rates, {WITH[p]}: TTUR 5 beats TTUR 1", pace_title(r, 5, p), pace_title(r, 1, p))
+        for r in RATES
+        for p in (True, False)
+    ),
+    Claim("DM steps (3.3)", "the high-noise steps alone beat all", HIGH_STEPS, STANDARD),
+    Claim("Renoising (3.1)", "the whole range beats high noise alone", STANDARD, HIGH),
+    Claim("Renoising (3.1)", "the whole range beats low noise alone", STANDARD, LOW),
+    Claim(RL, "joint stays nearer to the teacher than RL alone", JOINT, ALONE),
+    Claim(RL, "joint has more of the reward that RL sees", JOINT, ALONE, "reward", 1),
+    Claim(RL, "joint has more of the second reward", JOINT, ALONE, "second_reward", 1),
+    Claim(RL, "joint has more of the second reward than stage 1", JOINT, STANDARD, "second_reward", 1),
+    Claim(RL, "RL alone has more of it than stage 1", ALONE, STANDARD, "second_reward", 1),
+]
 
 
 def value(run, measure):

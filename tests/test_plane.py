@@ -69,15 +69,16 @@ def test_the_divergence_of_a_shifted_student():
 
 
 def test_coverage_by_hand():
-    """One mode of a class left out, a quarter of another class's points far away."""
+    """One of nine modes is left out; then a tenth of the points lies far away."""
     c = mixture.classes(3000)
     x, _ = points(3000, 0)
     x = x.flatten(1)
     near = torch.cdist(x, mixture.MEANS).argmin(1)
     x[near == 2] = mixture.MEANS[0]
-    assert plane_student.coverage(x.view(-1, 2, 1, 1), c) == (pytest.approx(8 / 9), 0)
+    covered, strays = plane_student.coverage(x.view(-1, 2, 1, 1), c)
+    assert covered == pytest.approx(8 / 9) and strays < 0.003  # exp(-8) of a Gaussian's points lie beyond 4 STD
     x[:300] = 9.0
-    assert plane_student.coverage(x.view(-1, 2, 1, 1), c)[1] == pytest.approx(0.1)
+    assert plane_student.coverage(x.view(-1, 2, 1, 1), c)[1] == pytest.approx(0.1, abs=0.003)
 
 
 def test_the_reward_of_noisy_points_is_the_mean_reward_of_their_clean_ones():
@@ -150,12 +151,14 @@ def test_the_papers_functions_are_what_moves_it(module, function, settings, chan
 
 def test_runs_of_a_stack_do_not_know_of_each_other():
     """A run's gradient is its own: another run beside it with other weights and noise changes nothing in it."""
-    both = Player([0, 1])
+    both, alone = Player([0, 1]), Player([1])
+    for two, one in zip(both.parameters(), alone.parameters()):  # the last layer is zero, and hides the others
+        two.data += 0.1 * torch.randn(two.shape, generator=torch.Generator().manual_seed(7))
+        one.data = two.data[1:].clone()
     x, c = points(96, 4)
     t = SCHEDULE.t_at(torch.rand(96, generator=torch.Generator().manual_seed(5)))
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(6))
     score_estimator.loss(both, x, t, eps, c).backward()
-    alone = Player([1])
     half = slice(48, None)
     score_estimator.loss(alone, x[half], t[half], eps[half], {"class": c["class"][half]}).backward()
     for two, one in zip(both.parameters(), alone.parameters()):
@@ -180,7 +183,3 @@ def test_every_claim_names_runs():
     for claim in plane.CLAIMS:
         assert {claim.better, claim.worse} <= plane.RUNS.keys()
     assert plane.RUNS[plane.STANDARD] == plane.BASE
-
-
-def test_the_page_is_that_of_the_runs():
-    assert plane.PAGE.read_text() == plane.page()
