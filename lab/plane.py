@@ -1,7 +1,7 @@
 """Flash-DMD in the plane: four questions where the true score is known (lab/mixture.py), with twenty seeds.
 
-    python -m lab.plane            the runs that are missing in results/plane.json, then results/plane.md; 30 minutes
-    python -m lab.plane --quick    one seed: docs/plane.png and docs/plane.gif; a minute
+    python -m lab.plane            the runs that are missing in results/plane.json, then results/plane.md
+    python -m lab.plane --quick    one seed: docs/plane.png and docs/plane.gif
     python -m lab.plane --print    results/plane.md from the runs that are there
 
 An interrupted call goes on: a run of a group of seeds is kept under its settings.
@@ -290,7 +290,7 @@ and small MLPs say what the equations do, not what they do to pictures.
 RULE = f"""
 The rule was fixed before the runs: the mean over seeds of the paired differences decides where it is beyond two
 standard errors, and fewer than {LEAST} seeds decide nothing. With no effect, about one verdict in twenty passes this
-bar by chance; the rows are not corrected for their number. Rates, reward scale and β were chosen on other seeds.
+bar by chance; the rows are not corrected for their number.
 """
 
 MEASURES = f"""
