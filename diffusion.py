@@ -65,15 +65,13 @@ class Schedule:
         return (T * u).floor().clamp(0, T - 1).long()
 
     def steps(self, n):
-        """The n timesteps of a student, noisiest first, (n,).
+        """The n timesteps of a student, noisiest first, (n,), n in 1 .. T. n = 4, SD3: s = 1, .9, .75, .5.
 
-        For n = 4, SDXL: 999, 749, 499, 249; SD3: s = 1, .9, .75, .5.
+        SDXL: multiples of floor(T/n), less 1, as LCMScheduler has them: 999, 749, 499, 249; n = 3: 998, 665, 332.
         NOTE: section 8 prints 629 among the 8 steps, where equal spacing gives 624.
         """
-        u = torch.arange(n, 0, -1, dtype=torch.float64) / n
-        if self.prediction == "flow":
-            return self.t_at(u).float()
-        return (T * u).round().long() - 1
+        i = torch.arange(n, 0, -1)
+        return self.t_at(i.double() / n).float() if self.prediction == "flow" else i * (T // n) - 1
 
     def sampler_steps(self, n):
         """The n timesteps of the multi-step teacher, noisiest first, (n,): as its scheduler's config spaces them."""
@@ -81,7 +79,9 @@ class Schedule:
             return torch.arange(n - 1, -1, -1) * (T // n) + self.offset
         if self.spacing == "linspace":
             return torch.linspace(T - 1, 0, n, dtype=torch.float64).round().long()
-        return self.steps(n)
+        if self.prediction == "flow":
+            return self.steps(n)
+        return (T * torch.arange(n, 0, -1, dtype=torch.float64) / n).round().long() - 1
 
     def x_0(self, output, x_t, t):
         """The network's output as a clean estimate: (x_t - σ_t ε̂)/α_t, α_t x_t - σ_t v̂, or x_t - s v̂ (flow)."""
@@ -121,18 +121,24 @@ def reverse_step(schedule, x_t, x_0, t, s):
 def guided(denoiser, null, w):
     """Classifier-free guidance as a Denoiser: x_0 = x_0(null) + w (x_0(c) - x_0(null)), formed in fp32.
 
-    null: the condition of the null prompt, batch of one; sizes are taken from c. w = 1 returns the denoiser itself.
+    null: the null prompt's condition, batch of one, of any length; sizes are taken from c. w = 1: the denoiser itself.
     """
     if w == 1:
         return denoiser
 
     def x_0(x_t, t, c):
-        both = {k: torch.cat([v if k == "size" else null[k].expand_as(v), v]) for k, v in c.items()}
-        uncond, cond = denoiser(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
+        nulls = {k: v if k == "size" else null[k].expand(len(v), *null[k].shape[1:]) for k, v in c.items()}
+        uncond, cond = denoiser(x_t.repeat(2, 1, 1, 1), t.repeat(2), batched([nulls, c])).float().chunk(2)
         return uncond + w * (cond - uncond)
 
     x_0.schedule = denoiser.schedule
     return x_0
+
+
+def batched(conditions):
+    """Conditions as one batch; tokens and mask (B, L, ...) are padded to the longest L, by zeros and False."""
+    rows = {k: [row for c in conditions for row in c[k]] for k in conditions[0]}
+    return {k: torch.nn.utils.rnn.pad_sequence(v, batch_first=True) for k, v in rows.items()}
 
 
 @torch.no_grad()
@@ -145,9 +151,6 @@ def sample_ode(denoiser, x_t, c, n):
         x_0 = denoiser(x_t, t, c)
         x_t = x_0 if i == n - 1 else reverse_step(schedule, x_t, x_0, t, times(steps[i + 1], x_t))
     return x_t
-
-
-# --------------------------------------------------------------------------------- backward simulation
 
 
 def backward_simulation(G, x_t, c, steps, generators, start=0, stop=None):
@@ -172,9 +175,6 @@ def noise_to_step(schedule, x_0, steps, i, generators):
     if i == len(steps):
         return x_0
     return add_noise(schedule, x_0, times(steps[i], x_0), randn(generators, x_0))
-
-
-# ------------------------------------------------------------------- randomness that belongs to the sample
 
 
 def sample_generators(seed, iteration, indices, purpose):

@@ -23,8 +23,10 @@ def student_step(S, which, seed, loop):
 
     which: "high" draws uniformly from S without its last step (3.3: timestep-aware), "all" from S (line 6).
     NOTE: line 6 samples from all of S; 3.3 says high-noise steps, as here by default.
+    ASSUMPTION: the only step of a one-step student has this loss and Pixel-GAN's: the paper has 4 and 8 steps.
     """
-    return int(np.random.default_rng([seed, loop]).integers(len(S) - (which == "high")))
+    without_last = which == "high" and len(S) > 1
+    return int(np.random.default_rng([seed, loop]).integers(len(S) - without_last))
 
 
 def renoise_time(schedule, between, generators, device="cpu"):

@@ -12,8 +12,8 @@ import json
 import os
 from pathlib import Path
 
-from engine import base_model, picture_folder, prompt_set, report, run_folder
-from engine.config import Config
+from engine import base_model, picture_folder, prompt_set, report, reward_layout, run_folder
+from engine.config import TIMESTEPS, Config
 from engine.errors import UserError
 from engine.flags import Parser, at_least, device, fail, finite
 from engine.folders import check_writable
@@ -35,7 +35,7 @@ def flags(argv=None):
     )
     add(
         "--steps",
-        type=at_least(1),
+        type=at_least(1, TIMESTEPS),
         help="sampling steps (default: the student's, 50 for --teacher, 4 for --undistilled)",
     )
     add("--loops", type=at_least(1), help="--run: the checkpoint of this loop (default: the newest)")
@@ -51,6 +51,13 @@ def flags(argv=None):
         default=Config.resolution,
         help="of --teacher and --undistilled (default: %(default)s)",
     )
+    add("--t5", choices=("on", "off"), help="of --teacher and --undistilled, SD3 (default: on where the model has it)")
+    add(
+        "--text-length",
+        type=at_least(1),
+        default=Config.text_length,
+        help="T5's tokens, of the same (default: %(default)s)",
+    )
     add("--clip", help=f"the CLIP that measures: a folder or a hub name (default: the run's; {Config.clip})")
     add("--num", type=at_least(1), help="prompts (default: 1000 held-out ones, or all of --prompts)")
     add("--seed", type=at_least(0), default=0, help="of the noise (default: 0)")
@@ -62,7 +69,7 @@ def flags(argv=None):
     )
     add(
         "--reward",
-        help='folder of the latent reward model (default: the run\'s, or "lrm" beside the model, if there is one)',
+        help="folder of the latent reward model (default: the run's, or the one beside the model, if there is one)",
     )
     add("--prompts", help="a text file, one prompt per line: the paper's scores in place of the toy's")
     add(
@@ -105,16 +112,22 @@ def check(args):
     UserError.
     """
     asked = prompt_set.read(args)
+    if args.text_length > 512:
+        raise UserError("--text-length must lie in 1 to 512")
     if args.num is not None and args.num < 8 and not args.prompts:
         raise UserError("--num must be at least 8: the metrics compare distributions")
     if args.teacher or args.undistilled:
         student = None
         config = {"model": args.model, "data": Config.data, "resolution": args.resolution, "clip": Config.clip}
+        config |= {"t5": args.t5 or "", "text_length": args.text_length}
         steps = args.steps or (50 if args.teacher else 4)
     else:
         student, config = run_folder.find_student(args.run, args.loops)
         steps = args.steps or config["student_steps"]
     base_model.check(config["model"])
+    config["t5"] = base_model.t5_of(config["model"], config["t5"])
+    if args.reward:
+        reward_layout.check(args.reward, config["model"])
     if args.json:
         if Path(args.json).is_dir():
             raise UserError(f"--json {args.json} is a folder: name a file")
@@ -129,6 +142,8 @@ def drawn_by(args, asked, student, config, steps):
     made_by |= {"steps": steps, "seed": args.seed, "ode": args.teacher}
     if student is None:
         made_by["guidance"] = args.guidance
+        if base_model.t5_of(config["model"], "") == "on":
+            made_by["text_length"] = config["text_length"] if config["t5"] == "on" else 0
     else:
         made_by["saved"] = run_folder.made_at(student)
     made_by |= asked.settings()

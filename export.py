@@ -23,6 +23,7 @@ def main(argv=None):
     try:
         _, config = find_run(args.run)
         base_model.check(config["model"])
+        base_model.t5_of(config["model"], config["t5"])
         check_new(args.out, "folder")
         from engine.export import export  # it loads torch: mistakes in flags and folders come first
 

@@ -108,6 +108,7 @@ def last_input(G, x_tau, x, c, S, i, generators, reading):
     reading "b": the rollout's input at the last step, exactly as in sampling (Algorithm 1, lines 9-15).
     reading "a": x_0 of the finished rollout, noised to the last step (Eq. 8, 9).
     NOTE: the paper has both; results/stage1.md compares them.
+    At i, the last step, as always with one step, reading "b" gives x_tau: x_adv is x.
     """
     last = len(S) - 1
     if i == last:

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from engine import base_model, picture_folder, run_folder, stopping
+from engine.config import TIMESTEPS
 from engine.errors import UserError
 from engine.flags import Parser, at_least, device, fail, size
 from engine.folders import check_size
@@ -23,7 +24,7 @@ def flags(argv=None):
     """The command line, read. Exits with status 2 and one line on a bad flag."""
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--steps", type=at_least(1), help="sampling steps (default: what the student was trained for)")
+    add("--steps", type=at_least(1, TIMESTEPS), help="sampling steps (default: what the student was trained for)")
     add("--run", default="", help="run folder (default: the newest under runs/)")
     add("--model", help="pipeline folder of encoders, VAE and schedule (default: the run's)")
     add("--prompt", nargs="+", help="one or more prompts")
@@ -76,19 +77,23 @@ def plan(args):
     picture_folder.compare(out, before, now, "--out")
     now["batch"] = args.batch_size or before.get("batch")  # another one changes pictures by rounding alone
     base_model.check(now["model"])
+    base_model.t5_of(now["model"], config["t5"])
     check_size(now["model"], now["size"])
     if now["steps"] != config["student_steps"]:
         print(f"warning: {student} is for {config['student_steps']} steps, not {now['steps']}", file=sys.stderr)
     return student, config, out, now
 
 
-def load(student, model, resolution, dtype, where):
-    """-> prompt encoder, VAE and denoiser of a student's folder, on the device, in a torch dtype (the VAE in fp32)."""
+def load(student, config, model, dtype, where):
+    """-> prompt encoder, VAE and denoiser of a student's folder, on the device, in a torch dtype (the VAE in fp32).
+
+    config: its run's settings; model: the pipeline folder of the rest.
+    """
     import torch
 
     from engine import models, prompts
 
-    encoder = prompts.load_encoder(model, resolution, where, dtype)
+    encoder = prompts.encoder_of(config, where, dtype, model)
     vae = models.load_vae(model, where)
     G = models.load_denoiser(model, where, dtype, student=student)
     torch.nn.Module.to(G.net, dtype).eval()  # diffusers' own warns
@@ -107,7 +112,7 @@ def draw(args):
     now["dtype"] = now["dtype"] or ("bf16" if where.type == "cuda" else "fp32")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[now["dtype"]]
     resolution = config["resolution"]
-    encoder, vae, G = load(student, now["model"], resolution, dtype, where)
+    encoder, vae, G = load(student, config, now["model"], dtype, where)
     now["prompts"] = now["prompts"] or data.source(
         config["data"], resolution, prompts=config.get("prompts", "")
     ).prompts(8)
@@ -140,7 +145,7 @@ def save_grid(out, prompts, steps):
         shown += [torch.ones_like(shown[0])] * (-len(shown) % 8)
     rows = torch.stack(shown).split(8)
     labels = prompts[:8] if len(rows) == 1 else ()
-    pictures.save_grid(out / "grid.png", list(rows), [f"{steps} steps"] * len(rows), labels)
+    pictures.save_grid(out / "grid.png", list(rows), [pictures.in_steps(steps)] * len(rows), labels)
 
 
 def main(argv=None):

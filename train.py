@@ -52,7 +52,7 @@ def train(config):
     rank, ranks, device = start_process()
     prepare_method, iterate = method(config)
     source = data.source(config.data, config.resolution, config.seed, config.prompts)
-    nets = assemble(config, ranks, device, prepare_method)  # 1-3
+    nets = assemble(config, ranks, device, prepare_method, source)  # 1-3
     run = Run(config, nets, source, rank)
     for batch in run.batches():  # 4, 7
         # NOTE: Algorithm 1 does lines 5-26 and 27-31 in every iteration of stage 2. Table 4 has ratios r:1: here r
@@ -176,7 +176,7 @@ def prefer(nets, batch):
     G moves by an optimizer of its own ("G, RL"); the score estimator follows by Eq. 11 alone, D stands still.
     """
     config, G, R, S = nets.config, nets.G, nets.R, nets.S
-    transitions = 2 if config.rl_steps == "high" else len(S) - 1  # the last one, to x_0, has no density
+    transitions, thresholds = config.judged(), config.thresholds()
     pairs, every_score = [], []
     for b in micro_batches(batch, config.micro_batch):
         rng = b.generators("rl")
@@ -184,7 +184,7 @@ def prefer(nets, batch):
         c_R = R.encoder.encode(b.prompts)
         steps = latent_reward.rollout(G, R, z, b.c, c_R, S, transitions, config.candidates, config.carry, rng)  # 28
         for i, z_t, z_s, scores in steps:
-            win, lose, kept = latent_reward.choose(scores, config.pair_threshold)  # 29
+            win, lose, kept = latent_reward.choose(scores, thresholds[min(i, len(thresholds) - 1)])  # 29
             rows = torch.arange(len(z_t), device=z_t.device)
             pairs.append((b.c, i, z_t, z_s[rows, win], z_s[rows, lose], kept))
             every_score.append(scores)

@@ -48,19 +48,48 @@ def check(model):
     part = part_of(model)
     index = index_of(model)
     for name, kind in PARTS[part].items():
-        found = (index.get(name) or [None, None])[-1]
-        if found is None:
+        if (index.get(name) or [None])[-1] is None:
             raise UserError(f"{model} has no {name} (SDXL's refiner has one text encoder): give a whole base model")
-        if found != kind:
-            raise UserError(f"{model}: its {name} is a {found}: only {kind} is supported")
-        read_json(model, f"{name}/config.json")
-        has_weights(model, name)
+        check_part(model, name, kind)
     if Path(folder(model)).is_dir():
         folder(model, "tokenizer", "tokenizer_2")
     scheduler_of(model)
     latents_agree(model, part)
     if part == "unet":
         unet_takes_our_inputs(model)
+
+
+def check_part(model, name, kind):
+    """Raises UserError for a part of another class, or without its config or weights."""
+    found = index_of(model)[name][-1]
+    if found != kind:
+        raise UserError(f"{model}: its {name} is a {found}: only {kind} is supported")
+    read_json(model, f"{name}/config.json")
+    has_weights(model, name)
+
+
+def t5_of(model, asked=""):
+    """Whether T5 reads the prompts of pipeline folder (or hub name) `model`: "on" or "off".
+
+    asked: --t5 or a run's, by default on where the folder has T5. Raises UserError for "on" where it has none, and for
+    a T5 that cannot be used.
+    """
+    found = (index_of(model).get("text_encoder_3") or [None])[-1]
+    if asked == "off" or not asked and found is None:
+        return "off"
+    if found is None:
+        raise UserError(f"{model} has no text_encoder_3, and --t5 on wants one: give a --model that has T5")
+    try:
+        check_part(model, "text_encoder_3", "T5EncoderModel")
+        if Path(folder(model)).is_dir():
+            folder(model, "tokenizer_3")
+    except UserError as e:
+        raise e if asked else UserError(f"{e}, or pass --t5 off") from None
+    width = read_json(model, "text_encoder_3/config.json").get("d_model")
+    wanted = read_json(model, "transformer/config.json").get("joint_attention_dim")
+    if width != wanted:
+        raise UserError(f"{model}: transformer has joint_attention_dim {wanted}, its text_encoder_3 is {width} wide")
+    return "on"
 
 
 def has_weights(model, part):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from engine.errors import UserError
 
 METHODS = ("flash", "dmd2", "dmdr", "advdmd")
+TIMESTEPS = 1000  # of every schedule, as diffusion.T
 
 
 @dataclass
@@ -20,6 +21,9 @@ class Config:
     model: str = "toy/sdxl"  # the teacher: a diffusers pipeline folder, or a hub name
     data: str = "toy"  # toy, a folder of images with captions (docs/data.md), or shards ("s/{000..127}.tar")
     prompts: str = ""  # a text file of prompts for G, one per line; default: the captions of the data
+    t5: str = ""  # SD3: on = T5 reads the prompts too, or off; by default on where the folder of --model has it
+    text_length: int = 256  # SD3: tokens that T5 reads of a prompt, at most 512; part of the student
+    cache_text: str = ""  # folder that keeps all prompts encoded; no text encoder is held in training
     cache_latents: str = ""  # folder that keeps the VAE's latents of --data, for methods that see latents alone
     size_condition: str = "square"  # SDXL's size conditions: square = an uncropped square; original = the picture's own
     resolution: int = 64  # side of the square training images, pixels
@@ -27,8 +31,8 @@ class Config:
     iterations: int = 400  # loops of Algorithm 1; the generator moves in every TTUR-th
     batch_size: int = 16  # samples per loop, over all ranks
     micro_batch: int = 0  # samples of a rank that pass the networks at once; gradients add up; 0 = all
-    student_steps: int = 4  # K, the student's sampling steps: 4 or 8
-    dm_steps: str = "high"  # student steps that the DM loss trains: high = all but the last (timestep-aware), or all
+    student_steps: int = 4  # K, the student's sampling steps, 1 to 1000
+    dm_steps: str = "high"  # student steps of the DM loss: high = all but the last of several (timestep-aware), or all
     ttur: int = 1  # loops per generator update (Algorithm 1, line 12)
     ema: float = 0.9  # lambda of Eq. 11; 1 = no pull
     gan_weight: float = 0.03  # lambda of Algorithm 1, line 16 (advdmd: weight of the policy loss); 0 = no GAN
@@ -45,16 +49,17 @@ class Config:
     fake_lr: float = 3e-4  # score estimator's learning rate
     d_lr: float = 1e-3  # learning rate of the discriminator's heads
     lr_schedule: str = "linear"  # rates of G and score estimator: constant, or linear = falling to 0 over --iterations
+    warmup: int = 0  # loops over which all learning rates rise to their values, in equal parts; 0 = none
     optimizer: str = "adamw"  # adamw, or adamw8bit = torchao's, moments in 8 bits; needs a C++ compiler
     weight_decay: float = 0.01  # of all networks
     clip_grad: float = 1.0  # largest gradient norm of the generator and of the score estimator
     init: str = ""  # stage 2: the stage-1 run to start from; default the newest
-    reward: str = ""  # stage 2, dmdr: the latent reward model's folder; default "lrm" beside --model. dmdr: or "clip"
+    reward: str = ""  # stage 2, dmdr: the latent reward model; default lrm or sd3_lrm beside --model. dmdr: or "clip"
     rl_ratio: int = 5  # stage 2: preference updates per distillation update; --iterations counts both
-    rl_steps: str = "high"  # stage 2: student steps whose candidates are scored: high = the two noisiest, or all
-    candidates: int = 4  # stage 2: k, candidates per step; advdmd: rollouts per prompt
+    rl_steps: str = "high"  # stage 2: student steps that are judged, never the last: high = the two noisiest, or all
+    candidates: int = 4  # stage 2: k, candidates per step; advdmd, dmdr's grpo: rollouts per prompt
     carry: str = "random"  # stage 2: the candidate that the next step starts from: random, or best
-    pair_threshold: float = 0.45  # stage 2: a pair is kept when the softmax over best and worst is this far apart
+    pair_threshold: float | tuple = 0.45  # stage 2: pairs whose softmax is this far apart are kept; A,B,...: by step
     beta: float = 0.05  # stage 2: beta of Eq. 12; H is a sum over dimensions
     ratio_clip: float = 0.0  # stage 2: hold ratios of mean densities to the reference's within 1 +- this (LPO: 0.1)
     rl_lr: float = 1e-5  # stage 2: learning rate of the preference updates
@@ -92,9 +97,10 @@ class Config:
             self.require(name, getattr(self, name) >= 1, "must be at least 1")
         self.require("candidates", self.candidates >= 2, "must be at least 2: a pair needs a best and a worst")
         self.require("ema", 0 <= self.ema <= 1, "must lie in [0, 1]")
-        self.require("pair_threshold", 0 <= self.pair_threshold < 1, "must lie in [0, 1)")
+        self.check_steps()
         self.require("ratio_clip", 0 <= self.ratio_clip < 1, "must lie in [0, 1)")
         self.require("gan_crop", self.gan_crop <= self.resolution, "must not be larger than --resolution")
+        self.require("text_length", 1 <= self.text_length <= 512, "must lie in 1 to 512")
         has_pairs = self.stage != "reward" or self.pairs
         self.require("pairs", has_pairs, "is missing: --stage reward needs a folder of picture pairs")
         previews = self.preview_every and self.stage != "reward"
@@ -102,6 +108,12 @@ class Config:
         if self.size_condition == "original" and (self.prompts or self.data == "toy"):
             raise UserError(
                 "--size-condition original needs pictures with their own captions: give --data, and no --prompts"
+            )
+        if self.cache_text and self.stage == "reward":
+            raise UserError("--cache-text is for stages 1 and 2: leave it out of --stage reward")
+        if self.cache_text and self.data == "toy" and not (self.prompts or self.dry_run):
+            raise UserError(
+                "--cache-text needs --data, a folder or shards, or --prompts: the toy world's captions have no end"
             )
         if self.cache_latents and self.data == "toy":
             raise UserError(
@@ -119,10 +131,32 @@ class Config:
         if not self.dry_run:
             self.per_rank(int(os.environ.get("WORLD_SIZE", 1)))
 
+    def check_steps(self):
+        """Raises UserError for student steps out of range, and where stage 2 cannot judge them."""
+        K = self.student_steps
+        self.require("student_steps", 1 <= K <= TIMESTEPS, f"must lie in 1 to {TIMESTEPS}")
+        thresholds = self.thresholds()
+        self.require("pair_threshold", all(0 <= p < 1 for p in thresholds), "must lie in [0, 1)")
+        if self.stage == 2 and K == 1:
+            raise UserError("--stage 2 needs --student-steps of at least 2: the last step has no density to prefer by")
+        if self.stage == 2 and len(thresholds) > K:
+            raise UserError(
+                f"--pair-threshold has {len(thresholds)} numbers for {K} student steps: give one, or one for each"
+            )
+
     def require(self, name, holds, what):
         """Raises UserError for field `name` unless `holds`. what: the rest of its message."""
         if not holds:
             raise UserError(f"{flag(name)} {what}")
+
+    def judged(self):
+        """How many student steps stage 2 judges, the noisiest; the last one, to x_0, has no density."""
+        most = self.student_steps - 1
+        return min(2, most) if self.rl_steps == "high" else most
+
+    def thresholds(self):
+        """--pair-threshold of each student step, noisiest first; the last of them holds for the steps that follow."""
+        return self.pair_threshold if isinstance(self.pair_threshold, tuple) else (self.pair_threshold,)
 
     def per_rank(self, ranks):
         """Samples of a batch per rank. Raises UserError where ranks or micro-batches do not divide them."""
@@ -134,43 +168,63 @@ class Config:
         return samples
 
 
-NOT_NEGATIVE = "seed workers micro_batch gan_crop lora_rank preview_every gan_weight weight_decay".split()
+NOT_NEGATIVE = "seed warmup workers micro_batch gan_crop lora_rank preview_every gan_weight weight_decay".split()
 POSITIVE = "lr fake_lr d_lr rl_lr reward_lr beta clip_grad gpu_memory gpu_tflops".split()
 AT_LEAST_1 = "iterations batch_size ttur save_every keep log_every resolution rl_ratio gpus".split()
 
-# ASSUMPTION: the paper prints neither learning rates nor loss weights. SDXL's lr and guidance are DMD2's, its fake_lr
-# is 5 times lr, beta is LPO's, SD3's rates and LoRA rank are ours, the rest are the toy's.
+# ASSUMPTION: the paper prints neither learning rates nor loss weights. Those of the public code that it builds on
+# stand in, with "DMD2" or "LPO" beside them. SDXL's fake_lr is 5 times lr, SD3's rates and LoRA rank are ours, the rest
+# are the toy's.
 _SDXL = {
     "model": "stabilityai/stable-diffusion-xl-base-1.0",
     "resolution": 1024,
     "sam": "sam_vit_b_01ec64.pth",
     "clip": "openai/clip-vit-base-patch32",
-    "guidance": 8.0,
-    "lr": 5e-7,
+    "guidance": 8.0,  # DMD2
+    "renoise": (0.02, 0.981),  # DMD2: t = 20 .. 980
+    "lr": 5e-7,  # DMD2
     "fake_lr": 2.5e-6,
-    "lr_schedule": "constant",
+    "lr_schedule": "constant",  # DMD2
     "checkpointing": True,
 }
 _SD3 = _SDXL | {
     "model": "stabilityai/stable-diffusion-3-medium-diffusers",
     "guidance": 7.0,
     "teacher_guidance": 7.0,  # Table 2
+    "renoise": Config.renoise,
     "lora_rank": 64,
     "lr": 1e-5,
     "fake_lr": 2e-5,
 }
-_STAGE2 = _SDXL | {"stage": 2, "rl_lr": 2e-7, "beta": 0.0076}
+# ASSUMPTION: SD3.5 is in no table of the paper: SD3's settings, and the guidance of its SD3.5-Large pictures.
+_SD35 = _SD3 | {"guidance": 4.5, "teacher_guidance": 4.5, "batch_size": 32, "iterations": 4000, "ttur": 2}
+_STAGE2 = _SDXL | {
+    "stage": 2,
+    "rl_lr": 2e-7,
+    "beta": 0.0076,  # LPO: 500 on a mean over SDXL's 65,536 dimensions
+    "pair_threshold": (0.6, 0.573),  # LPO: at 999, at 749. ASSUMPTION: of 8 steps the second, 874, has 749's
+    "ratio_clip": 0.1,  # LPO
+}
+_DMD2 = _SDXL | {  # its code for SDXL in 4 steps; the GAN's weights, 5e-3 and 0.01, are in siblings/dmd2.py
+    "method": "dmd2",
+    "fake_lr": 5e-7,
+    "clip_grad": 10.0,
+    "warmup": 500,
+    "head": "published",
+}
 PRESETS = {  # a method's values of the common settings are in its Settings (siblings/)
     "toy": {},
     "dmd2": {"method": "dmd2", "iterations": 2000},  # the toy, as the next two
     "dmdr": {"method": "dmdr", "iterations": 2000},
     "advdmd": {"method": "advdmd", "iterations": 2000},
-    "sdxl-dmd2": _SDXL | {"method": "dmd2", "batch_size": 128, "iterations": 24000},  # Table 1
+    "sdxl-dmd2": _DMD2 | {"batch_size": 128, "iterations": 24000},  # Table 1
     "sdxl-4step": _SDXL | {"batch_size": 64, "iterations": 1000},  # Table 1
     "sdxl-4step-ttur2": _SDXL | {"batch_size": 64, "iterations": 4000, "ttur": 2},  # Table 1; 8,000 too
     "sdxl-4step-ttur5": _SDXL | {"batch_size": 64, "iterations": 18000, "ttur": 5},  # Table 1
     "sdxl-8step": _SDXL | {"batch_size": 48, "iterations": 3000, "ttur": 2, "student_steps": 8},  # Table 6; 6,000 too
     "sd3-4step": _SD3 | {"batch_size": 32, "iterations": 4000, "ttur": 2},  # Table 2; 7,000 too
+    "sd35-medium-4step": _SD35 | {"model": "stabilityai/stable-diffusion-3.5-medium"},
+    "sd35-large-4step": _SD35 | {"model": "stabilityai/stable-diffusion-3.5-large"},
     "sdxl-stage2": _STAGE2 | {"batch_size": 64, "iterations": 5000},  # Tables 3, 4. ASSUMPTION: the batch is stage 1's
     "sdxl-8step-stage2": _STAGE2 | {"batch_size": 48, "iterations": 3000, "student_steps": 8},  # Table 7; 6,000 too
 }
@@ -179,16 +233,21 @@ CHOICES = {
     "preset": tuple(PRESETS),
     "method": METHODS,
     "stage": (1, 2, "reward"),
+    "t5": ("on", "off"),
     "size_condition": ("square", "original"),
     "rl_steps": ("high", "all"),
     "carry": ("random", "best"),
-    "student_steps": (4, 8),
     "dm_steps": ("high", "all"),
     "lr_schedule": ("constant", "linear"),
     "gan_loss": ("hinge", "logistic"),
     "adv_reading": ("a", "b"),
     "gan_reals": ("raw", "vae"),
+    "head": ("scaled", "published", "map"),
+    "d_block": ("middle", "last"),
     "optimizer": ("adamw", "adamw8bit"),
+    "rl": ("backprop", "grpo"),  # this and the next two: dmdr's
+    "dm_input": ("rollout", "renoised"),
+    "lora_layers": ("all", "qv"),
 }
 
 

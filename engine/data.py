@@ -3,8 +3,9 @@
 A source is endless: source[sample number] is (image (3, H, W) in [-1, 1], prompt, sizes (6,)). So a sample meets
 the same noise on any number of ranks, and a resumed run needs no stored position. The sizes are SDXL's conditions: the
 image's original height and width, its crop's top and left after resizing, and the crop's height and width.
-`prompts(n)` are fixed ones for previews. `held_out(start, n)` gives images and prompts that training never sees, and
-`judge(images, prompts)` checks pictures exactly: the toy has both, in other sources they are None.
+`prompts(n)` are fixed ones for previews; `every_prompt()`, which the toy lacks, are all of them. `held_out(start, n)`
+gives images and prompts that training never sees, and `judge(images, prompts)` checks pictures exactly: the toy has
+both, in other sources they are None.
 
 How pictures are read is in engine/decode.py, text in engine/text.py, folders in engine/layouts.py, shards in
 engine/shards.py.
@@ -173,6 +174,9 @@ class ImageFolder:
     def prompts(self, n):
         return [first_of(self.rows[i % len(self.rows)][1]) for i in range(n)]
 
+    def every_prompt(self):
+        return [one for _, caption in self.rows for one in ([caption] if isinstance(caption, str) else caption)]
+
 
 class Shards(ImageFolder):
     """WebDataset shards: a pattern of .tar files, such as "shards/{000..127}.tar", "shards/*.tar" or a URL for fsspec.
@@ -218,6 +222,9 @@ class Prompted:
 
     def prompts(self, n):
         return [self.lines[i % len(self.lines)] for i in range(n)]
+
+    def every_prompt(self):
+        return self.lines
 
 
 class _Indexed(torch.utils.data.Dataset):

@@ -35,6 +35,11 @@ def start_process():
     return int(os.environ.get("RANK", 0)), ranks, device
 
 
+def rank_and_ranks():
+    """This process's rank, and how many there are: (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def leave(status=0):
     """End the process with this status: the last line of a program.
 
@@ -175,8 +180,9 @@ def average_gradients(module, ranks):
     """In place: the ranks' mean gradient, for a small network that every rank holds whole."""
     if ranks > 1:
         for p in module.parameters():
-            dist.all_reduce(p.grad)
-            p.grad /= ranks
+            if p.requires_grad:
+                dist.all_reduce(p.grad)
+                p.grad /= ranks
 
 
 def shard(net, dtype):

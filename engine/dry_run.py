@@ -9,7 +9,7 @@ tensor's storage gives the peak of activations and temporaries. Weights and opti
     trained         16 bytes a parameter: fp32 weight, gradient, two AdamW moments (10 with --optimizer adamw8bit);
                     sharded by FSDP2
     frozen          2 bytes a parameter (bf16), sharded too: teacher (or the network under LoRAs), reference, R's UNet
-    on every GPU    text encoders and SAM (bf16), VAE (fp32), the discriminators' heads
+    on every GPU    text encoders (none with --cache-text) and SAM (bf16), VAE (fp32), the discriminators' heads
 
 Left out: the CUDA context, fragmentation and NCCL's buffers (an allowance of 8 %); the buffers in which FSDP2 reduces a
 block's gradients (bf16 and fp32, 7 GB for SDXL's largest), made when VAE and SAM have freed theirs; and previews, which
@@ -24,12 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from engine.batch import Batch
 from engine.errors import UserError
 from engine.models import blocks
-from engine.real_size import CLIP_G, CLIP_L, assemble, drop_gradients
+from engine.real_size import assemble, base_of, drop_gradients, text_encoders
 
 ALLOWANCE = 0.08  # of a GPU's memory
 MOMENTS = {"adamw": 8, "adamw8bit": 2 * (1 + 4 / 256)}  # bytes a parameter; torchao keeps an fp32 scale per 256 numbers
@@ -114,8 +113,7 @@ def states(nets, optimizer="adamw", frozen=2):
 
     frozen: bytes a weight of a frozen network.
     """
-    with FakeTensorMode():
-        words = count(CLIPTextModel(CLIP_L)) + count(CLIPTextModelWithProjection(CLIP_G))
+    words = 0 if nets.config.cache_text else sum(map(count, text_encoders(nets.config)))
     net = nets.G.net
     moment = MOMENTS[optimizer]
     lora = sum(p.numel() for name, p in net.named_parameters() if ".student." in name)
@@ -124,6 +122,9 @@ def states(nets, optimizer="adamw", frozen=2):
     kept = lambda name, n, sharded=True, size=frozen: (name, n, size * n, 0, 0, sharded)  # noqa: E731
     rows = [kept("frozen network under the LoRAs" if lora else "teacher", whole)]
     rows += [trained("generator G", lora or whole), trained("score estimator", lora or whole)]
+    tables = [b for net in dict.fromkeys((nets.teacher.net, nets.G.net, nets.fake.net)) for b in net.buffers()]
+    if tables:  # SD3's fixed positions
+        rows += [("tables of positions", sum(b.numel() for b in tables), sum(b.nbytes for b in tables), 0, 0, False)]
     rows += [kept("text encoders", words, False), kept("VAE", count(nets.vae), False, 4)]
     if "D" in nets.players:
         rows += [kept("SAM", count(nets.D.encoder[0]), False), trained("D's heads", count(nets.D), False)]
@@ -170,6 +171,7 @@ def report(config, prepare, iterate, prefer):
     open_blocks = gathered(nets)
     whole, sharded = (a_gpu(rows, n) + open_blocks for n in (1, gpus))
     print_states(config, rows, open_blocks, whole, sharded)
+    print_text(nets, sharded)
     print_operations(config, kinds, measured)
 
     peak = max(peak for turns in measured.values() for peak, _ in turns.values())
@@ -201,16 +203,14 @@ def report(config, prepare, iterate, prefer):
 
 def refuse_unknown(config):
     """Raises UserError for what the dry run does not know, and for a batch that the GPUs do not divide."""
-    sd3 = config.preset.startswith("sd3")
-    if not sd3 and not config.preset.startswith("sdxl"):
+    base = base_of(config.preset)
+    if not base:
         unknown = f"not that of --preset {config.preset}: give one of their presets"
-        raise UserError(f"--dry-run knows the geometry of SDXL and SD3-Medium, {unknown}")
+        raise UserError(f"--dry-run knows the geometry of SDXL, SD3-Medium and SD3.5, {unknown}")
     if config.method in ("dmdr", "advdmd") or config.stage == "reward":
         raise UserError("--dry-run knows neither --method dmdr nor advdmd nor --stage reward")
-    if sd3 and (config.stage == 2 or config.method == "dmd2"):
-        raise UserError(
-            "--dry-run knows SD3 in stage 1 with --method flash alone: it has no latent reward model and no bottleneck"
-        )
+    if base != "sdxl" and config.stage == 2:
+        raise UserError("--dry-run knows SD3 in stage 1 alone: it has no latent reward model")
     if config.batch_size % config.gpus or config.batch_size // config.gpus % (config.micro_batch or 1):
         batch = f"--batch-size {config.batch_size} is not divisible by --gpus {config.gpus}"
         raise UserError(f"{batch}, or a GPU's part of it not by --micro-batch")
@@ -244,6 +244,15 @@ def print_states(config, rows, open_blocks, whole, sharded):
     gathers = f"{student / 1e9:.1f} of them the student for diffusers, which rank 0 gathers in host memory"
     copies = f"; every rank copies {copied / 1e9:.1f} GB there before they are written"
     print(f"a checkpoint: {disk / 1e9:.1f} GB on disk, {gathers}" + (copies if config.optimizer == "adamw" else ""))
+
+
+def print_text(nets, sharded):
+    """What a GPU holds with and without --cache-text. sharded: bytes of the table's sum."""
+    held = 2 * sum(map(count, text_encoders(nets.config))) * (2 if nets.R else 1)
+    least = sharded - (0 if nets.config.cache_text else held)
+    prompt = 2 * sum(v.numel() for name, v in nets.null.items() if name != "size")
+    both = f"with text encoders {(least + held) / 1e9:.2f} GB on a GPU, with --cache-text {least / 1e9:.2f}"
+    print(f"{both}, and {prompt / 1e6:.2f} MB of disk for each prompt")
 
 
 def print_operations(config, kinds, measured):

@@ -2,19 +2,17 @@
 
 import os
 import time
-from pathlib import Path
 
 from tqdm import tqdm
 
 from diffusion import guided
-from engine import benchmark, data, metrics, report
+from engine import benchmark, data, metrics, report, reward_layout
 from engine.distributed import start_process
 from engine.errors import UserError
-from engine.folders import HERE, part_of
 from engine.models import load_denoiser, load_vae
 from engine.pictures import device_of, generate
 from engine.prompt_set import name_of
-from engine.prompts import load_encoder
+from engine.prompts import encoder_of
 from engine.reward_model import load_reward_model
 
 
@@ -53,7 +51,7 @@ def run(args, student, config, steps, asked=None, made_by=None):
 def networks(args, student, config, device):
     """-> what draws, the prompt encoder, the VAE, and the guided teacher where it is needed, else None."""
     model = config["model"]
-    encoder = load_encoder(model, config["resolution"], device)
+    encoder = encoder_of(config, device)
     vae = load_vae(model, device)
     teacher = None
     if student is None or args.reference == "teacher" and not args.prompts:
@@ -74,11 +72,10 @@ def name(args, student, config, steps):
 
 
 def reward_of(args, config, device):
-    """The latent reward model: --reward, the run's, or "lrm" beside the model; None where there is none."""
+    """The latent reward model: --reward, the run's, or the one beside the model; None where there is none."""
     model = config["model"]
-    beside = str(Path(model).parent / "lrm") if part_of(model) == "unet" else ""  # one of SDXL's latents
-    reward = args.reward or config.get("reward") or beside
-    if args.reward or reward and any((root / reward).is_dir() for root in (Path(), HERE)):
+    reward = args.reward or config.get("reward") or reward_layout.beside(model)
+    if args.reward or reward_layout.exists(reward):
         return load_reward_model(reward, config["resolution"], model, device)
     return None
 

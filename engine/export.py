@@ -21,6 +21,7 @@ from diffusers import (
 )
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel, T5TokenizerFast
 
 from engine import base_model
 from engine.errors import UserError
@@ -45,7 +46,7 @@ image = pipe("a prompt", {call}, guidance_scale=0, height={resolution}, width={r
 ```
 
 - Steps: {steps}, at timesteps {timesteps}; the scheduler in this folder gives them for `{call}`.
-- Guidance: none, `guidance_scale=0`. The teacher's guidance ({guidance:g}) is distilled into the weights.
+{text}- Guidance: none, `guidance_scale=0`. The teacher's guidance ({guidance:g}) is distilled into the weights.
 - ComfyUI (untested): sampler "lcm", scheduler "simple", {steps} steps, cfg 1{shift}.
 {files}
 ## Metrics
@@ -97,19 +98,20 @@ def export(run, out, lora=False):
     part = part_of(model)
     student = load_denoiser(model, student=made)  # raises UserError for a torn LoRA
     scheduler = student_scheduler(model, config["student_steps"])
-    encoder = load_encoder(model, config["resolution"])
+    encoder = load_encoder(model, config["resolution"], t5="off")  # T5 stays in the type that it is stored in
+    t5 = config["t5"] == "on"
     if lora:
         scheduler.save_pretrained(out / "scheduler")
         save_lora(load_file(made / "lora" / LORA), student.net, out)
     else:
-        pipeline = pipeline_of(model, student.net, scheduler, encoder)
+        pipeline = pipeline_of(model, student.net, scheduler, encoder, t5)
         with waiting(f"writing {out}", size=inf):
             pipeline.save_pretrained(out)
     names = {"model": config["model"], "scheduler": type(scheduler).__name__, "weights": LORA, "variant": ""}
-    variants = {on_disk(model, name)[1] for name in base_model.PARTS[part]} - {None}
+    variants = {on_disk(model, name)[1] for name in (*base_model.PARTS[part], *["text_encoder_3"] * t5)} - {None}
     if variants:
         names["variant"] = f', variant="{min(variants)}"'
-    names["without"] = ", text_encoder_3=None, tokenizer_3=None" if part == "transformer" else ""
+    names["without"] = ", text_encoder_3=None, tokenizer_3=None" if part == "transformer" and not t5 else ""
     load = (LOAD_LORA if lora else LOAD).format(**names)
     files = FILES[part] if lora else ""
     (out / "README.md").write_text(card(run, made, config, load, files, student.schedule, encoder))
@@ -128,15 +130,20 @@ def student_scheduler(model, steps):
     return load_part(FlowMatchEulerDiscreteScheduler, model, "scheduler", stochastic_sampling=True, **plain)
 
 
-def pipeline_of(model, net, scheduler, encoder):
-    """A diffusers pipeline, in fp32, of a student's network and the other parts of pipeline folder `model`."""
+def pipeline_of(model, net, scheduler, encoder, t5):
+    """A diffusers pipeline, in fp32, of a student's network and the other parts of pipeline folder `model`.
+
+    t5: whether its T5 is one of them, as it is stored.
+    """
     parts = {"vae": load_vae(model).net, "scheduler": scheduler, part_of(model): net}
     for n, tokenizer, text in zip(("", "_2"), encoder.tokenizers, encoder.encoders):
         parts |= {f"tokenizer{n}": tokenizer, f"text_encoder{n}": text}
     if part_of(model) == "unet":
         zeros = index_of(model).get("force_zeros_for_empty_prompt", True)
         return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros)
-    return StableDiffusion3Pipeline(**parts, text_encoder_3=None, tokenizer_3=None)  # students have no T5
+    for name, cls in {"tokenizer_3": T5TokenizerFast, "text_encoder_3": T5EncoderModel}.items():
+        parts[name] = load_part(cls, model, name) if t5 else None
+    return StableDiffusion3Pipeline(**parts)
 
 
 def save_lora(weights, net, out):
@@ -173,9 +180,13 @@ def card(run, made, config, load, files, schedule, encoder):
     """The model card of checkpoint folder `made`. load: the code that makes `pipe`; files: its lines on other files."""
     steps = config["student_steps"]
     call = f"num_inference_steps={steps}"
-    shift = ""
-    if schedule.prediction == "flow":  # sigmas before the shift; for the missing T5 as many zero tokens as CLIP's
+    shift = text = ""
+    if schedule.prediction == "flow":  # sigmas before the shift
         length = encoder.tokenizers[0].model_max_length
+        text = f"- Text: without T5; {length} tokens of zeros stand for its own.\n"
+        if config["t5"] == "on":
+            length = config["text_length"]
+            text = f"- Text: T5 reads {length} tokens, as in training. Its states depend on `max_sequence_length`.\n"
         call = f"sigmas={[n / steps for n in range(steps, 0, -1)]}, max_sequence_length={length}"
         shift = f"; node ModelSamplingSD3 with shift {schedule.shift:g}"
     measured = run / "metrics.json"
@@ -189,6 +200,7 @@ def card(run, made, config, load, files, schedule, encoder):
         files=files,
         call=call,
         shift=shift,
+        text=text,
         loops=json.loads((made / "progress.json").read_text())["loops"],
         timesteps=", ".join(f"{t:g}" for t in schedule.steps(steps).tolist()),
         metrics=metrics,

@@ -40,13 +40,15 @@ def start(check):
         return fail(e)
 
 
-def at_least(low):
-    """An argparse type: a whole number, `low` or more."""
+def at_least(low, most=math.inf):
+    """An argparse type: a whole number, `low` or more, not above `most`."""
 
     def number(text):
         value = int(text)
         if value < low:
             raise argparse.ArgumentTypeError(f"must be at least {low}, not {value}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {value}")
         return value
 
     return number
@@ -82,8 +84,20 @@ def _range(text):
     return low, high
 
 
+def _thresholds(text):
+    try:
+        numbers = tuple(map(float, text.split(",")))
+    except ValueError:
+        why = f"must be a number, or one for each student step, such as 0.6,0.573, not {text}"
+        raise argparse.ArgumentTypeError(why) from None
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 def _stage(text):
     return int(text) if text.isdigit() else text
+
+
+KINDS = {tuple: _range, float | tuple: _thresholds, int | str: _stage}  # a field's type -> how its flag is read
 
 
 def method_of(argv=None):
@@ -110,7 +124,7 @@ def parse(argv=None, settings=Config):
         if f.type is bool:
             kind = {"action": "store_true"}
         else:
-            kind = {"type": {tuple: _range, int | str: _stage}.get(f.type, f.type), "choices": CHOICES.get(f.name)}
+            kind = {"type": KINDS.get(f.type, f.type), "choices": CHOICES.get(f.name)}
         note = f"{notes[f.name]} (default: {f.default})".replace("%", "%%")
         parser.add_argument(flag(f.name), default=None, help=note, **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
@@ -121,10 +135,12 @@ def parse(argv=None, settings=Config):
         given["resume"] = True
         saved = saved_settings(given.get("out"))
         before = {k: v for k, v in saved.items() if k in notes and k not in ("preset", "overwrite")}
-    preset = PRESETS[given.get("preset", "toy")]
+    preset = {k: v for k, v in PRESETS[given.get("preset", "toy")].items() if k in notes}  # one has DMD2's own flag
     values = preset | before | given
     config = settings(**values)
-    config.renoise = tuple(config.renoise)
+    for name, value in vars(config).items():
+        if isinstance(value, list):  # of a config.json
+            setattr(config, name, tuple(value))
     return config
 
 

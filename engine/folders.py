@@ -63,6 +63,14 @@ def check_new(path, flag):
     check_writable(path, flag)
 
 
+def check_holds(path, beginning, flag):
+    """Raises UserError where a folder cannot be written to, or holds things but none whose name begins so."""
+    names = os.listdir(path) if os.path.isdir(path) else []
+    if names and not any(name.startswith(beginning) for name in names):
+        raise UserError(f"{path} holds something else: give another {flag}")
+    check_writable(path, flag)
+
+
 def check_size(model, size):
     """Raises UserError where the denoiser and the VAE of pipeline folder `model` cannot draw size = (height, width)."""
     part = part_of(model)

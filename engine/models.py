@@ -28,6 +28,7 @@ from diffusion import Schedule
 from engine import base_model
 from engine.errors import UserError
 from engine.folders import first_line, folder, on_disk, part_of
+from engine.hidden import as_map, block_name, output_of
 
 LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 PARTS = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}  # a denoiser's name in a pipeline folder
@@ -120,6 +121,7 @@ class Denoiser:
         self.dtype = dtype
         self.name = name
         self.scales = scales or {}
+        self.block = block_name(net)  # whose output with_features gives
         # forward passes so far, in samples; one with gradient counts as 3 (its backward pass costs two forward passes)
         self.passes = 0
 
@@ -144,13 +146,13 @@ class Denoiser:
         return self.net(x_t, t, tokens, added_cond_kwargs=added, return_dict=False)[0]
 
     def with_features(self, x_t, t, c):
-        """-> x_0, and the mid block's output (B, C, h', w') for a discriminator (siblings/dmd2.py)."""
-        kept = []
-        handle = self.net.mid_block.register_forward_hook(lambda module, inputs, output: kept.append(output))
-        try:
-            return self(x_t, t, c), kept[0]
-        finally:
-            handle.remove()
+        """-> x_0, and the output of block `self.block` as a map (B, D, h', w'), for a discriminator."""
+        with output_of(self.net, self.block) as outputs:
+            x_0 = self(x_t, t, c)
+        features = as_map(self.net, outputs[0], x_t.shape[-2])
+        if self.scales and features.requires_grad:  # a loss of the features alone sends no gradient to x_0
+            features.register_hook(lambda grad: lora_scale(self.net, self.scales))
+        return x_0, features
 
 
 LAYERS = [  # diffusers' names of the layers that LoRAs adapt
@@ -160,8 +162,8 @@ LAYERS = [  # diffusers' names of the layers that LoRAs adapt
 ]
 
 
-def add_lora(net, rank, *names, dtype=torch.float32):
-    """In place: freeze the network's weights, in `dtype`, and add a trainable fp32 LoRA (peft) per name to all LAYERS.
+def add_lora(net, rank, *names, dtype=torch.float32, layers=LAYERS):
+    """In place: freeze the network's weights, in `dtype`, and add a trainable fp32 LoRA (peft) per name to `layers`.
 
     All LoRAs are active together; lora_scale sets the strength of each. All start from one A, and from B = 0.
     """
@@ -169,7 +171,7 @@ def add_lora(net, rank, *names, dtype=torch.float32):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of a second LoRA
         for name in names:
-            net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS), name)
+            net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), name)
     net.set_adapter(list(names))
     for layer in net.modules():
         if isinstance(layer, LoraLayer):

@@ -18,7 +18,7 @@ import score_estimator
 from diffusion import backward_simulation, guided, noise_to_step, randn, sample_generators, sample_ode
 from engine import metrics
 from engine.errors import UserError
-from engine.pictures import generate, save_grid
+from engine.pictures import generate, in_steps, save_grid
 
 
 class Means(dict):
@@ -80,7 +80,7 @@ class Preview:
         rollouts = (self.rollout(denoiser, self.c, "preview", columns) for denoiser in earlier.values())
         self.earlier = [self.vae.decode(x_0) for x_0 in rollouts]
         few_step = (*earlier, f"stage {nets.config.stage}")
-        self.labels = [*(f"{name}, {len(self.S)} steps" for name in few_step), "teacher, 50 steps"]
+        self.labels = [*(f"{name}, {in_steps(len(self.S))}" for name in few_step), "teacher, 50 steps"]
 
     def generators(self, purpose, n):
         return sample_generators(self.seed, 0, range(n), purpose)
@@ -168,6 +168,7 @@ def out_of_memory(error, config):
     if config.stage != "reward":  # it takes a rank's batch at once
         at_once = config.micro_batch or at_once
         switch = "--micro-batch"
+    held = config.stage != "reward" and not config.cache_text  # text encoders
     pixel_gan = config.stage != "reward" and config.method == "flash" and config.gan_weight
     helps = {
         f"lower {switch}": at_once > 1,
@@ -175,6 +176,7 @@ def out_of_memory(error, config):
         f"add --gan-crop {config.resolution // 2}": pixel_gan and not config.gan_crop,
         "--optimizer adamw8bit": config.optimizer == "adamw",
         "--lora-rank 64": config.stage == 1 and config.method != "dmdr" and not config.lora_rank,
+        "--cache-text FOLDER": held and (config.prompts or config.data != "toy"),
         "more ranks": True,
         "a lower --resolution": True,
     }

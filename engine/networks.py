@@ -8,12 +8,12 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from diffusion import guided
-from engine import checkpoint, run_folder
+from engine import checkpoint, run_folder, text_cache
 from engine.distributed import adamw, average_gradients, shard, update, weights
 from engine.errors import UserError
 from engine.models import Denoiser, add_lora, at_work, load_denoiser, load_sam, load_vae
-from engine.prompts import load_encoder
-from engine.reward_model import load_reward_model
+from engine.prompts import encoder_of
+from engine.reward_model import backbone, load_reward_model
 
 LORAS = {
     "teacher": {"student": 0.0, "fake": 0.0},
@@ -38,6 +38,7 @@ class Networks:
     fake: object  # μ_fake, the score estimator
     S: torch.Tensor  # τ_K > ... > τ_1
     sharded: bool = False
+    prompts: list = ()  # with --cache-text: every prompt of the run
     D: object = None  # the method's discriminator, where it has one
     ref: object = None  # stage 2: p_ref, the frozen stage-1 student
     R: object = None  # the reward model: stage 2's, or DMDR's
@@ -75,18 +76,25 @@ class Networks:
             p.grad = None
 
     def pace(self, loop, factor=1.0):
-        """Set a loop's learning rates by --lr-schedule, times `factor`: G's (RL's too) and the score estimator's."""
+        """Set a loop's learning rates: all rise by --warmup.
+
+        G's (RL's too) and the score estimator's fall by --lr-schedule too, and are multiplied by `factor`.
+        """
         config = self.config
+        warm = min(1.0, loop / config.warmup) if config.warmup else 1.0
+        factor = factor * warm
         if config.lr_schedule == "linear":
             factor = factor * (1 - (loop - 1) / config.iterations)
-        for name, rate in (("G", config.lr), ("fake", config.fake_lr), ("G, RL", config.rl_lr)):
+        rates = {"G": config.lr * factor, "fake": config.fake_lr * factor, "G, RL": config.rl_lr * factor}
+        rates |= {name: self.trained[name][1] * warm for name in self.trained if name not in rates}
+        for name, rate in rates.items():
             if name not in self.players:
                 continue
             for group in self.players[name][1].param_groups:
                 if torch.is_tensor(group["lr"]):  # torchao's
-                    group["lr"].fill_(rate * factor)
+                    group["lr"].fill_(rate)
                 else:
-                    group["lr"] = rate * factor
+                    group["lr"] = rate
 
     def like(self, batch):
         """A tensor of the shape of a batch's latents, (B, C, h, w); its values are undefined."""
@@ -132,27 +140,30 @@ class Networks:
         return load_sam(self.config.sam, self.latent.device, self.dtype)
 
     def load_reward(self):
-        """The latent reward model. Raises UserError for one of another number of latent channels."""
+        """The latent reward model. Raises UserError for one of other latents than the model's."""
         config = self.config
-        device = self.latent.device
         path = run_folder.reward_folder(config)
-        R = load_reward_model(path, config.resolution, config.model, device, self.dtype)
-        channels = R.unet.config.in_channels
-        if channels != self.vae.channels:
-            others = f"those of {config.model} have {self.vae.channels}"
-            raise UserError(f"the reward model in {path} scores latents of {channels} channels, {others}")
-        self.ready(R.unet)
+        device = self.latent.device
+        R = load_reward_model(path, config.resolution, config.model, device, self.dtype, self.encoder)
+        self.ready(backbone(R))
+        if config.cache_text:
+            text_cache.fill(R.encoder, self.prompts, config.cache_text)
         return R
 
 
-def assemble(config, ranks, device, prepare=None):
+def assemble(config, ranks, device, prepare=None, source=None):
     """Algorithm 1, lines 1-3, and in stage 2 the reference and the reward model -> Networks.
 
-    prepare(nets): adds the method's networks, a discriminator or a LoRA, before the score estimator is sharded.
+    prepare(nets): adds the method's networks, a discriminator or a LoRA, before the score estimator is sharded; source:
+    of the data, whose prompts --cache-text encodes before any other network is loaded.
     Raises UserError for settings that do not fit the model.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    encoder = load_encoder(config.model, config.resolution, device, dtype)
+    encoder = encoder_of(vars(config), device, dtype, loaded=not config.cache_text)
+    prompts = ()
+    if config.cache_text:
+        prompts = text_cache.prompts_of(config, source)
+        text_cache.fill(encoder, prompts, config.cache_text)
     vae = load_vae(config.model, device)
     side = latent_side(config, vae)
     latent = torch.empty(config.batch_size // ranks, vae.channels, side, side, device=device)
@@ -181,7 +192,7 @@ def assemble(config, ranks, device, prepare=None):
     S = schedule.steps(config.student_steps)
     null = encoder.null()
     at_scale = guided(teacher, null, config.guidance)
-    nets = Networks(config, ranks, latent, encoder, vae, teacher, at_scale, null, G, fake, S, sharded)
+    nets = Networks(config, ranks, latent, encoder, vae, teacher, at_scale, null, G, fake, S, sharded, prompts)
     nets.trained["G"] = (G.net, config.lr, "student" if config.lora_rank else "")
     nets.trained["fake"] = (fake.net, config.fake_lr, "fake" if config.lora_rank else "")
     if prepare:

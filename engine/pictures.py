@@ -125,6 +125,11 @@ def to_pil(image):
     return Image.fromarray(array.permute(1, 2, 0).numpy())
 
 
+def in_steps(n):
+    """A number of sampling steps as a label has it."""
+    return f"{n} step" if n == 1 else f"{n} steps"
+
+
 def save_grid(path, rows, row_labels, column_labels=()):
     """A labelled grid of pictures as one PNG.
 

@@ -1,4 +1,4 @@
-"""SDXL and SD3-Medium at real size without weights: the geometry of their networks, and a run's networks.
+"""SDXL, SD3-Medium and SD3.5 at real size without weights: the geometry of their networks, and a run's networks.
 
 The networks are of fake tensors, which have shapes and dtypes but no numbers: engine/dry_run.py runs train.py's own
 iteration on them.
@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from segment_anything import sam_model_registry
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from diffusion import Schedule, guided
 from engine.models import VAE, Denoiser, add_lora
@@ -52,6 +52,10 @@ SD3 = {
     "pooled_projection_dim": 2048,
     "pos_embed_max_size": 192,
 }
+SD35 = SD3 | {"qk_norm": "rms_norm"}
+SD35_MEDIUM = SD35 | {"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))}
+SD35_LARGE = SD35 | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+TRANSFORMERS = {"sd3": SD3, "sd35-medium": SD35_MEDIUM, "sd35-large": SD35_LARGE}
 SD3_VAE = SDXL_VAE | {
     "latent_channels": 16,
     "scaling_factor": 1.5305,
@@ -79,16 +83,45 @@ CLIP_L = clip_text(768, 12, 12)
 CLIP_G = clip_text(1280, 32, 20)
 
 
-class Words:
-    """The prompt encoder's shapes: SDXL's, or SD3's (with as many zero tokens for T5 as CLIP has tokens)."""
+def base_of(preset):
+    """The base model that a preset is for: "sdxl", or one of TRANSFORMERS; None for one of another geometry."""
+    return next((name for name in ("sdxl", *TRANSFORMERS) if preset.startswith(f"{name}-")), None)
 
-    def __init__(self, sd3):
-        self.sd3 = sd3
+
+T5_XXL = T5Config(
+    vocab_size=32128,
+    d_model=4096,
+    d_kv=64,
+    d_ff=10240,
+    num_layers=24,
+    num_heads=64,
+    feed_forward_proj="gated-gelu",
+)
+
+
+def has_t5(config):
+    """Whether T5 is among the text encoders: SD3's pipeline has it."""
+    return config.preset.startswith("sd3") and config.t5 != "off"
+
+
+def text_encoders(config):
+    """The text encoders of a run, without numbers."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        t5 = [T5EncoderModel(T5_XXL)] if has_t5(config) else []
+        return [CLIPTextModel(CLIP_L), CLIPTextModelWithProjection(CLIP_G), *t5]
+
+
+class Words:
+    """The prompt encoder's shapes: SDXL's, or SD3's (without T5: as many zero tokens as CLIP has tokens)."""
+
+    def __init__(self, config):
+        self.sd3 = config.preset.startswith("sd3")
+        self.more = config.text_length if has_t5(config) else 77
 
     def encode(self, prompts):
         n = len(prompts)
         if self.sd3:
-            return {"tokens": torch.zeros(n, 154, 4096), "pooled": torch.zeros(n, 2048)}
+            return {"tokens": torch.zeros(n, 77 + self.more, 4096), "pooled": torch.zeros(n, 2048)}
         return {"tokens": torch.zeros(n, 77, 2048), "pooled": torch.zeros(n, 1280), "size": torch.zeros(n, 6)}
 
 
@@ -136,11 +169,12 @@ def assemble(config, batch, prepare, kind=Unmoved):
 
     Denoisers compute in bf16, as on a GPU. prepare(nets): what the method adds; kind: the class to make.
     """
-    sd3 = config.preset.startswith("sd3")
+    base = base_of(config.preset)
+    sd3 = base in TRANSFORMERS
     schedule = Schedule("flow", shift=3.0) if sd3 else Schedule()
-    words = Words(sd3)
+    words = Words(config)
     side = config.resolution // 8
-    build = lambda: SD3Transformer2DModel(**SD3) if sd3 else UNet2DConditionModel(**SDXL)  # noqa: E731
+    build = lambda: SD3Transformer2DModel(**TRANSFORMERS[base]) if sd3 else UNet2DConditionModel(**SDXL)  # noqa: E731
     torch.set_default_dtype(torch.bfloat16)  # for the weights: fake ones cannot be cast in place
     if config.lora_rank:
         net = with_loras(build, config.lora_rank)

@@ -2,7 +2,8 @@
 
     -E [ log σ( R(z^w_t, t, c) - R(z^l_t, t, c) ) ],  t uniform in 1 .. 951, one t for both latents of a pair
 
-R starts from the model's UNet and text encoders. NOTE: LPO trains the text encoders too; here they are frozen.
+R starts from the model's UNet and text encoders, or as a LoRA on SD3's first blocks (engine/dina_lrm.py). NOTE: LPO
+trains the text encoders too; here they are frozen.
 
 Every rank holds all of R; gradients are averaged over ranks.
 """
@@ -18,7 +19,7 @@ from engine.decode import Unreadable, Unusable, read
 from engine.distributed import Ending, adamw, average_gradients, from_rank_0, start_process, update
 from engine.errors import UserError
 from engine.models import load_schedule, load_vae
-from engine.reward_model import save_reward_model, untrained_reward_model
+from engine.reward_model import backbone, save_reward_model, untrained_reward_model
 from latent_reward import bradley_terry, pair_scores
 
 LEVELS = (50, 250, 500, 749)  # noise levels at which held-out pairs are scored
@@ -85,6 +86,7 @@ class Pairs:
 
 def train_reward(config):
     """Train R as `config` says -> the run folder, whose checkpoints hold lrm/. Raises UserError."""
+    config = run_folder.look(config)
     rank, ranks, device = start_process()
     per_rank = config.per_rank(ranks)
     source = Pairs(config.pairs, config.resolution, config.seed)
@@ -93,8 +95,8 @@ def train_reward(config):
     torch.manual_seed(config.seed)
     R = untrained_reward_model(config.model, config.resolution, device).train()
     if config.checkpointing:
-        R.unet.enable_gradient_checkpointing()
-    players = {"R": (R, adamw(list(R.parameters()), config.reward_lr, config))}
+        backbone(R).enable_gradient_checkpointing()
+    players = {"R": (R, adamw([p for p in R.parameters() if p.requires_grad], config.reward_lr, config))}
 
     run = from_rank_0(lambda: run_folder.open_run(config))
     progress = {"loops": 0, "samples": 0, "skipped_updates": 0}

@@ -14,18 +14,18 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
-from engine import base_model, layouts, text
+from engine import base_model, layouts, reward_layout, text
 from engine.config import flag
 from engine.errors import UserError
-from engine.folders import HERE, check_writable, folder, part_of
+from engine.folders import HERE, check_holds, check_writable, folder
 from engine.locks import check_free, lock, unlock
 
 SHIPPED = HERE / "toy" / "student"  # unet/ and config.json of a student for those who have trained none
 
 FIXED = (  # settings that a resumed run cannot change; the last line is the siblings'
     *("stage", "model", "data", "prompts", "method", "lora_rank", "optimizer"),
-    *("sam", "student_steps", "resolution", "seed", "batch_size"),
-    *("fake_lora", "judge"),
+    *("t5", "text_length", "sam", "student_steps", "resolution", "seed", "batch_size"),
+    *("fake_lora", "lora_layers", "judge", "head", "d_block"),
 )
 
 
@@ -39,6 +39,9 @@ def look(config):
     if config.dry_run:
         return config
     base_model.check(config.model)
+    config = dataclasses.replace(config, t5=base_model.t5_of(config.model, config.t5))
+    if config.cache_text:
+        check_holds(config.cache_text, "text-", "--cache-text")
     if config.cache_latents and Path(config.cache_latents).is_file():
         raise UserError(f"--cache-latents {config.cache_latents} is a file: give a folder")
     if config.stage == "reward":
@@ -49,6 +52,8 @@ def look(config):
         text.prompts(config.prompts)
     if config.watch:
         text.prompts(config.watch, "--watch")
+        if config.reward not in ("", "clip"):
+            reward_layout.check(config.reward, config.model)
     if config.method == "flash" and config.gan_weight and config.stage != "reward" and not config.sam.endswith(".pth"):
         folder(config.sam, "config.json", "image_encoder.safetensors", hub=False)
     if config.stage == 2:
@@ -148,7 +153,7 @@ def made_at(student):
 def saved_settings(run):
     """The settings in a run folder's config.json as a dict; {} where there is no such file.
 
-    Older runs have `gan` in place of `method`. Raises UserError where the file is torn.
+    Older runs have `gan` in place of `method`, and no T5. Raises UserError where the file is torn.
     """
     path = Path(run or "", "config.json")
     if not run or not path.is_file():
@@ -160,6 +165,7 @@ def saved_settings(run):
     if "method" not in settings:
         settings["method"] = method_before(settings)
         settings.pop("gan", None)
+    settings["t5"] = settings.get("t5") or "off"  # runs of before --t5 had none
     return settings
 
 
@@ -175,8 +181,9 @@ def from_stage_1(config):
     """Stage 2's config with --init and --reward filled in. Raises UserError for a stage-1 run that does not fit."""
     run, before = find_run(config.init, stage=1)
     before = dataclasses.asdict(type(config)()) | before
-    for key in ("model", "resolution", "student_steps", "method", "lora_rank"):
-        if before[key] != getattr(config, key):
+    shared = ("model", "t5", "text_length", "resolution", "student_steps", "method", "lora_rank", "head", "d_block")
+    for key in shared:
+        if before.get(key) != getattr(config, key, None):
             raise UserError(f"{run} was trained with {flag(key)} {before[key]}, not {getattr(config, key)}")
     if config.gan_weight and not before["gan_weight"]:
         raise UserError(f"{run} was trained without a GAN: pass --gan-weight 0")
@@ -184,14 +191,14 @@ def from_stage_1(config):
 
 
 def reward_folder(config):
-    """The latent reward model's folder: --reward, or "lrm" beside the model. Raises UserError where there is none."""
-    if not config.reward and part_of(config.model) == "transformer":
-        raise UserError("there is no latent reward model for SD3: name a folder of your own with --reward")
+    """The latent reward model's folder: --reward, or "lrm" (SDXL) or "sd3_lrm" (SD3) beside the model.
+
+    Raises UserError where there is none, and for one of other latents than the model's.
+    """
     if config.reward == "clip":
         raise UserError("--reward clip is DMDR's, in stage 1: name the folder of a latent reward model")
-    reward = config.reward or str(Path(config.model).parent / "lrm")
-    if not any((root / reward).is_dir() for root in (Path(), HERE)):
-        raise UserError(f"no latent reward model in {reward}: name its folder with --reward")
+    reward = config.reward or reward_layout.beside(config.model)
+    reward_layout.check(reward, config.model)
     return reward
 
 

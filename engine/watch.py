@@ -3,7 +3,7 @@
 import torch
 
 from diffusion import guided
-from engine import metrics, text
+from engine import metrics, text, text_cache
 from engine.pictures import generate
 from engine.reward_model import load_reward_model
 
@@ -26,6 +26,8 @@ class Watch:
         self.R = nets.R if hasattr(nets.R, "score_finished") else None
         if self.R is None and config.reward not in ("", "clip"):
             self.R = load_reward_model(config.reward, config.resolution, config.model, device)
+            if config.cache_text:
+                text_cache.fill(self.R.encoder, nets.prompts, config.cache_text)
         teacher = guided(nets.teacher, nets.null, config.teacher_guidance)
         self.teacher = self.diversity(self.clip.features(self.pictures(teacher, 50, ode=True)))
         self.last = None

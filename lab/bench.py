@@ -60,6 +60,8 @@ def rollouts(config):
     They lead to x at step i, and on to the last step.
     """
     K = config.student_steps
+    if K == 1:
+        return 0
     return K - 2 + (1 / K if config.dm_steps == "all" else 0)  # where i is the last step, x is made once more
 
 

@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.flags import Parser, at_least, fail
 from engine.run_folder import newest
 
-STAGE_1 = "--batch-size 8 --iterations 200 --lr 8e-5 --fake-lr 5e-4 --gan-crop 32 --preview-every 200"
+STAGE_1 = "--batch-size 8 --iterations 200 --lr 6e-5 --fake-lr 4e-4 --gan-crop 32 --preview-every 200"
 STAGE_2 = "--iterations 45 --lr 2e-5 --fake-lr 2e-4 --gan-crop 32 --rl-ratio 2 --preview-every 45"
 EVALUATED = 200  # prompts
 
@@ -39,11 +39,11 @@ def steps(out, seed=0):
     evaluated = f"--steps 4 --num {EVALUATED} --json"
     return [
         Step(
-            "stage 1: distribution matching and Pixel-GAN", "train.py", f"--stage 1 --out {out} {STAGE_1} {both}", 0.5
+            "stage 1: distribution matching and Pixel-GAN", "train.py", f"--stage 1 --out {out} {STAGE_1} {both}", 0.64
         ),
-        Step("the student of stage 1", "evaluate.py", f"--run {out} {evaluated} {out}/metrics.json", 0.07),
-        Step("stage 2: reinforcement joins", "train.py", f"--stage 2 --init {out} --out {two} {STAGE_2} {both}", 0.34),
-        Step("the student of stage 2", "evaluate.py", f"--run {two} {evaluated} {two}/metrics.json", 0.07),
+        Step("the student of stage 1", "evaluate.py", f"--run {out} {evaluated} {out}/metrics.json", 0.05),
+        Step("stage 2: reinforcement joins", "train.py", f"--stage 2 --init {out} --out {two} {STAGE_2} {both}", 0.24),
+        Step("the student of stage 2", "evaluate.py", f"--run {two} {evaluated} {two}/metrics.json", 0.05),
         Step("its pictures", "sample.py", f"--steps 4 --run {two} --out {two}/samples", 0.02),
     ]
 

@@ -1,10 +1,16 @@
-"""The list of docs/paper.md: every ASSUMPTION and NOTE of the code, each linked to its line.
+"""The line numbers in docs/: the list of docs/paper.md, and links to functions.
 
-python -m lab.notes    writes what follows the mark in docs/paper.md
+    python -m lab.notes    writes what follows the mark in docs/paper.md, and renews [`file.py`: `function`](...#L1)
+
+The list is every ASSUMPTION and NOTE of the code, each linked to its line.
 """
 
+import ast
 import re
 from pathlib import Path
+
+from engine.errors import UserError
+from engine.flags import fail
 
 PAGE = Path("docs/paper.md")
 MARK = "<!-- python -m lab.notes writes what follows -->"
@@ -62,5 +68,33 @@ def page():
     return "\n".join(lines).rstrip() + "\n"
 
 
+LINK = re.compile(r"\[`([\w/]+\.py)`:\s`([\w.]+)`\]\(\.\./[\w/.]+#L\d+\)")
+
+
+def definition(path, name):
+    """The syntax tree of a function, a class, or a method, "Class.method". Raises UserError where there is none."""
+    node = ast.parse(Path(path).read_text())
+    for part in name.split("."):
+        node = next((n for n in node.body if getattr(n, "name", "") == part), None)
+        if node is None:
+            raise UserError(f"docs/ link to {name} in {path}, which is not there: correct the link")
+    return node
+
+
+def linked(text):
+    """A page of docs/ whose links [`file.py`: `function`](...) lead to the line where the function begins."""
+    at = lambda m: f"[`{m[1]}`: `{m[2]}`](../{m[1]}#L{definition(m[1], m[2]).lineno})"  # noqa: E731
+    return LINK.sub(at, text)
+
+
+def main():
+    try:
+        renewed = {path: linked(path.read_text()) for path in Path("docs").glob("*.md")} | {PAGE: page()}
+    except UserError as e:
+        fail(e)
+    for path, text in renewed.items():
+        path.write_text(text)
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    main()

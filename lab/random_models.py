@@ -2,7 +2,7 @@
 
 They show speed and memory without downloads:
 
-    python -m lab.random_models sdxl OUT      OUT/sdxl (7 GB, bf16) and OUT/sam_vit_b_random.pth
+    python -m lab.random_models sdxl OUT      OUT/sdxl (7 GB, bf16) and OUT/sam_vit_b_random.pth; sd3: 15 GB, with T5
     python train.py --preset sdxl-4step --model OUT/sdxl --sam OUT/sam_vit_b_random.pth --clip toy/clip --data pictures
 """
 
@@ -21,12 +21,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from segment_anything import sam_model_registry
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from diffusion import Schedule
 from engine.folders import HERE
 from engine.pictures import to_pil
-from engine.real_size import CLIP_G, CLIP_L, SD3, SD3_VAE, SDXL, SDXL_VAE
+from engine.real_size import CLIP_G, CLIP_L, SD3, SD3_VAE, SDXL, SDXL_VAE, T5_XXL
 
 
 def write(kind, out):
@@ -47,7 +47,8 @@ def write(kind, out):
         else:
             scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
             parts = {"transformer": SD3Transformer2DModel(**SD3), "scheduler": scheduler}
-            parts |= {"text_encoder": CLIPTextModelWithProjection(CLIP_L), "text_encoder_3": None, "tokenizer_3": None}
+            parts |= {"text_encoder": CLIPTextModelWithProjection(CLIP_L), "text_encoder_3": T5EncoderModel(T5_XXL)}
+            parts["tokenizer_3"] = T5TokenizerFast(model_max_length=512)
             pipeline = StableDiffusion3Pipeline(vae=AutoencoderKL(**SD3_VAE), **texts, **parts)
     finally:
         torch.set_default_dtype(before)

@@ -114,8 +114,11 @@ def fill(path, results, jobs, workers):
             done.result()
 
 
-def options(description, parts, quick=False):
-    """The command line of a module whose rows come in `parts`; with `quick`, of one that has a short way too."""
+def options(description, parts, quick=False, seeds=False):
+    """The command line of a module whose rows come in `parts`.
+
+    With `quick`, of one that has a short way too; with `seeds`, of one that can take some of the seeds alone.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="run the rows of these parts")
     parser.add_argument("--num", type=at_least(8), default=NUM, help="held-out prompts per row")
@@ -123,4 +126,7 @@ def options(description, parts, quick=False):
     parser.add_argument("--print", action="store_true", help="write from the rows that are there, and train nothing")
     if quick:
         parser.add_argument("--quick", action="store_true", help="train short runs of the core rows only")
+    if seeds:
+        which = {"nargs": "+", "type": int, "choices": SEEDS, "default": list(SEEDS)}
+        parser.add_argument("--seeds", **which, help="run these seeds")
     return parser.parse_args()

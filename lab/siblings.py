@@ -16,7 +16,11 @@ from lab.rows import SEEDS
 from lab.stage1 import SETTINGS, spelt
 
 RESULTS = Path("results/siblings.json")
-DMDR = spelt((*SETTINGS, "method", "fake_lora", "dynamic", "real_scale", "reward_weight", "reward_margin"), "dmdr")
+OWN = (
+    *("fake_lora", "lora_layers", "dynamic", "real_scale", "dm_input"),
+    *("rl", "reward_start", "reward_weight", "reward_margin"),
+)
+DMDR = spelt((*SETTINGS, "method", *OWN), "dmdr")
 DMDR |= {"--iterations": 1000}  # G moves in every fifth loop: 100 updates of cold start, 100 with reward
 COLD = 2  # the first of its five points that the cold start, 500 loops, is behind
 ADVDMD = spelt((*SETTINGS, "method", "critic_weight", "candidates", "rl_gate", "rl_after"), "advdmd")

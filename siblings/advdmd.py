@@ -5,39 +5,29 @@ intermediate AND final states of sampling, online with the generator. One SDE ba
 matching and reinforcement learning; the two follow different schedules. Known from quotations: GRPO, deferred until G
 and D are stable. THE REST IS OUR RECONSTRUCTION:
 
-    π_θ(z_s|z_t) = N(α_s G(z_t, t), σ_s² I)               a student step with fresh noise; the last step has no density
     R(z_s)       = the logit of D at z_s, level s         D: the head of siblings/dmd2.py
-    A            = clamp((R - mean)/(std + δ), ±A_max)    over a group: rollouts of one prompt, at the same step
-    L_rl         = -E [ A log π_θ ]                       the plain policy gradient; log π is a mean over dimensions
+    L_rl         = -E [ A log π_θ ]                       siblings/policy.py: π_θ, and A, relative to a group
 
     states       z_s at every student step but the first, and x_0;  x_0's A is added to the A of the last z_s
     gate         RL runs while D tells real from generated on a batch that it is not trained on yet (--rl-gate)
 
-A group is one prompt several times: `grouped` repeats every g-th prompt and its real picture. A_max only matters for
-groups of 11 or more.
-NOTE: GRPO clips the ratio of the policy to the policy that made the rollout. Here every rollout is used for one update,
-so the ratio is 1 and is never clipped: GRPO becomes the policy gradient with group-relative advantages.
 G has no direct adversarial term (Eq. 5): D acts on G through the reward alone.
-Left out: KL to a reference; DM is the regulariser here.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 import dmd
 import score_estimator
-from diffusion import add_noise, noise_to_step, randn, times
-from engine import checkpoint, monitor
+from diffusion import add_noise, randn, times
+from engine import monitor
 from engine.batch import micro_batches
 from engine.distributed import total
 from engine.errors import UserError
-from engine.models import load_denoiser
-from engine.run_folder import find_run
-from siblings import dmd2
-
-A_MAX, DELTA = 3.0, 1e-4
+from siblings import dmd2, policy
+from siblings.judge import frozen_discriminator
 
 
 @dataclass
@@ -55,41 +45,14 @@ class Settings(dmd2.Settings):
         self.require("rl_after", self.rl_after >= 0, "must not be negative")
         self.require("rl_gate", 0 <= self.rl_gate <= 1, "must lie in [0, 1]")
         self.require("judge", self.gan_weight or not self.judge, "needs a --gan-weight")
+        if self.gan_weight and self.student_steps == 1:
+            why = "the last step has no density to reinforce"
+            raise UserError(f"--method advdmd needs --student-steps of at least 2: {why} (--gan-weight 0: no RL)")
 
     def per_rank(self, ranks):
         samples = super().per_rank(ranks)
-        if (self.micro_batch or samples) % self.candidates:
-            why = f"--candidates {self.candidates} must divide the samples that a rank takes at once"
-            raise UserError(f"--method advdmd needs whole groups: {why}")
+        policy.check_groups(self, samples)
         return samples
-
-
-# ------------------------------------------------------------------------------------ rollouts and groups
-
-
-def grouped(batch, g):
-    """A batch in groups of g: the prompt, condition and real picture of every g-th sample, g times.
-
-    Each sample keeps its own noise. Raises ValueError where g does not divide the batch.
-    """
-    if len(batch.prompts) % g:
-        raise ValueError(f"groups of {g} do not fit {len(batch.prompts)} samples")
-    return replace(
-        batch,
-        x_real=batch.x_real[::g].repeat_interleave(g, 0),
-        prompts=[p for p in batch.prompts[::g] for _ in range(g)],
-        c={k: v[::g].repeat_interleave(g, 0) for k, v in batch.c.items()},
-    )
-
-
-@torch.no_grad()
-def simulate(G, z, c, S, generators):
-    """The SDE backward simulation: z at S[0] -> [z, z_1, ..., x_0], the states at S[0], S[1], ..., 0. No gradient."""
-    states = [z]
-    for i in range(len(S)):
-        x_0 = G(states[-1], times(S[i], z), c)
-        states.append(noise_to_step(G.schedule, x_0, S, i + 1, generators))
-    return states
 
 
 # -------------------------------------------------------------------------------- the discriminator of states
@@ -129,25 +92,9 @@ def accuracy(real, made):
 # ------------------------------------------------------------------------------------------ the policy
 
 
-def advantages(R, g):
-    """A = clamp((R - mean)/(std + δ), ±A_max) within groups of g consecutive rows: R (B, n) -> (B, n)."""
-    groups = R.view(-1, g, R.shape[1])
-    A = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + DELTA)
-    return A.clamp(-A_MAX, A_MAX).view_as(R)
-
-
 def credit(A):
     """Advantages of the states (B, n) -> of the transitions with a density (B, n - 1): x_0's is added to the last."""
     return torch.cat([A[:, :-2], A[:, -2:].sum(1, keepdim=True)], 1)
-
-
-def policy_loss(z_s, x_0, alpha_s, sigma_s, A):
-    """L_rl = -E [A log π_θ(z_s|z_t)] of one transition, log π = -|z_s - α_s x_0|²/2σ_s², a mean. Scalar.
-
-    z_s, x_0 = G(z_t, t) (B, C, h, w); alpha_s, sigma_s (B, 1, 1, 1); A (B,).
-    """
-    log_pi = -((z_s - alpha_s * x_0).square() / (2 * sigma_s**2)).flatten(1).mean(1)
-    return -(A * log_pi).mean()
 
 
 def reinforce(nets, batch, states):
@@ -164,13 +111,8 @@ def reinforce(nets, batch, states):
         right = total(accuracy(real_logits, R)) / nets.ranks
     loss = torch.zeros((), device=real.device)
     if right >= config.rl_gate:
-        A = credit(advantages(R, config.candidates))
-        for i in range(len(S) - 1):
-            s = times(S[i + 1], real)
-            x_0 = G(states[i], times(S[i], real), c)
-            L = policy_loss(states[i + 1], x_0, G.schedule.alpha(s), G.schedule.sigma(s), A[:, i]) / (len(S) - 1)
-            (batch.weight * config.gan_weight * L).backward()
-            loss = loss + L.detach()
+        A = credit(policy.advantages(R, config.candidates))
+        loss = policy.reinforce(G, states, S, c, A, batch.weight * config.gan_weight)
     opened = (right >= config.rl_gate).float()
     return loss, {"rl_loss": loss, "reward": R[:, -1].mean(), "d_accuracy_unseen": right, "rl_open": opened}
 
@@ -187,23 +129,10 @@ def prepare(nets):
         nets.denoisers.append(nets.rewarding[0])
 
 
-def frozen_discriminator(nets):
-    """(score estimator, head) of run --judge, frozen. Raises UserError for a run without them."""
-    config = nets.config
-    run, before = find_run(config.judge, stage=1)
-    fits = before["method"] in ("dmd2", "advdmd") and before["gan_weight"] and before["model"] == config.model
-    if not fits or before.get("lora_rank"):
-        raise UserError(f"--judge {run}: needs a run with --method dmd2 or advdmd of {config.model}, without LoRAs")
-    fake = load_denoiser(config.model, nets.latent.device, nets.dtype, name="the frozen discriminator")
-    head = dmd2.new_head(nets).to(nets.latent.device)
-    checkpoint.restore(run, {"fake": (fake.net, None), "head": (head, None)}, optimizers=False)
-    return nets.frozen(fake), head.requires_grad_(False)
-
-
 def iterate(nets, batch, n):
     """The n-th loop of AdvDMD: lines 5-26 of Algorithm 1 with L_rl and Eq. 7 on states -> {name: value} to log."""
     config, G, fake, D, S = nets.config, nets.G, nets.fake, nets.D, nets.S
-    parts = micro_batches(grouped(batch, config.candidates), config.micro_batch)
+    parts = micro_batches(policy.grouped(batch, config.candidates), config.micro_batch)
     logged = monitor.Means()
     moves_G = n % config.ttur == 0  # line 12
     k = (n - 1) // config.ttur
@@ -213,7 +142,7 @@ def iterate(nets, batch, n):
 
     for b in parts:
         rng = b.generators("rollout")
-        states = simulate(G, randn(rng, nets.like(b)), b.c, S, rng)  # one simulation for DM and RL
+        states = policy.simulate(G, randn(rng, nets.like(b)), b.c, S, rng)  # one simulation for DM and RL
         x_tau = states[i]  # line 8
         with torch.set_grad_enabled(moves_G):
             x = G(x_tau, times(S[i], x_tau), b.c)  # line 10

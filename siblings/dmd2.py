@@ -3,13 +3,16 @@
     Eq. 5   ∇_θ L_advG = E [ log D(x_t) dG/dθ ]                            x = G_θ(x_τ, τ), x_t = α_t x + σ_t ε
     Eq. 7   ∇_ψ L_advD = E [ P(x_real) - P(x) ],   P(y) = log D(y_t) dD/dψ
 
-    D    the first half of the score estimator μ_ψ (down and mid blocks), then a small head with one logit
+    D    the first half of the score estimator μ_ψ (a UNet's down and mid blocks, the first half of a transformer's
+         blocks), then a small head with one logit
     ψ    trained by Eq. 6 AND Eq. 7: the double role that Flash-DMD (3.2) blames for DMD2's TTUR of 5
 
 As the paper describes it (3.1, 3.2): DM loss at every student step, TTUR 5, no EMA pull. The GAN weights are DMD2's.
 NOTE: the paper prints ascent directions, and Eq. 7's second term as -log D(x). They stand for the logistic losses here.
 NOTE: Eq. 5 uses the DM loss's t (from --renoise) and noise; Eq. 7 uses Eq. 6's t (from the whole range) and noise.
-ASSUMPTION: the head (strided convolutions, group norm, SiLU) is ours; DMD2's paper says only where it sits.
+NOTE: DMD2's code clips the gradients of ψ and head together; here ψ's alone are clipped.
+ASSUMPTION: the paper says only where the head sits. --head published is that of DMD2's code, for SDXL at 1024; the
+default, which fits features of any size, is ours.
 """
 
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ from engine import monitor
 from engine.batch import micro_batches
 from engine.config import Config
 from engine.errors import UserError
+from engine.hidden import block_name, map_shape
 
 
 @dataclass
@@ -37,6 +41,8 @@ class Settings(Config):
     ema: float = 1.0
     gan_weight: float = 5e-3
     critic_weight: float = 0.01  # weight of Eq. 7 beside Eq. 6, as in DMD2
+    head: str = "scaled"  # D's head: scaled = to the size of the features; published = DMD2's, for 32 x 32; map = local
+    d_block: str = "middle"  # the score estimator's block whose features D reads: middle, or last
 
     def check(self):
         super().check()
@@ -54,21 +60,38 @@ class Settings(Config):
 
 
 class Head(nn.Module):
-    """Bottleneck features (B, C, h, w) -> one logit per sample, (B,)."""
+    """Features (B, C, h, h) -> one logit per sample, (B,)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, side, kind="scaled"):
+        """channels, side: C and h. kind: "scaled" halves the map until one position is left; "published" is DMD2's;
+        "map" gives each position a logit, and their mean.
+
+        Raises UserError for a "published" head on a map of another size than DMD2's.
+        """
         super().__init__()
         layers = []
-        for stride in (2, 2):
-            layers += [nn.Conv2d(channels, channels, 3, stride, 1), nn.GroupNorm(8, channels), nn.SiLU()]
-        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1))
+        if kind == "published":
+            if side != 32 or channels % 32:
+                here = f"{channels} x {side} x {side}"
+                raise UserError(f"--head published is for maps of 32 x 32, the features are {here}: use --head scaled")
+            for stride, padding in ((2, 1), (2, 1), (2, 1), (4, 0)):
+                layers += [nn.Conv2d(channels, channels, 4, stride, padding), nn.GroupNorm(32, channels), nn.SiLU()]
+            layers += [nn.Conv2d(channels, 1, 1), nn.Flatten()]
+        elif kind == "map":
+            layers = [nn.Conv2d(channels, channels, 3, 1, 1), nn.GroupNorm(8, channels), nn.SiLU()]
+            layers += [nn.Conv2d(channels, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        else:
+            for _ in range((side - 1).bit_length()):
+                layers += [nn.Conv2d(channels, channels, 3, 2, 1), nn.GroupNorm(8, channels), nn.SiLU()]
+            layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1)]
+        self.net = nn.Sequential(*layers)
 
     def forward(self, features):
-        return self.net(features.to(self.net[-1].weight.dtype)).squeeze(1)
+        return self.net(features.to(next(self.parameters()).dtype)).squeeze(1)
 
 
 def generator_loss(fake, head, x, t, eps, c):
-    """Eq. 5: E -log D(x_t), D the sigmoid of head(bottleneck of μ_ψ(x_t, t)). Scalar.
+    """Eq. 5: E -log D(x_t), D the sigmoid of head(features of μ_ψ(x_t, t)). Scalar.
 
     x (B, C, h, w) with gradient; t (B,); eps as x. The gradient reaches ψ and the head too: the caller drops it there.
     """
@@ -91,20 +114,17 @@ def discriminator_loss(fake, head, x, x_real, t, eps, c):
 
 
 def prepare(nets):
-    """Adds D's head, trained at the score estimator's rate. Raises UserError where the network has no bottleneck."""
-    if nets.config.gan_weight:
-        torch.manual_seed(nets.config.seed)
-        nets.D = nets.add("head", new_head(nets), nets.config.fake_lr)
+    """Adds D's head, trained at the score estimator's rate. Raises UserError where --head does not fit the model."""
+    config = nets.config
+    if config.gan_weight:
+        torch.manual_seed(config.seed)
+        nets.D = nets.add("head", new_head(nets, nets.fake, config.head, config.d_block), config.fake_lr)
 
 
-def new_head(nets):
-    """A head for the score estimator's bottleneck."""
-    net = nets.fake.net
-    if not hasattr(net, "mid_block"):
-        method = nets.config.method
-        model = nets.config.model
-        raise UserError(f"--method {method} reads a UNet's bottleneck, which {model} does not have: use --method flash")
-    return Head(net.config.block_out_channels[-1])
+def new_head(nets, fake, kind, where):
+    """A head for the features of a score estimator, which shows those of its middle or last block from now on."""
+    fake.block = block_name(fake.net, where)
+    return Head(*map_shape(fake.net, nets.latent.shape[-1], where), kind)
 
 
 def iterate(nets, batch, n):

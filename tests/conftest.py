@@ -109,7 +109,8 @@ def small_toys(tmp_path_factory):
     from engine.models import PARTS
 
     folder = tmp_path_factory.mktemp("toy")
-    (folder / "lrm").symlink_to(Path("toy/lrm").resolve())
+    for name in ("lrm", "sd3_lrm"):
+        (folder / name).symlink_to(Path("toy", name).resolve())
     for name, changes in SMALL.items():
         part = part_of(f"toy/{name}")
         shutil.copytree(f"toy/{name}", folder / name, ignore=shutil.ignore_patterns(part))
@@ -117,6 +118,14 @@ def small_toys(tmp_path_factory):
         torch.manual_seed(0)
         PARTS[part].from_config(config).save_pretrained(folder / name / part)
     return {name: str(folder / name) for name in SMALL}
+
+
+@pytest.fixture(scope="session")
+def sd3_t5(tmp_path_factory):
+    """The folder of a tiny SD3 pipeline with T5."""
+    from tiny_models import tiny_sd3
+
+    return tiny_sd3(tmp_path_factory.mktemp("tiny") / "sd3")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""AdvDMD: the group-relative gradient against an analytic policy gradient, which states have a likelihood, the gate."""
+"""AdvDMD: its discriminator on states, which of them have a likelihood, the gate, a frozen reward."""
 
 import json
 
@@ -11,28 +11,7 @@ from engine import checkpoint, run_folder
 from engine.batch import Batch
 from engine.errors import UserError
 from engine.networks import assemble
-from engine.run_folder import look
 from siblings import advdmd
-
-
-def test_gradient_of_a_scalar_gaussian_policy():
-    """π = N(αθ, σ²), reward linear in z: A is (z - αθ)/σ, so d/dθ of -E[A log π] is -α/σ."""
-    alpha, sigma, n = torch.tensor(0.6), torch.tensor(0.8), 40000
-    theta = torch.tensor(0.3, requires_grad=True)
-    z = (alpha * 0.3 + sigma * torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(0))).detach()
-    A = advdmd.advantages(5.0 * z.flatten(1) - 2.0, n)[:, 0]
-    x0 = theta.expand(n, 1, 1, 1)
-    advdmd.policy_loss(z, x0, alpha, sigma, A).backward()
-    assert theta.grad.item() == pytest.approx(-(alpha / sigma).item(), rel=0.03)
-
-
-def test_advantages_are_relative_to_the_group():
-    R = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
-    A = advdmd.advantages(R, 4)
-    torch.testing.assert_close(A.view(2, 4, 3).mean(1), torch.zeros(2, 3), atol=1e-5, rtol=0)
-    shifted = R + torch.tensor([10.0, -7.0]).repeat_interleave(4)[:, None]  # an easier prompt is no better picture
-    torch.testing.assert_close(advdmd.advantages(shifted, 4), A, atol=1e-4, rtol=1e-4)
-    assert advdmd.advantages(torch.ones(4, 2), 4).abs().max() == 0
 
 
 def test_last_transition_has_no_likelihood():
@@ -67,22 +46,6 @@ def test_discriminator_on_states():
     torch.testing.assert_close(states, torch.stack([z_1, z_2, x_0], 1).flatten(1))
     noised = [add_noise(Fake.schedule, x_real, t.expand(2), eps) for t in S[1:]]
     torch.testing.assert_close(reals, torch.stack([*noised, x_real], 1).flatten(1))
-
-
-def test_groups_share_a_prompt_and_not_their_noise():
-    batch = Batch(torch.arange(8.0), list("abcdefgh"), {"pooled": torch.arange(8)}, list(range(8)), loop=1)
-    grouped = advdmd.grouped(batch, 4)
-    assert grouped.prompts == list("aaaaeeee") and grouped.x_real.tolist() == [0, 0, 0, 0, 4, 4, 4, 4]
-    assert grouped.c["pooled"].tolist() == [0, 0, 0, 0, 4, 4, 4, 4] and grouped.samples == batch.samples
-    with pytest.raises(ValueError, match="groups of 3"):
-        advdmd.grouped(batch, 3)
-
-
-@pytest.mark.parametrize("flags", [["--batch-size", "4"], ["--batch-size", "12", "--micro-batch", "4"]])
-def test_groups_that_do_not_fit_are_refused(flags):
-    config = train.read(["--preset", "advdmd", "--candidates", "3", *flags])
-    with pytest.raises(UserError, match="--candidates 3"):
-        look(config)
 
 
 def run(model, tmp_path, name, *flags):
@@ -123,18 +86,20 @@ def test_gate_is_shut_while_d_is_at_chance():
     assert all(p.grad is None for p in nets.G.net.parameters())
 
 
-def test_a_frozen_reward_is_another_run_s_discriminator(small_toys, tmp_path):
+@pytest.mark.parametrize("base, lora", [("sdxl", []), ("sd3", ["--lora-rank", "2"])])
+def test_a_frozen_reward_is_another_run_s_discriminator(base, lora, small_toys, tmp_path):
     """With --judge, R comes from that run's score estimator and head, bit for bit, while the run's own are trained.
 
     A run without a latent discriminator is refused.
     """
-    model = small_toys["sdxl"]
-    run(model, tmp_path, "first", "--rl-gate", "1")
-    common = ["--preset", "advdmd", "--batch-size", "4", "--model", model]
+    model = small_toys[base]
+    run(model, tmp_path, "first", "--rl-gate", "1", "--fake-lr", "1e-2", *lora)
+    common = ["--preset", "advdmd", "--batch-size", "4", "--model", model, *lora]
     flags = [*common, "--judge", str(tmp_path / "first")]
     nets = assemble(train.read(flags), 1, torch.device("cpu"), advdmd.prepare)
     first = assemble(train.read(common), 1, torch.device("cpu"), advdmd.prepare)
-    checkpoint.restore(tmp_path / "first", {name: first.players[name] for name in ("fake", "head")}, optimizers=False)
+    restored = {name: first.players[name] for name in ("G" if lora else "fake", "head")}  # LoRAs share one network
+    checkpoint.restore(tmp_path / "first", restored, optimizers=False)
     fake, head = nets.rewarding
     assert fake is not nets.fake and head is not nets.D and first.rewarding == (first.fake, first.D)
     for frozen, kept, own in ((fake.net, first.fake.net, nets.fake.net), (head, first.D, nets.D)):
@@ -146,7 +111,10 @@ def test_a_frozen_reward_is_another_run_s_discriminator(small_toys, tmp_path):
     states = [torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     eps = randn(batch.generators("unseen"), states[0])
     with torch.no_grad():
-        _, R = advdmd.logits_of_both(fake, head, states, nets.vae.encode(batch.x_real), nets.S, eps, batch.c)
+        rest = states, nets.vae.encode(batch.x_real), nets.S, eps, batch.c
+        _, R = advdmd.logits_of_both(fake, head, *rest)
+        torch.testing.assert_close(R, advdmd.logits_of_both(first.fake, first.D, *rest)[1])
+        assert not torch.allclose(R, advdmd.logits_of_both(nets.fake, nets.D, *rest)[1])
     assert advdmd.reinforce(nets, batch, states)[1]["reward"] == R[:, -1].mean()
 
     no_head = ["--batch-size", "2", "--iterations", "1", "--gan-weight", "0", "--preview-every", "0"]

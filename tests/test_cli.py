@@ -82,6 +82,10 @@ def photos(tmp_path):
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--sam", "toy/nothing"], "toy/nothing"),
         (["--renoise", "0.9,0.1"], "renoise"),
+        (["--cache-text", "kept"], "the toy world"),
+        (["--cache-text", "kept", "--stage", "reward", "--pairs", "p"], "--stage reward"),
+        (["--cache-text", "README.md", "--prompts", "README.md"], "README.md (it is a file)"),
+        (["--cache-text", "docs", "--prompts", "README.md"], "docs holds something else: give another --cache-text"),
         (["--cache-latents", "kept", "--data", "a.tar"], "--gan-reals vae"),
         (["--cache-latents", "kept", "--method", "dmd2"], "the toy world"),
         (["--cache-latents", "README.md", "--method", "dmd2", "--ttur", "1", "--data", "a.tar"], "is a file"),
@@ -108,7 +112,17 @@ def photos(tmp_path):
         (["--sam", "somebody/sam-huge"], "somebody/sam-huge"),
         (["--resolution", "66", "--data", "toy"], "64 pixels"),
         (["--iterations", "0"], "--iterations"),
-        (["--student-steps", "5"], "student-steps"),
+        (["--student-steps", "0"], "--student-steps must lie in 1 to 1000"),
+        (["--student-steps", "1001"], "--student-steps must lie in 1 to 1000"),
+        (["--student-steps", "2.5"], "--student-steps"),
+        (
+            ["--method", "advdmd", "--ttur", "1", "--batch-size", "4", "--student-steps", "1"],
+            "--method advdmd needs --student-steps of at least 2",
+        ),
+        (["--pair-threshold", "0.5,"], "a number, or one for each student step, such as 0.6,0.573, not 0.5,"),
+        (["--pair-threshold", "0.5,1"], "--pair-threshold must lie in [0, 1)"),
+        (["--pair-threshold", "0.5,nan"], "--pair-threshold must be a finite number"),
+        (["--warmup", "-1"], "--warmup must not be negative"),
         (["--resume"], "--out"),
         (["--resolution", "128"], "64 pixels"),
         (["--data", "toy/nothing"], "metadata.jsonl"),
@@ -121,7 +135,9 @@ def test_bad_flags(argv, words, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("main", [sample.main, evaluate.main])
-@pytest.mark.parametrize("argv", [["--seed", "-1"], ["--steps", "0"], ["--num", "0"], ["--num", "many"]])
+@pytest.mark.parametrize(
+    "argv", [["--seed", "-1"], ["--steps", "0"], ["--steps", "1001"], ["--num", "0"], ["--num", "many"]]
+)
 def test_bad_numbers(main, argv, capsys):
     status, line = call(main, capsys, *argv)
     assert status == 2 and f"{argv[0]}: " in line and argv[1] in line
@@ -276,7 +292,7 @@ def test_batch_not_divisible_by_ranks(capsys, tmp_path, monkeypatch):
 
 
 def test_8_bit_moments_want_the_same_ranks(tmp_path):
-    config_ = config.Config(optimizer="adamw8bit", resume=True, out=str(tmp_path))
+    config_ = config.Config(optimizer="adamw8bit", t5="off", resume=True, out=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(vars(config_)))
     (tmp_path / "checkpoint-000002").mkdir()
     for ranks, refused in ((1, False), (2, True)):
@@ -742,6 +758,7 @@ def test_help_without_torch(command):
         ("train.py --stage 2 --init DIR/nowhere", "DIR/nowhere holds no stage-1 checkpoint"),
         ("train.py --out DIR/file.txt/run", "cannot write to DIR/file.txt/run"),
         ("train.py --ttur 5 --iterations 4", "--ttur 5 is above --iterations 4"),
+        ("train.py --stage 2 --student-steps 1", "--stage 2 needs --student-steps of at least 2"),
         ("sample.py --steps 0", "--steps"),
         ("sample.py --size 64x", "--size"),
         ("sample.py --device tpu", "--device"),

@@ -6,10 +6,13 @@ import re
 from dataclasses import asdict, fields
 
 import pytest
+import torch
 
+import dmd
 import train
+from diffusion import Schedule, T
 from engine import run_folder
-from engine.config import METHODS, PRESETS, Config
+from engine.config import METHODS, PRESETS, TIMESTEPS, Config
 from engine.errors import UserError
 from engine.run_folder import saved_settings
 from siblings import advdmd, dmd2, dmdr, settings_of
@@ -26,9 +29,12 @@ PAPER = {  # the paper's tables: stage, batch, iterations, TTUR, student steps, 
 }
 OWN = {  # a sibling's own flags
     "flash": set(),
-    "dmd2": {"critic_weight"},
-    "dmdr": {"fake_lora", "dynamic", "real_scale", "reward_weight", "reward_margin"},
-    "advdmd": {"critic_weight", "rl_after", "rl_gate", "judge"},
+    "dmd2": {"critic_weight", "head", "d_block"},
+    "advdmd": {"critic_weight", "head", "d_block", "rl_after", "rl_gate", "judge"},
+    "dmdr": {
+        *("fake_lora", "lora_layers", "dynamic", "real_scale", "dm_input"),
+        *("rl", "reward_start", "reward_weight", "reward_margin"),
+    },
 }
 
 
@@ -39,6 +45,50 @@ def test_presets_are_the_papers(preset):
     assert (c.stage, c.batch_size, c.iterations, c.ttur, c.student_steps, bool(c.lora_rank)) == PAPER[preset]
     assert c.guidance == (7 if c.lora_rank else 8) and c.resolution == 1024  # Table 2's teacher; DMD2's w
     assert train.read(["--preset", preset, "--ttur", "3"]).ttur == 3
+    assert getattr(c, "head", None) == ("published" if preset == "sdxl-dmd2" else None)
+
+
+def test_presets_have_the_published_codes_values_where_the_paper_is_silent(monkeypatch):
+    """LPO's of stage 2, DMD2's of its baseline; SDXL's DM loss draws t = 20 .. 980. The toy has none of them."""
+    two, dmd2_ = (train.read(["--preset", preset]) for preset in ("sdxl-stage2", "sdxl-dmd2"))
+    assert (two.pair_threshold, two.ratio_clip, two.judged()) == ((0.6, 0.573), 0.1, 2)
+    assert two.beta == pytest.approx(500 / 65536, rel=0.01)
+    assert (dmd2_.lr, dmd2_.fake_lr, dmd2_.clip_grad, dmd2_.warmup) == (5e-7, 5e-7, 10, 500)
+    assert (dmd2_.guidance, dmd2_.gan_weight, dmd2_.critic_weight, dmd2_.batch_size) == (8, 5e-3, 1e-2, 128)
+    ends = torch.tensor([0.0, 1 - 2**-24])  # of what torch.rand can draw
+    monkeypatch.setattr(dmd, "rand", lambda generators, device: ends)
+    for config, last in ((two, 980), (dmd2_, 980), (train.read([]), 979)):
+        assert dmd.renoise_time(Schedule(), config.renoise, None).tolist() == [20, last]
+    toy = train.read([])
+    assert (toy.pair_threshold, toy.ratio_clip, toy.warmup, toy.clip_grad) == (0.45, 0, 0, 1)
+
+
+def test_thresholds_are_one_number_or_one_for_each_step(tmp_path):
+    """Read from a flag or from the config.json of a run that goes on; a row of results/ keeps its name."""
+    flags = ["--stage", "2", "--pair-threshold"]
+    assert train.read([*flags, "0.5"]).pair_threshold == 0.5 and train.read([*flags, "0.5"]).thresholds() == (0.5,)
+    config = train.read([*flags, "0.5,0.4,0.3"])
+    assert config.thresholds() == (0.5, 0.4, 0.3)
+    run_folder.write_config(tmp_path, config)
+    assert train.read(["--resume", "--out", str(tmp_path)]).thresholds() == (0.5, 0.4, 0.3)
+    config.check()
+    config.student_steps = 2
+    with pytest.raises(UserError, match="^--pair-threshold has 3 numbers for 2 student steps: give one"):
+        config.check()
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 4, 8, TIMESTEPS])
+def test_presets_take_any_number_of_steps(K):
+    """Every preset of every method, but for what has no density at one step, with the flag that helps."""
+    assert TIMESTEPS == T
+    for preset in PRESETS:
+        for method in METHODS:
+            config = train.read(["--preset", preset, "--method", method, "--student-steps", str(K), "--dry-run"])
+            if K > 1 or config.stage == 1 and (method != "advdmd" or not config.gan_weight):
+                config.check()
+            else:
+                with pytest.raises(UserError, match="--student-steps of at least 2: the last step has no density"):
+                    config.check()
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name not in METHODS])
@@ -93,6 +143,7 @@ BEFORE = {  # settings that every run had, whatever its method
     **{"critic_weight": 0.01, "fake_lora": 0, "dynamic": 0, "real_scale": 0.75, "reward_weight": 0.0},
     **{"reward_margin": 8.0, "rl_after": 100, "rl_gate": 0.6, "judge": ""},
 }
+TEXT = {"t5": "off", "text_length": 256, "cache_text": ""}  # settings of later that such a run goes on with
 DMD = {"dm_steps": "all", "ttur": 5, "ema": 1.0}
 OLD = {  # method -> a run's settings in that time
     "flash": {"gan": "pixel", "gan_weight": 0.05},
@@ -106,7 +157,8 @@ OLD = {  # method -> a run's settings in that time
 def old(request, tmp_path):
     """-> method, its settings, its run folder as it was written before --method existed."""
     settings = asdict(Config()) | BEFORE | OLD[request.param] | {"renoise": [0.1, 0.9], "lr": 1e-3}
-    del settings["method"]
+    for later in ("method", "t5", "text_length"):
+        del settings[later]
     run = tmp_path / "run"
     (run / "checkpoint-000002").mkdir(parents=True)
     (run / "checkpoint-000002" / "progress.json").write_text('{"loops": 2}')
@@ -117,7 +169,7 @@ def old(request, tmp_path):
 def test_an_old_run_has_its_method(old):
     method, settings, run = old
     found = saved_settings(run)
-    assert found == {k: v for k, v in settings.items() if k != "gan"} | {"method": method}
+    assert found == {k: v for k, v in settings.items() if k != "gan"} | {"method": method, "t5": "off"}
     assert run_folder.find_run(str(run)) == (run, found)
 
 
@@ -128,7 +180,8 @@ def test_an_old_run_goes_on_with_its_method_and_settings(old):
         type(config)
         is {"flash": Config, "dmd2": dmd2.Settings, "dmdr": dmdr.Settings, "advdmd": advdmd.Settings}[method]
     )
-    expected = settings | {"method": method, "resume": True, "iterations": 9, "out": str(run), "renoise": (0.1, 0.9)}
+    given = {"method": method, "t5": "off", "resume": True, "iterations": 9, "out": str(run), "renoise": (0.1, 0.9)}
+    expected = asdict(settings_of(method)()) | settings | given  # what did not exist then has its default
     assert {k: v for k, v in vars(config).items() if v != expected[k]} == {}
 
 
@@ -139,7 +192,12 @@ def test_a_run_does_not_go_on_with_another_method(old):
         run_folder.look(train.read(["--resume", "--out", str(run), "--method", other]))
 
 
-FLOATS = [(method, f.name) for method in METHODS for f in fields(settings_of(method)) if f.type in (float, tuple)]
+FLOATS = [
+    (method, f.name)
+    for method in METHODS
+    for f in fields(settings_of(method))
+    if f.type in (float, tuple, float | tuple)
+]
 
 
 @pytest.mark.parametrize("method, name", FLOATS)

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMSchedul
 
 from diffusion import (
     Schedule,
+    T,
     add_noise,
     backward_simulation,
     guided,
@@ -45,6 +46,20 @@ def test_student_steps():
     assert eps.steps(4).tolist() == [999, 749, 499, 249]
     assert eps.steps(8).tolist() == [999, 874, 749, 624, 499, 374, 249, 124]
     torch.testing.assert_close(flow.steps(4) / 1000, torch.tensor([1.0, 0.9, 0.75, 0.5]))
+
+
+def test_student_steps_of_any_number_are_diffusers():
+    """Also where they do not divide 1000: LCMScheduler's with as many original steps; SD3's for the card's sigmas."""
+    lcm, euler = LCMScheduler(**SDXL), FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    for n in range(1, T + 1):
+        lcm.set_timesteps(n, original_inference_steps=n)
+        assert Schedule("eps").steps(n).tolist() == lcm.timesteps.tolist(), n
+    for n in range(1, 33):
+        euler.set_timesteps(sigmas=[i / n for i in range(n, 0, -1)])
+        torch.testing.assert_close(Schedule("flow", shift=3.0).steps(n), euler.timesteps)
+    ddim = DDIMScheduler(**SDXL, timestep_spacing="trailing")
+    ddim.set_timesteps(30)
+    assert Schedule("eps").sampler_steps(30).tolist() == ddim.timesteps.tolist()  # the teacher's are rounded
 
 
 def test_amplitudes_follow_eq_1_step_by_step():
@@ -92,7 +107,7 @@ def test_eq_2_is_ddim():
     )
     raw, denoiser = toy_denoiser(schedule)
     scheduler.set_timesteps(10)
-    assert scheduler.timesteps.tolist() == schedule.steps(10).tolist()
+    assert scheduler.timesteps.tolist() == schedule.sampler_steps(10).tolist()
     _, x = start()
     for t, s in zip(scheduler.timesteps[:-1], scheduler.timesteps[1:]):
         ours = reverse_step(schedule, x, denoiser(x, times(t, x), None), times(t, x), times(s, x))
@@ -111,7 +126,7 @@ def test_flow_sampler_is_euler():
     torch.testing.assert_close(sample_ode(denoiser, z, None, 10), x, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("k", [4, 8])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 8])
 def test_backward_simulation_is_the_lcm_scheduler(k):
     """Eq. 8's B from z to x_0 = diffusers' LCMScheduler with the same per-sample noise."""
     schedule, scheduler = Schedule("eps"), LCMScheduler(**SDXL, original_inference_steps=k, clip_sample=False)
@@ -169,6 +184,27 @@ def test_guidance():
     torch.testing.assert_close(guided(denoiser, null, 0)(x_t, t, c), 0.5 * x_t)
     torch.testing.assert_close(guided(denoiser, null, 1)(x_t, t, c), 2 * x_t)
     torch.testing.assert_close(guided(denoiser, null, 3)(x_t, t, c), (0.5 + 3 * 1.5) * x_t)
+
+
+@pytest.mark.parametrize("longer", [0, 1])
+def test_guidance_pads_to_one_length(longer):
+    """Prompt and null prompt of different lengths, with a mask: as if each had been given alone. Masks stay bool."""
+
+    def denoiser(x_t, t, c):
+        assert c["mask"].dtype == torch.bool
+        mean = (c["tokens"] * c["mask"].unsqueeze(2)).sum((1, 2)) / c["mask"].sum(1)
+        return x_t * (mean + c["pooled"].sum(1)).view(-1, 1, 1, 1)
+
+    def condition(n, length):
+        mask = torch.arange(length) < torch.tensor([[length], [2], [1]])[:n]
+        return {"tokens": torch.randn(n, length, 4), "mask": mask, "pooled": torch.randn(n, 2)}
+
+    denoiser.schedule = Schedule()
+    x_t, t = torch.randn(SHAPE), torch.zeros(3).long()
+    c, null = condition(3, (5, 3)[longer]), condition(1, (3, 5)[longer])
+    apart = denoiser(x_t, t, {k: v.repeat(3, *[1] * (v.dim() - 1)) for k, v in null.items()})
+    expected = apart + 4 * (denoiser(x_t, t, c) - apart)
+    torch.testing.assert_close(guided(denoiser, null, 4)(x_t, t, c), expected)
 
 
 def test_noise_belongs_to_the_sample():

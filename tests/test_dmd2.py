@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import dmd
 import train
 from diffusion import add_noise
 from engine.errors import UserError
 from engine.models import load_denoiser
-from engine.prompts import PromptEncoder
+from engine.networks import assemble
+from engine.prompts import PromptEncoder, load_encoder
 from siblings import dmd2
 
 
@@ -20,7 +23,7 @@ def scene():
     fake = load_denoiser("toy/sdxl", dtype=torch.float64)
     fake.net.double()
     torch.manual_seed(0)
-    head = dmd2.Head(fake.net.config.block_out_channels[-1]).double()
+    head = dmd2.Head(fake.net.config.block_out_channels[-1], 4).double()
     c = {k: v.double() for k, v in PromptEncoder("toy/sdxl", 64).encode(["a red circle", "a blue ring"]).items()}
     generator = torch.Generator().manual_seed(1)
     x, x_real, eps = torch.randn(3, 2, 4, 16, 16, generator=generator, dtype=torch.float64).unbind()
@@ -43,6 +46,83 @@ def test_features_are_what_the_mid_block_gives(scene):
         )
     torch.testing.assert_close(features, unet.mid_block(h, emb, encoder_hidden_states=c["tokens"]))
     assert torch.equal(x_0, fake(x, t, c)) and not fake.net.mid_block._forward_hooks
+
+
+def test_features_of_a_transformer_are_its_middle_blocks_tokens():
+    """toy/sd3: after 3 of 6 blocks called one by one, as a map row by row; recomputed in the backward pass as well."""
+    fake = load_denoiser("toy/sd3", dtype=torch.float64)
+    net = fake.net.double().train()
+    c = {k: v.double() for k, v in load_encoder("toy/sd3", 64).encode(["a red circle", "a blue ring"]).items()}
+    x, t = torch.randn(2, 4, 16, 16, dtype=torch.float64), torch.tensor([200.0, 700.0])
+    h, text, emb = net.pos_embed(x), net.context_embedder(c["tokens"]), net.time_text_embed(t, c["pooled"])
+    for block in net.transformer_blocks[:3]:
+        text, h = block(hidden_states=h, encoder_hidden_states=text, temb=emb)
+    grads = [torch.autograd.grad(h.square().mean(), net.pos_embed.proj.weight)[0]]
+    net.enable_gradient_checkpointing()
+    x_0, features = fake.with_features(x, t, c)
+    assert features.shape == (2, 96, 8, 8)
+    for i in range(8):
+        torch.testing.assert_close(features[:, :, i], h[:, 8 * i : 8 * (i + 1)].transpose(1, 2))
+    features.square().mean().backward()
+    torch.testing.assert_close(net.pos_embed.proj.weight.grad, grads[0])
+    assert all(p.grad is None for p in net.transformer_blocks[3:].parameters())
+    assert torch.equal(x_0, fake(x, t, c)) and not net.transformer_blocks[2]._forward_hooks
+
+
+def test_heads():
+    """Scaled: on the toy's 4 x 4 its own layers, bit for bit; one halving more for each doubling of the map.
+
+    Map: the mean of the logits that each 3 x 3 positions give. Published: by hand from its layers, at SDXL's width as
+    many weights as they have; for its own maps alone.
+    """
+    torch.manual_seed(0)
+    by_hand = []
+    for _ in range(2):
+        by_hand += [nn.Conv2d(96, 96, 3, 2, 1), nn.GroupNorm(8, 96), nn.SiLU()]
+    by_hand = nn.Sequential(*by_hand, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 1)).state_dict()
+    torch.manual_seed(0)
+    found = dmd2.Head(96, 4).net.state_dict()
+    assert found.keys() == by_hand.keys() and all(torch.equal(found[k], by_hand[k]) for k in found)
+    halvings = {side: sum(isinstance(m, nn.Conv2d) for m in dmd2.Head(8, side).net) for side in (8, 12, 32, 64)}
+    assert halvings == {8: 3, 12: 4, 32: 5, 64: 6} and dmd2.Head(8, 12)(torch.zeros(2, 8, 12, 12)).shape == (2,)
+
+    head, h = dmd2.Head(8, 5, "map"), torch.randn(2, 8, 5, 5)
+    local = nn.Sequential(*head.net[:4])(h)
+    assert local.shape == (2, 1, 5, 5)
+    torch.testing.assert_close(head(h), local.mean((1, 2, 3)))
+
+    head, h = dmd2.Head(32, 32, "published"), torch.randn(2, 32, 32, 32)
+    weights = list(head.parameters())
+    logit = head(h)
+    for i, (stride, padding) in enumerate(((2, 1), (2, 1), (2, 1), (4, 0))):
+        w, b, scale, shift = weights[4 * i : 4 * i + 4]
+        assert w.shape == (32, 32, 4, 4)
+        h = F.silu(F.group_norm(F.conv2d(h, w, b, stride, padding), 32, scale, shift))
+    torch.testing.assert_close(logit, (h.flatten(1) @ weights[-2].flatten() + weights[-1]))
+    with torch.device("meta"):
+        sdxl = dmd2.Head(1280, 32, train.read(["--preset", "sdxl-dmd2"]).head)
+    assert sum(p.numel() for p in sdxl.parameters()) == 4 * (16 * 1280**2 + 3 * 1280) + 1281
+    with pytest.raises(UserError, match="^--head published is for maps of 32 x 32, .* 96 x 4 x 4: use --head scaled$"):
+        assemble(train.read(["--preset", "dmd2", "--head", "published"]), 1, torch.device("cpu"), dmd2.prepare)
+
+
+@pytest.mark.parametrize("model", ["toy/sdxl", "toy/sd3"])
+def test_features_of_the_last_block(model):
+    """What the network's own last layers turn into its output; the head fits them."""
+    config = train.read(
+        ["--preset", "dmd2", "--model", model, "--batch-size", "2", "--head", "map", "--d-block", "last"]
+    )
+    nets = assemble(config, 1, torch.device("cpu"), dmd2.prepare)
+    net, x, t = nets.fake.net, torch.randn(2, 4, 16, 16), torch.tensor([200, 700])
+    c = nets.encoder.encode(["a red circle", "a blue ring"])
+    inputs = []
+    handle = (net.conv_norm_out if model == "toy/sdxl" else net.norm_out).register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0])
+    )
+    _, features = nets.fake.with_features(x, t, c)
+    handle.remove()
+    last = inputs[0] if model == "toy/sdxl" else inputs[0].transpose(1, 2).unflatten(2, (8, 8))
+    assert torch.equal(features, last) and nets.D(features).shape == (2,)
 
 
 def test_eq_5_against_finite_differences(scene):

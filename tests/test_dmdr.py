@@ -17,7 +17,8 @@ from engine.networks import assemble
 from engine.prompts import PromptEncoder
 from engine.reward_model import load_reward_model
 from engine.run_folder import look
-from siblings import dmdr
+from siblings import cold_start, dmdr
+from siblings.reward import reward_loss
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,10 @@ def scene():
 
 
 def test_cold_start_schedule():
-    assert [dmdr.c_at(k, 100) for k in (0, 100, 250)] == [1, 0, 0] and dmdr.c_at(50, 100) == pytest.approx(0.5)
-    assert dmdr.c_at(0, 0) == 0
+    assert [cold_start.c_at(k, 100) for k in (0, 100, 250)] == [1, 0, 0] and cold_start.c_at(50, 100) == pytest.approx(
+        0.5
+    )
+    assert cold_start.c_at(0, 0) == 0
 
 
 @torch.no_grad()
@@ -39,7 +42,7 @@ def test_dynadg_is_the_teacher_bit_for_bit_at_the_end(scene):
     teacher, fake = load_denoiser("toy/sdxl"), load_denoiser("toy/sdxl")
     c = encoder.encode(prompts)
     add_lora(fake.net, 4, "fake")
-    fake.scales = {"fake": dmdr.FAKE_SCALE}
+    fake.scales = {"fake": cold_start.FAKE_SCALE}
     assert torch.equal(fake(x_t, t, c), teacher(x_t, t, c))  # a new LoRA is zero
     torch.manual_seed(0)
     for name, p in fake.net.named_parameters():
@@ -47,15 +50,17 @@ def test_dynadg_is_the_teacher_bit_for_bit_at_the_end(scene):
         if "lora_B" in name:
             p.normal_(std=0.05)
     moved = fake(x_t, t, c)
-    assert torch.equal(dmdr.real_score(fake, 0.75 * dmdr.c_at(100, 100))(x_t, t, c), teacher(x_t, t, c))
-    assert torch.equal(dmdr.real_score(fake, dmdr.FAKE_SCALE)(x_t, t, c), moved) and torch.equal(fake(x_t, t, c), moved)
-    near, far = ((dmdr.real_score(fake, s)(x_t, t, c) - moved).norm() for s in (0.75, 0.1))
+    assert torch.equal(cold_start.real_score(fake, 0.75 * cold_start.c_at(100, 100))(x_t, t, c), teacher(x_t, t, c))
+    assert torch.equal(cold_start.real_score(fake, cold_start.FAKE_SCALE)(x_t, t, c), moved) and torch.equal(
+        fake(x_t, t, c), moved
+    )
+    near, far = ((cold_start.real_score(fake, s)(x_t, t, c) - moved).norm() for s in (0.75, 0.1))
     assert 0 < near < far < (teacher(x_t, t, c) - moved).norm()
 
 
 @pytest.mark.parametrize("k, a, b", [(0, 4, 1.5), (50, 2.5, 1.25), (100, 1, 1)])
 def test_dynars_moments(k, a, b):
-    u = dmdr.noise_level(sample_generators(0, 0, range(4000), "renoise"), k, 100).double()
+    u = cold_start.noise_level(sample_generators(0, 0, range(4000), "renoise"), k, 100).double()
     variance = a * b / ((a + b) ** 2 * (a + b + 1))
     assert u.mean().item() == pytest.approx(a / (a + b), abs=4 * (variance / 4000) ** 0.5)
     assert u.var().item() == pytest.approx(variance, rel=0.1) and 0 <= u.min() and u.max() <= 1
@@ -73,7 +78,7 @@ def test_reward_gradient_through_one_step(kind, scene):
     else:
         clip = Clip("toy/clip")
         reward, margin = lambda x: clip.score(clip.features(vae.decode(x)), prompts), 1.0  # noqa: E731
-    value = lambda: dmdr.reward_loss(reward, G(z, tau, c), margin)[0]  # noqa: E731
+    value = lambda: reward_loss(reward, G(z, tau, c), margin)[0]  # noqa: E731
     value().backward()
     weight = G.net.conv_out.weight
     slope, direction = weight.grad.norm().item(), weight.grad / weight.grad.norm()
@@ -83,7 +88,7 @@ def test_reward_gradient_through_one_step(kind, scene):
             weight += sign * h * direction
             ends.append(value().item())
     assert slope > 0 and (ends[0] - ends[1]) / (2 * h) == pytest.approx(slope, rel=0.02)
-    assert dmdr.reward_loss(lambda x: torch.tensor([3.0, 1.0]), None, 2.0)[0] == 0.5  # above the margin it is 0
+    assert reward_loss(lambda x: torch.tensor([3.0, 1.0]), None, 2.0)[0] == 0.5  # above the margin it is 0
 
 
 def test_preset_dmdr_moves_who_it_should(small_toys, tmp_path):
@@ -110,19 +115,48 @@ def _whole(run, folder):
     return path
 
 
-def test_rates_are_halved_once_reward_has_joined():
-    """K = 1 at TTUR 2: in loops 1 and 2 the whole rates, from loop 3 on half of them, of G and the score estimator."""
+@pytest.mark.parametrize("start, last", [("1", 2), ("2", 4)])
+def test_reward_joins_and_rates_are_halved(start, last):
+    """K = 1 at TTUR 2: up to the loop `last` the whole rates and no reward, then half of them, of G and the estimator.
+
+    The demo's start, 2 K, is two loops later.
+    """
     flags = "--preset dmdr --dynamic 1 --ttur 2 --fake-lora 4 --lr-schedule constant --lr 1e-6 --fake-lr 1e-6".split()
-    config = train.read([*flags, "--batch-size", "2"])
+    config = train.read([*flags, "--reward-start", start, "--batch-size", "2"])
     nets = assemble(config, 1, torch.device("cpu"), dmdr.prepare)
     prompts = ["a red circle", "a blue ring"]
     batch = Batch(torch.zeros(2, 3, 64, 64), prompts, nets.encoder.encode(prompts), [0, 1], loop=1)
-    rates = []
-    for loop in range(1, 5):
+    rates, rewarded = [], []
+    for loop in range(1, last + 3):
         nets.pace(loop)
-        dmdr.iterate(nets, replace(batch, loop=loop), loop)
+        logged = dmdr.iterate(nets, replace(batch, loop=loop), loop)
+        rewarded.append("reward" in logged)
         rates.append([nets.players[name][1].param_groups[0]["lr"] for name in ("G", "fake")])
-    assert rates == [[1e-6, 1e-6]] * 2 + [[5e-7, 5e-7]] * 2
+    assert rates == [[1e-6, 1e-6]] * last + [[5e-7, 5e-7]] * 2
+    assert rewarded == [False] * (last + 1) + [True]  # G moves in every second loop
+
+
+@pytest.mark.parametrize("model, more", [("toy/sdxl", set()), ("toy/sd3", {"add_q_proj", "add_v_proj"})])
+def test_lora_on_queries_and_values(model, more):
+    """--lora-layers qv: nothing but these layers of attention is trained in the score estimator, and all of them."""
+    flags = f"--method dmdr --model {model} --lora-layers qv --fake-lora 4 --reward-weight 0 --batch-size 2".split()
+    nets = assemble(train.read(flags), 1, torch.device("cpu"), dmdr.prepare)
+    modules = dict(nets.fake.net.named_modules())
+    trained = {name.split(".lora_")[0] for name, p in nets.fake.net.named_parameters() if p.requires_grad}
+    names = {"to_q", "to_v"} | more
+    assert trained == {name for name in modules if name.split(".")[-1] in names} and trained
+    assert {name.split(".")[-1] for name in trained} == names
+
+
+def test_grpo_run(small_toys, tmp_path):
+    """--rl grpo: from the cold start's end on each update of G has a policy loss, over rollouts in groups."""
+    few = "--lr-schedule constant --batch-size 4 --candidates 2 --save-every 9 --preview-every 0 --log-every 1"
+    flags = f"--preset dmdr --rl grpo --dynamic 1 --ttur 1 --iterations 2 --model {small_toys['sdxl']} {few}".split()
+    run = train.train(train.read([*flags, "--out", str(tmp_path / "run")]))
+    first, second = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "rl_loss" not in first and second["rl_loss"] != 0 and "reward" in second
+    with pytest.raises(UserError, match="--lora-layers all, not qv"):
+        look(train.read(["--resume", "--out", str(run), "--lora-layers", "qv"]))
 
 
 @pytest.mark.parametrize(
@@ -132,8 +166,19 @@ def test_rates_are_halved_once_reward_has_joined():
         (["--fake-lora", "4", "--ema", "0.9"], "--ema 1"),
         (["--gan-weight", "0.1"], "no GAN"),
         (["--reward-weight", "-1"], "--reward-weight"),
+        (["--reward-start", "-1"], "--reward-start"),
+        (["--lora-layers", "qv", "--lora-rank", "4"], "--lora-rank out"),
+        (["--lora-layers", "qv", "--fake-lora", "0", "--dynamic", "0"], "--fake-lora"),
     ],
 )
 def test_flags_that_exclude_each_other(flags, words):
     with pytest.raises(UserError, match=words):
         look(train.read(["--method", "dmdr", *flags]))
+
+
+def test_a_single_step_has_no_density():
+    """GRPO needs a step with noise after it; a back-propagated reward does not, and w = 0 reinforces nothing."""
+    with pytest.raises(UserError, match="--rl grpo needs --student-steps 2"):
+        dmdr.Settings(rl="grpo", student_steps=1).check()
+    for settings in ({"rl": "grpo", "reward_weight": 0.0}, {"rl": "backprop"}):
+        dmdr.Settings(student_steps=1, **settings).check()

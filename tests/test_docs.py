@@ -19,7 +19,8 @@ TEXT = {str(page): page.read_text() for page in PAGES}
 OTHERS = {  # flags of torchrun, Slurm, pip, pytest, and of lab's commands
     *"--nproc-per-node --nnodes --max-restarts --standalone --shutdown-timeout --rdzv-backend --rdzv-endpoint".split(),
     *"--rdzv-id --kill-on-bad-exit --nodes --gpus-per-node --ntasks-per-node --cpus-per-task --signal".split(),
-    *"--only --print --quick --size --repeats --jobs --rebuild --images --help --index-url".split(),
+    *"--only --seeds --print --quick --size --repeats --jobs --rebuild --images --help --index-url".split(),
+    *"--frozen --states --steps --block --reals".split(),
 }
 
 

@@ -22,13 +22,35 @@ WEIGHTS = 40e6  # bytes that all weights may have together
 @pytest.mark.parametrize("package", ["engine", "lab"])
 @pytest.mark.parametrize("own", [{}, {"OMP_NUM_THREADS": "3"}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE"}])
 def test_threads_are_set_before_torch_is_loaded(package, own):
-    """One per core and a short spin; nothing where the user has set one of OpenMP's variables."""
+    """One per idle core and a short spin; nothing where the user has set one of OpenMP's variables."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))} | own
     program = f"import os, sys, {package}; print('torch' in sys.modules, *map(os.environ.get, {VARIABLES}))"
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
-    expected = own or dict(zip(VARIABLES, (engine.cores(), 1000, 0)))
-    assert done.stdout.split() == ["False", *(str(expected.get(name)) for name in VARIABLES)]
-    assert 1 <= engine.cores() <= os.cpu_count()
+    loaded, *found = done.stdout.split()
+    expected = own or dict(zip(VARIABLES, (found[0], 1000, 0)))
+    assert loaded == "False" and found == [str(expected.get(name)) for name in VARIABLES]
+    assert own or 1 <= int(found[0]) <= engine.cores() <= os.cpu_count()
+
+
+@pytest.mark.parametrize("busy, threads", [(0, 4), (1, 4), (3, 3), (5, 1), (9, 1)])
+def test_busy_cores_get_no_thread(busy, threads, monkeypatch):
+    """6 CPUs, of which this process may use 4."""
+    monkeypatch.setattr(engine, "cores", lambda: 4)
+    monkeypatch.setattr(engine, "others", lambda: busy)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    environ = {}
+    engine.set_threads(environ)
+    assert environ["OMP_NUM_THREADS"] == str(threads)
+
+
+@pytest.mark.skipif(not Path("/proc/loadavg").is_file(), reason="counts what runs on Linux")
+def test_others_are_counted():
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        assert engine.others() >= 3
+    finally:
+        for process in spinning:
+            process.kill()
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "export.py"])

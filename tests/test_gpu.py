@@ -19,8 +19,14 @@ LORA = ["--lora-rank", "64"]
 
 @pytest.mark.parametrize(
     "preset, flags",
-    [("sdxl-4step", LORA), ("sdxl-4step", []), ("sd3-4step", []), ("sdxl-stage2", [*LORA, "--rl-ratio", "1"])],
-    ids=["SDXL LoRA", "SDXL", "SD3 LoRA", "SDXL LoRA stage 2"],
+    [
+        ("sdxl-4step", LORA),
+        ("sdxl-4step", []),
+        ("sd3-4step", []),
+        ("sd3-4step", ["--cache-text", "KEPT"]),
+        ("sdxl-stage2", [*LORA, "--rl-ratio", "1"]),
+    ],
+    ids=["SDXL LoRA", "SDXL", "SD3 LoRA with T5", "SD3 LoRA, cached text", "SDXL LoRA stage 2"],
 )
 def test_dry_run_knows_the_memory(preset, flags, tmp_path):
     """Two loops at 1024 with random weights: the allocator's peak is within 10 % of the dry run's sum.
@@ -28,6 +34,7 @@ def test_dry_run_knows_the_memory(preset, flags, tmp_path):
     SD3: one loop without G, one with it; stage 2: a preference update, then distillation.
     """
     total = torch.cuda.get_device_properties(0).total_memory
+    flags = [str(tmp_path / "kept") if flag == "KEPT" else flag for flag in flags]
     flags = ["--batch-size", "1", "--gpus", "1", "--gpu-memory", str(total / 1e9), *flags]
     config = train.read(["--preset", preset, *flags])
     computed = dry_run.report(config, *train.method(config), train.prefer)

@@ -12,11 +12,11 @@ import train
 from diffusion import add_noise, rand, randn, sample_generators, times
 from engine.batch import Batch
 from engine.networks import Networks, assemble
-from siblings import advdmd, dmdr
+from siblings import advdmd, cold_start, policy
 from toy import world
 
 PROMPTS = ["a large red circle", "a small blue ring"]
-LAST = 3
+LAST = -1
 
 
 class Still(Networks):
@@ -44,6 +44,7 @@ def scene(*flags, prompts=PROMPTS, i=1, k=0):
     for name, p in nets.fake.net.named_parameters():
         if "lora_B" in name:
             p.data.normal_(std=0.05)
+    i %= len(nets.S)
     loop = next(n for n in range(1, 100) if dmd.student_step(nets.S, config.dm_steps, config.seed, n) == i)
     pictures = torch.stack([world.render(world.scene(j)[0]) for j in range(len(prompts))])
     batch = Batch(pictures, list(prompts), nets.encoder.encode(prompts), list(range(len(prompts))), loop)
@@ -79,8 +80,15 @@ METHODS = {
         ["--method", "dmdr", "--dynamic", "4", "--reward-weight", "5", "--reward", "clip", "--reward-margin", "1"],
         4,
     ),
+    "renoised": (["--method", "dmdr", "--dynamic", "4", "--reward-weight", "0", "--dm-input", "renoised"], 4),
+}
+ONE_STEP = {
+    "pixel, one step": (["--gan-weight", "0.5", "--student-steps", "1"], 0),
+    "reward, one step": ([*METHODS["reward"][0], "--student-steps", "1"], 4),
 }
 CASES = [*((method, 1) for method in METHODS), ("pixel", LAST), ("pixel-a", LAST), ("reward", LAST)]
+CASES += [(method, LAST) for method in ONE_STEP]
+METHODS |= ONE_STEP
 
 
 @pytest.mark.parametrize("method, i", CASES)
@@ -96,14 +104,16 @@ def test_gradients_of_an_iteration(method, i):
     generators = lambda purpose: sample_generators(0, batch.loop, range(2), purpose)  # noqa: E731
 
     rollout, noise, cold = generators("rollout"), generators("renoise"), method.endswith("cold start")
-    x_i = rolled(nets, c, i, rollout)
-    x = G(x_i, times(S[i], x_i), c)
-    u = dmdr.noise_level(noise, k, 4) if cold else rand(noise, x.device)
+    x_i = rolled(nets, c, i % len(S), rollout)
+    first = x = G(x_i, times(S[i], x_i), c)
+    if method == "renoised":
+        x = G(add_noise(schedule, first.detach(), times(S[i], x), randn(rollout, x)), times(S[i], x), c)
+    u = cold_start.noise_level(noise, k, 4) if cold else rand(noise, x.device)
     t = schedule.t_at(0.02 + 0.96 * u)
     eps = randn(noise, x)
     with torch.no_grad():
         x_t = add_noise(schedule, x, t, eps)
-        target = dmdr.real_score(fake, 0.75 * dmdr.c_at(k, 4)) if cold else nets.teacher
+        target = cold_start.real_score(fake, 0.75 * cold_start.c_at(k, 4)) if cold else nets.teacher
         null = {name: v if name == "size" else nets.null[name].expand_as(v) for name, v in c.items()}
         real = target(x_t, t, null) + 3 * (target(x_t, t, c) - target(x_t, t, null))
         towards = fake(x_t, t, c) - real
@@ -112,8 +122,8 @@ def test_gradients_of_an_iteration(method, i):
     logit = lambda y, t, eps: D(fake.with_features(add_noise(schedule, y, t, eps), t, c)[1])  # noqa: E731
     if method == "dmd2":
         L = L + 0.5 * F.softplus(-logit(x, t, eps)).mean()
-    if method == "reward":
-        s = times(S[2 if i == 1 else LAST], x)
+    if method.startswith("reward"):
+        s = times(torch.tensor(1) if "one step" in method else S[2 if i == 1 else LAST], x)
         scores = nets.R(add_noise(schedule, x, s, eps), s, nets.R.encoder.encode(PROMPTS))
         L = L + 5 * (20 - scores).clamp(min=0).mean()
     if method == "clip reward":
@@ -131,8 +141,8 @@ def test_gradients_of_an_iteration(method, i):
     assert close(nets.gradients["G"], gradient(G.net))
 
     fake.net.zero_grad()
-    noise, x = generators("fake"), x.detach()
-    t = schedule.t_at(rand(noise) if not cold else dmdr.noise_level(noise, k, 4))
+    noise, x = generators("fake"), first.detach()
+    t = schedule.t_at(rand(noise) if not cold else cold_start.noise_level(noise, k, 4))
     eps = randn(noise, x)
     x_t = add_noise(schedule, x, t, eps)
     eps_hat = (x_t - schedule.alpha(t) * fake(x_t, t, c)) / schedule.sigma(t)
@@ -151,9 +161,9 @@ def test_gradients_of_reinforcement():
     """
     flags = ["--method", "advdmd", "--rl-gate", "0", "--candidates", "4", "--gan-weight", "2"]
     nets, batch, *_ = scene(*flags, prompts=[p for p in PROMPTS for _ in range(4)])
-    G, S, c, n = nets.G, nets.S, batch.c, 8
+    G, S, c = nets.G, nets.S, batch.c
     rollout = batch.generators("rollout")
-    states = advdmd.simulate(G, randn(rollout, nets.latent), c, S, rollout)
+    states = policy.simulate(G, randn(rollout, nets.latent), c, S, rollout)
     advdmd.reinforce(nets, batch, states)
     found = gradient(G.net)
     G.net.zero_grad()
@@ -165,11 +175,37 @@ def test_gradients_of_reinforcement():
         groups = R.view(2, 4, 4)
         A = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(8, 4)
         A[:, 2] += A[:, 3]
-    L, numbers = 0, nets.latent[0].numel()
+    (2 * by_density(nets, states, A, c)).backward()
+    assert close(found, gradient(G.net))
+
+
+def by_density(nets, states, A, c):
+    """-E [A log π], a mean over samples, transitions and numbers, by the densities of torch.distributions."""
+    G, S = nets.G, nets.S
+    L = 0
     for i in range(3):
         s = times(S[i + 1], states[0])
         mean = G.schedule.alpha(s) * G(states[i], times(S[i], states[0]), c)
-        policy = Normal(mean, G.schedule.sigma(s).expand_as(mean))
-        L = L - (A[:, i] * policy.log_prob(states[i + 1]).flatten(1).sum(1)).sum() / (3 * n * numbers)
-    (2 * L).backward()
-    assert close(found, gradient(G.net))
+        normal = Normal(mean, G.schedule.sigma(s).expand_as(mean))
+        L = L - (A[:, i] * normal.log_prob(states[i + 1]).flatten(1).mean(1)).mean() / 3
+    return L
+
+
+def test_gradients_of_grpo():
+    """DMDR: what the reward adds to an iteration's gradient is w times that of -E [A log π], A from the end's reward.
+
+    The score estimator sees the same x with and without.
+    """
+    flags = ["--method", "dmdr", "--dynamic", "0", "--rl", "grpo", "--candidates", "4", "--reward-weight", "2"]
+    nets, batch, iterate, n = scene(*flags, prompts=[p for p in PROMPTS for _ in range(4)])
+    found = []
+    for nets.config.reward_weight in (2, 0):
+        iterate(nets, batch, n)
+        found.append(nets.gradients.copy())
+    rollout = batch.generators("rollout")
+    states = policy.simulate(nets.G, randn(rollout, nets.latent), batch.c, nets.S, rollout)
+    groups = nets.R.score_finished(states[-1], batch.prompts).view(2, 4)
+    A = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(8, 1).expand(8, 3)
+    (2 * by_density(nets, states, A, batch.c)).backward()
+    assert close(found[0]["G"] - found[1]["G"], gradient(nets.G.net))
+    assert torch.equal(found[0]["fake"], found[1]["fake"])

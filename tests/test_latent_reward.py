@@ -18,11 +18,12 @@ from engine import pictures, run_folder
 from engine.batch import Batch
 from engine.config import Config
 from engine.errors import UserError
+from engine.models import load_denoiser
 from engine.monitor import hacking
 from engine.networks import assemble
 from engine.prompts import PromptEncoder
 from engine.real_size import SDXL
-from engine.reward_model import load_reward_model, save_reward_model, untrained_reward_model
+from engine.reward_model import backbone, load_reward_model, save_reward_model
 from engine.reward_training import Pairs, train_reward
 from latent_reward import LatentRewardModel
 from toy import world
@@ -377,6 +378,18 @@ def test_preference_in_micro_batches(first, small):
     assert runs[0][0]["implicit_accuracy"] == 0 < runs[0][1]["implicit_accuracy"]
 
 
+@pytest.mark.parametrize("K, judged, thresholds, kept", [(2, 1, 0.0, 1), (3, 2, (0.0, 0.999), 0.5), (4, 2, 0.0, 1)])
+def test_the_noisiest_steps_are_judged(K, judged, thresholds, kept, first, small, monkeypatch):
+    """min(2, K - 1) of K steps, each pair by its own step's threshold; the last step has no density."""
+    nets = networks(Config(**after(first), reward=str(small[0]), **FEW))
+    nets.config.student_steps, nets.config.pair_threshold, nets.S = K, thresholds, nets.G.schedule.steps(K)
+    seen = []
+    pair_terms = latent_reward.pair_terms
+    monkeypatch.setattr(latent_reward, "pair_terms", lambda *a: seen.append(a[5:7]) or pair_terms(*a))
+    logged = train.prefer(nets, batch(nets, loop=1))
+    assert seen == list(zip(nets.S, nets.S[1:]))[:judged] and logged["kept_pairs"] == kept
+
+
 def test_a_reward_run_ends_on_sigterm(preferences, tmp_path, monkeypatch):
     """SIGTERM while its second loop loads: --stage reward saves after that loop and leaves."""
     load = Pairs.__getitem__
@@ -460,18 +473,24 @@ def preferences(tmp_path_factory):
     return folder
 
 
-def test_stage_reward_learns_a_preference_and_resumes(preferences, tmp_path):
-    """R ranks held-out pairs right after 20 updates; a run in two parts ends with the same weights."""
-    settings = {"stage": "reward", "pairs": str(preferences), "batch_size": 4, "reward_lr": 2e-4, "preview_every": 0}
+@pytest.mark.parametrize("model, rate", [("toy/sdxl", 2e-4), ("toy/sd3", 1e-3)])
+def test_stage_reward_learns_a_preference_and_resumes(model, rate, preferences, tmp_path):
+    """R ranks held-out pairs right after 20 updates; a run in two parts ends with the same weights.
+
+    Its first part recomputes activations.
+    """
+    settings = {"stage": "reward", "pairs": str(preferences), "batch_size": 4, "preview_every": 0}
+    settings |= {"model": model, "reward_lr": rate}
     whole = train_reward(Config(**settings, iterations=20, out=str(tmp_path / "whole")))
-    train_reward(Config(**settings, iterations=12, out=str(tmp_path / "halves")))
+    train_reward(Config(**settings, iterations=12, checkpointing=True, out=str(tmp_path / "halves")))
     halves = train_reward(Config(**settings, iterations=20, out=str(tmp_path / "halves"), resume=True))
     last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["held_out_right_at_50"] >= 0.9 and last["loops"] == 20
-    R, again = (load_reward_model(run_folder.newest(run) / "lrm", 64, "toy/sdxl") for run in (whole, halves))
+    R, again = (load_reward_model(run_folder.newest(run) / "lrm", 64, model) for run in (whole, halves))
     assert all(torch.equal(a, b) for a, b in zip(R.parameters(), again.parameters()))
-    fresh = untrained_reward_model("toy/sdxl", 64)
-    assert not torch.equal(R.unet.conv_in.weight, fresh.unet.conv_in.weight)
+    weight = {"toy/sdxl": "conv_in.weight", "toy/sd3": "transformer_blocks.0.attn.to_q.weight"}[model]
+    denoiser = load_denoiser(model).net
+    assert not torch.equal(backbone(R).get_parameter(weight), denoiser.get_parameter(weight))
 
 
 def test_pairs_put_the_better_first_and_leave_ties_out(preferences):

@@ -204,3 +204,4 @@ def test_readings_of_the_last_input(i):
         x_t = noised(0.5 * x_t + 0.1, step + 1)
     torch.testing.assert_close(found["b"], x_t)
     torch.testing.assert_close(found["a"], noised(0.5 * x_t + 0.1, last))
+    assert i < last or found["b"] is x_tau  # so that x_adv is x, as of a one-step student

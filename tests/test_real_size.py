@@ -2,6 +2,7 @@
 
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,12 +20,14 @@ from engine.models import load_denoiser
 PUBLISHED = {  # of the released weights' files; SD3's has its fixed table of positions too
     "sdxl": 2_567_463_684,
     "sd3": 2_084_951_104 - 192**2 * 1536,
+    "t5": 4_762_310_656,
 }
+MILLIONS = {"sd35-medium": 2243, "sd35-large": 8057}  # as their cards have it
 
 
-def traced(preset, metered=False):
+def traced(preset, *flags, metered=False):
     """-> config, networks, what was measured or logged, and per player the weights without a gradient."""
-    config = train.read(["--preset", preset])
+    config = train.read(["--preset", preset, *flags])
     config.checkpointing = metered  # it doubles the forward pass
     prepare, iterate = train.method(config)
     lacking = {}
@@ -63,13 +66,16 @@ def sdxl():
 FEWER = {  # layers that are alike: one of each is traced
     "sdxl-stage2": (real_size.SDXL, {"transformer_layers_per_block": [1, 1, 1]}),
     "sd3-4step": (real_size.SD3, {"num_layers": 2}),
+    "sd35-medium-4step": (real_size.SD35_MEDIUM, {"num_layers": 3, "dual_attention_layers": (0,)}),
+    "sd35-large-4step": (real_size.SD35_LARGE, {"num_layers": 2}),
 }
+LATENT = {"sd35-large-4step": ("--method", "dmd2")}  # presets that are traced with a latent discriminator
 
 
 @pytest.mark.parametrize("preset", ["sdxl-4step", *FEWER])
 @pytest.mark.xdist_group("full_size")
-def test_iteration_at_full_size(preset, sdxl, monkeypatch):
-    """SDXL's UNets in bf16, or two LoRAs on SD3's transformer, the VAE, SAM ViT-B: no shape or dtype clashes.
+def test_iteration_at_full_size(preset, request, monkeypatch):
+    """SDXL's UNets in bf16, or two LoRAs on a transformer, the VAE, SAM ViT-B: no shape or dtype clashes.
 
     Every weight that a network trains gets a gradient of its own shape and type.
     """
@@ -77,21 +83,35 @@ def test_iteration_at_full_size(preset, sdxl, monkeypatch):
         geometry, changes = FEWER[preset]
         for key, value in changes.items():
             monkeypatch.setitem(geometry, key, value)
-        config, nets, seen, lacking = traced(preset)
+        config, nets, seen, lacking = traced(preset, *LATENT.get(preset, ()))
     else:
-        config, nets, seen, lacking = sdxl
+        config, nets, seen, lacking = request.getfixturevalue("sdxl")
     if config.stage == 2:
         assert lacking["G"] == set() and seen["rl_loss"].shape == ()
     else:
-        assert lacking == {"G": set(), "fake": set(), "D": set()}
+        assert lacking == {"G": set(), "fake": set(), "head" if preset in LATENT else "D": set()}
         assert set(seen["distillation"]) == {"G", "fake", "D"} if preset == "sdxl-4step" else "d_loss" in seen
+    if preset == "sd35-medium-4step":  # a buffer, which FSDP2 does not shard
+        (table,) = (row for row in dry_run.states(nets) if row[0] == "tables of positions")
+        assert table[1:] == (384**2 * 1536, 4 * 384**2 * 1536, 0, 0, False)
+    if preset == "sd35-large-4step":
+        assert nets.D.net[0].weight.shape[:2] == (2432, 2432) and len(nets.D.net) == 6 * 3 + 3  # of 64 x 64 tokens
 
 
 def test_geometry_is_the_published_one():
-    """As many weights as in the released files."""
+    """As many weights as in the released files; T5 is SD3's alone, unless --t5 off."""
     with torch.device("meta"):
-        nets = {"sdxl": UNet2DConditionModel(**real_size.SDXL), "sd3": SD3Transformer2DModel(**real_size.SD3)}
-    assert {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()} == PUBLISHED
+        nets = {name: SD3Transformer2DModel(**geometry) for name, geometry in real_size.TRANSFORMERS.items()}
+        nets["sdxl"] = UNet2DConditionModel(**real_size.SDXL)
+    sd3 = ["--preset", "sd3-4step"]
+    *clips, nets["t5"] = real_size.text_encoders(train.read(sd3))
+    found = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
+    assert {name: round(found.pop(name) / 1e6) for name in MILLIONS} == MILLIONS
+    assert found == PUBLISHED
+    for flags, length in ((sd3, 256), ([*sd3, "--text-length", "512"], 512), ([*sd3, "--t5", "off"], 77)):
+        config = train.read(flags)
+        assert len(clips) + (length > 77) == len(real_size.text_encoders(config))
+        assert real_size.Words(config).encode(["a"])["tokens"].shape == (1, 77 + length, 4096)
 
 
 def test_memory_follows_storages():
@@ -177,6 +197,12 @@ def test_dry_run_as_a_command(sdxl, monkeypatch, capsys):
         [sum(column) for column in zip(*map(row, names), strict=True)], abs=0.05 * len(names)
     )  # of rounded figures
 
+    text = re.search(
+        r"with text encoders ([\d.]+) GB on a GPU, with --cache-text ([\d.]+), and ([\d.]+) MB of disk", out
+    )
+    words = row("text encoders")[6]
+    assert [float(n) for n in text.groups()] == [near(row("sum")[6]), near(row("sum")[6] - words), 0.32]
+
     on_disk, copied = map(float, re.search(r"a checkpoint: ([\d.]+) GB .* copies ([\d.]+) GB", out).groups())
     assert on_disk == pytest.approx(28 * P, abs=0.1) and copied == pytest.approx(6 * P, abs=0.1)  # the student twice
 
@@ -196,6 +222,13 @@ def test_dry_run_as_a_command(sdxl, monkeypatch, capsys):
         "\nverdict: fits on 4 x 80 GB; one sample at once needs at least "
         "4 x 48 GB or 2 x 80 GB or 1 x 141 GB (--optimizer adamw8bit: " in out
     )
+
+    kept = replace(nets, config=replace(nets.config, cache_text="kept"))
+    monkeypatch.setattr(dry_run, "measure", lambda *a: (kept, found))
+    train.main([*flags, "--gpus", "4"])
+    again = capsys.readouterr().out
+    assert text[0] in again and re.search(r"^text encoders +0\.0 +0\.00", again, re.M)
+    monkeypatch.setattr(dry_run, "measure", lambda *a: (nets, found))
 
     def verdict(*more):
         dry_run.report(train.read([*flags, *more]), None, None, None)
@@ -218,9 +251,9 @@ def test_dry_run_as_a_command(sdxl, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, why",
     [
-        (["--preset", "toy"], "geometry of SDXL and SD3"),
+        (["--preset", "toy"], "geometry of SDXL, SD3-Medium and SD3.5"),
         (["--preset", "sdxl-4step", "--method", "advdmd"], "advdmd"),
-        (["--preset", "sd3-4step", "--stage", "2"], "stage 1 with --method flash alone"),
+        (["--preset", "sd35-large-4step", "--stage", "2"], "SD3 in stage 1 alone"),
         (["--preset", "sdxl-4step", "--gpus", "5"], "not divisible by --gpus 5"),
         (["--preset", "sdxl-4step", "--gpus", "8", "--micro-batch", "3"], "--micro-batch"),
     ],

@@ -38,7 +38,7 @@ def metrics_of(run):
 
 
 def student(run):
-    return load_file(next(run_folder.newest(run).glob("[ul]*/*.safetensors")))  # unet/, or of a LoRA student lora/
+    return load_file(next(run_folder.newest(run).glob("[ult]*/*.safetensors")))  # unet/, transformer/, or lora/
 
 
 def flags(**settings):
@@ -109,17 +109,24 @@ def watched(*flags, batch_size=2):
     return nets, iterate, lambda loop: Batch(pictures, prompts, c, list(range(batch_size)), loop)
 
 
-def test_learning_rates_fall_to_zero():
-    """In 4 loops G and the score estimator step at 4, 3, 2 and 1 quarters of their rates, D at its whole one."""
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_learning_rates_fall_to_zero(warmup):
+    """In 4 loops G and the score estimator step at 4, 3, 2 and 1 quarters of their rates, D at its whole one.
+
+    With --warmup 2 all of them have half of that in the first loop.
+    """
     nets, *_ = watched("--iterations", "4", "--lr", "4e-5", "--fake-lr", "8e-5", "--d-lr", "1e-4")
     nets.config.lr_schedule = "linear"
+    nets.config.warmup = warmup
+    first = 0.5 if warmup else 1
     rates = {"G": [], "fake": [], "D": []}
     for loop in range(1, 5):
         nets.pace(loop)
         for name, seen in rates.items():
             seen.append(nets.players[name][1].param_groups[0]["lr"])
-    assert rates["G"] == pytest.approx([4e-5, 3e-5, 2e-5, 1e-5])
-    assert rates["fake"] == pytest.approx([8e-5, 6e-5, 4e-5, 2e-5]) and rates["D"] == [1e-4] * 4
+    assert rates["G"] == pytest.approx([first * 4e-5, 3e-5, 2e-5, 1e-5])
+    assert rates["fake"] == pytest.approx([first * 8e-5, 6e-5, 4e-5, 2e-5])
+    assert rates["D"] == [first * 1e-4, 1e-4, 1e-4, 1e-4]
 
 
 @pytest.mark.parametrize("ttur", [1, 2, 5])
@@ -243,13 +250,23 @@ class Seen:
         return self.denoiser(x_t, t, c)
 
 
-@pytest.mark.parametrize("noisy, last", [([999, 749, 499], 249), ([999, 874, 749, 624, 499, 374, 249], 124)])
-def test_losses_reach_their_own_steps(noisy, last):
-    """The DM loss trains G at the steps 999, 749, 499 alone, or the first seven of eight; Eq. 9 at the last (3.3).
+STEPS_OF_DM = [
+    ([999, 749, 499], 249),
+    ([999, 874, 749, 624, 499, 374, 249], 124),
+    ([998, 665], 332),
+    ([999], 499),
+    ([999], 999),
+]
 
-    No optimizer steps while another network has a gradient: each loss reaches its own network and no other.
+
+@pytest.mark.parametrize("noisy, last", STEPS_OF_DM)
+def test_losses_reach_their_own_steps(noisy, last):
+    """The DM loss trains G at the steps 999, 749, 499 alone, all but the last of any number; Eq. 9 at the last (3.3).
+
+    A single step has both. No optimizer steps while another network has a gradient: each loss reaches its own network
+    and no other.
     """
-    nets, iterate, batch = watched("--student-steps", str(len(noisy) + 1), batch_size=1)
+    nets, iterate, batch = watched("--student-steps", str(len({*noisy, last})), batch_size=1)
     nets.G, nets.fake = Seen(nets.G), Seen(nets.fake)
     loops = {dmd.student_step(nets.S, "high", 0, loop): loop for loop in range(1, 60)}
     for loop in loops.values():
@@ -277,10 +294,14 @@ def test_non_finite_update_is_skipped_and_ten_end_the_run(small_toys, tmp_path, 
 DMD2 = {"method": "dmd2", "ttur": 1, "iterations": 2}
 SD3_LORA = {"model": "sd3", "lora_rank": 4, "iterations": 2}
 DMDR = {"method": "dmdr", "ttur": 1, "dynamic": 1, "ema": 1, "iterations": 2}
+GRPO = DMDR | {"rl": "grpo", "reward_weight": 1}
 ADVDMD = {"method": "advdmd", "ttur": 1, "rl_after": 1, "rl_gate": 0, "iterations": 2}
+TOKENS = {"model": "sd3", "checkpointing": True}  # D reads a transformer's block, which is computed again
+
+METHODS = [{}, DMD2, SD3_LORA, DMDR, GRPO, DMD2 | TOKENS | {"lora_rank": 4}, ADVDMD | TOKENS]
 
 
-@pytest.mark.parametrize("method", [{}, DMD2, DMD2 | {"lora_rank": 4}, SD3_LORA, DMDR, ADVDMD])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.xdist_group("ranks")
 def test_two_ranks_are_one(method, small_toys, two_ranks, tmp_path):
     """2 gloo ranks, sharded by FSDP2, take the same steps as 1 with twice the batch: losses, norms, weights.
@@ -290,7 +311,8 @@ def test_two_ranks_are_one(method, small_toys, two_ranks, tmp_path):
     """
     model = small_toys[method.get("model", "sdxl")]
     rates = {"ema": 0.99, "lr": 2e-6, "fake_lr": 1e-5, "d_lr": 1e-5}
-    size = 8 if method.get("method") == "advdmd" else 4  # whole groups on each rank
+    grouped = method is GRPO or method.get("method") == "advdmd"
+    size = 8 if grouped else 4  # whole groups on each rank
     settings = {"iterations": 2, "batch_size": size, **rates, **method, "model": model, "reward": "toy/lrm"}
     one, two = on_one_and_two_ranks(settings, two_ranks, tmp_path)
     assert len(one) == len(two) == settings["iterations"]

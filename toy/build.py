@@ -1,11 +1,11 @@
-"""Trains the toy's weights: VAE, CLIP, teachers (teacher.py), SAM's image encoder, reward model, student.
+"""Trains the toy's weights: VAE, CLIP, teachers (teacher.py), SAM's image encoder, reward models, student.
 
     python -m toy.build                       all parts that are not built yet
     python -m toy.build --rebuild             delete all parts and train them again; if interrupted, omit --rebuild
     python -m toy.build --only sd3            one part
     python -m toy.build --only vae --rebuild  one part again; deletes the parts trained on it: run toy.build next
 
-The last part, a teacher in SD3's shape, takes 66 minutes; the others take about 80 together.
+A teacher in SD3's shape takes 66 minutes; the others take about 80 together, the reward model of its latents aside.
 An interrupted part goes on where it stopped (its state is in toy/.build). The metrics of each part are in
 toy/quality.json.
 """
@@ -27,7 +27,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from pixel_gan import sam_input
 from toy import world
 from toy.fit import HERE, accuracies, batch_of, crowd_of, fit, report, scenes
-from toy.reward import build_lrm
+from toy.reward import build_lrm, build_sd3_lrm
 from toy.student import build_student
 from toy.teacher import build_sd3, build_sdxl
 
@@ -234,6 +234,7 @@ PARTS = {
     "sam": ("sam", build_sam, []),
     "lrm": ("lrm", build_lrm, ["vae", "clip", "teacher"]),
     "sd3": ("sd3", build_sd3, ["vae", "clip"]),
+    "sd3_lrm": ("sd3_lrm", build_sd3_lrm, ["vae", "clip", "sd3"]),
     "student": ("student", build_student, ["vae", "clip", "teacher", "sam", "lrm"]),
 }  # name -> (folder, function, parts it is trained on)
 

@@ -1,0 +1,248 @@
+"""Students of 1, 2, 4 and 8 steps of the toy's SDXL and SD3; AdvDMD's of 2 steps and DMDR's of 1.
+
+    python -m lab.steps                               the missing runs, then results/steps.md and docs/steps.png
+    python -m lab.steps --only sdxl-1 sd3-1 --seeds 0     these rows and seeds alone, then page and picture
+    python -m lab.steps --print                       page and picture from the runs that are there; trains nothing
+
+Runs are as short as lab.demo's stage 1, and take one thread each. One that is finished is not done again, one that was
+stopped goes on, and one that another call of this command is at is left to it: several calls share the work.
+"""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+
+from tqdm import tqdm
+
+from diffusion import guided
+from engine import locks, run_folder
+from engine.config import Config
+from engine.errors import UserError
+from engine.models import load_denoiser, load_vae
+from engine.pictures import generate, in_steps, save_grid
+from engine.prompts import load_encoder
+from lab import pages, rows, siblings, stage1
+from lab.demo import STAGE_1
+from lab.pages import errors, figure, frechet, right
+from lab.rows import SEEDS
+from lab.stage1 import FULL
+from toy import world
+
+RESULTS = Path("results/steps.json")
+STEPS = (1, 2, 4, 8)
+DEMO = dict(zip(STAGE_1.split()[::2], STAGE_1.split()[1::2]))  # flag -> value
+DEMO.pop("--preview-every")
+RATES = {k: DEMO[k] for k in ("--batch-size", "--lr", "--fake-lr")}
+BASES = {
+    "sdxl": FULL | DEMO,
+    "sd3": FULL | DEMO | {"--model": "toy/sd3", "--guidance": 2.0, "--ttur": 2, "--iterations": 300},  # as lab.stage1's
+}
+# G moves in every second loop: 30 updates before RL, 70 with it
+ADVDMD = siblings.ADVDMD | RATES | {"--student-steps": 2, "--iterations": 200, "--rl-after": 30}
+# G moves in every fifth loop: 50 updates of cold start, 50 with reward
+DMDR = siblings.DMDR | RATES | {"--student-steps": 1, "--iterations": 500, "--dynamic": 50}
+STUDENTS = {f"{base}-{K}": flags | {"--student-steps": K} for base, flags in BASES.items() for K in STEPS}
+OTHERS = {
+    "advdmd-2": ADVDMD,
+    "advdmd-2-no-rl": ADVDMD | {"--rl-after": 10**6},
+    "dmdr-1": DMDR,
+    "dmdr-1-no-reward": DMDR | {"--reward-weight": 0},
+}
+RUNS = STUDENTS | OTHERS  # row -> flags; a run for each of SEEDS
+UNDISTILLED = {}  # row -> evaluate.py's arguments
+for base_ in BASES:
+    for K_ in STEPS:
+        which = ("--model", f"toy/{base_}", "--undistilled", "--steps", K_, "--guidance", Config.guidance)
+        UNDISTILLED[f"undistilled-{base_}-{K_}"] = which
+TEACHERS = {"sdxl": next(iter(stage1.BASELINES)), "sd3": next(iter(stage1.SD3_BASELINES))}  # rows of lab.stage1
+COLUMNS = ("prompt_accuracy", "frechet", "recall", "reward", "saturation", "contrast")
+QUICK = 5  # loops: G moves once with every row
+
+
+def name(row, seed, num, loops=None):
+    """A run's name. loops: fewer than the row's, for a quick look."""
+    if row in UNDISTILLED:
+        return ", ".join([row, f"{num} prompts", *stage1.which_sd3("sd3" in row)])
+    flags = RUNS[row] | ({"--iterations": loops} if loops else {})
+    return rows.key(flags, "--seed", seed, f"{num} prompts", *stage1.which_sd3("--model" in flags))
+
+
+def measure(row, seed, num, loops=None):
+    """Train and evaluate one run in its folder, which stays; metrics.json is its end. None where it is at work."""
+    out = rows.folder(name(row, seed, num, loops))
+    made = out / "metrics.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        locks.lock(out.with_suffix(".lock"))
+    except UserError:  # another call is at it
+        return
+    if not made.exists():
+        argv = UNDISTILLED.get(row)
+        if row in RUNS:
+            settings = {"--stage": 1, "--seed": seed, "--out": out, "--resume": True, "--preview-every": 0}
+            settings |= {"--iterations": loops} if loops else {}
+            rows.command("train.py", *rows.flat(RUNS[row] | settings), threads=1)
+            argv = ("--run", out)
+        aside = out.with_suffix(".json")
+        rows.command("evaluate.py", *argv, "--num", num, "--json", aside, threads=1)
+        out.mkdir(exist_ok=True)
+        shutil.move(aside, made)
+    locks.unlock(out.with_suffix(".lock"))
+
+
+def train(only, seeds, num, workers, loops=None):
+    """What is missing of these rows and seeds, seed by seed, `workers` runs at a time."""
+    jobs = [(row, 0) for row in only if row in UNDISTILLED]
+    jobs += [(row, seed) for seed in seeds for row in only if row in RUNS]
+    there = gathered(num, loops)
+    missing = [job for job in jobs if name(*job, num, loops) not in there]
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(missing), desc="steps", disable=not missing) as bar:
+        for done in [pool.submit(measure, *job, num, loops) for job in missing]:
+            done.result()
+            bar.update()
+
+
+def gathered(num, loops=None):
+    """The file of rows, completed by the finished runs under runs/lab -> {run's name: metrics}. Trains nothing."""
+    path = RESULTS if num == rows.NUM and not loops else rows.place(RESULTS, 0)
+    results = rows.load_rewarded(path)
+    for row in (*RUNS, *UNDISTILLED):
+        for seed in SEEDS if row in RUNS else SEEDS[:1]:
+            run = name(row, seed, num, loops)
+            made = rows.folder(run) / "metrics.json"
+            if run in results or not made.exists():
+                continue
+            results[run] = json.loads(made.read_text())
+            if row in RUNS:
+                logged = [json.loads(line) for line in (made.parent / "metrics.jsonl").read_text().splitlines()]
+                results[run] |= {k: logged[-1][k] for k in ("samples", "seconds", "skipped_updates")}
+                if opened := [m["rl_open"] for m in logged if "rl_open" in m]:
+                    results[run]["rl_open"] = mean(opened)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(results, indent=1) + "\n")
+    aside.rename(path)
+    return results
+
+
+# ------------------------------------------------------------------------------------- page and picture
+
+
+def rows_of(results, num, loops=None):
+    """{row: metrics of its seeds} of the rows that are there, the two teachers of lab.stage1 among them."""
+    found = {}
+    for row in (*UNDISTILLED, *RUNS):
+        names = [name(row, seed, num, loops) for seed in (SEEDS if row in RUNS else SEEDS[:1])]
+        if there := [results[n] for n in names if n in results]:
+            found[row] = there
+    teachers = rows.load(stage1.RESULTS)
+    for base, title in TEACHERS.items():
+        if (n := stage1.baseline_name(title, num)) in teachers:
+            found[f"teacher-{base}"] = [teachers[n]]
+    return found
+
+
+def table(found, base):
+    """A base model's students beside its undistilled network, and its teacher, in lines of Markdown."""
+    titles = {}
+    for K in STEPS:
+        titles[f"undistilled-{base}-{K}"] = f"undistilled, {in_steps(K)}, w = {Config.guidance:g}"
+        titles[f"{base}-{K}"] = f"student, {in_steps(K)} (`{base}-{K}`)"
+    titles[f"teacher-{base}"] = f"teacher, 50 steps, w = {Config.teacher_guidance:g}"
+    lines = pages.head(f"toy/{base}", COLUMNS)
+    return lines + [pages.line(title, found[row], COLUMNS) for row, title in titles.items() if row in found]
+
+
+def page(num=rows.NUM, loops=None):
+    """results/steps.md, from the rows that are there."""
+    found = rows_of(gathered(num, loops), num, loops)
+    columns = (*COLUMNS, "rl_open")
+    others = [pages.line(f"`{row}`", found[row], columns) for row in OTHERS if row in found]
+    return pages.joined(
+        [
+            INTRODUCTION.format(num=num),
+            "![one noise, more and more steps](../docs/steps.png)",
+            table(found, "sdxl"),
+            table(found, "sd3"),
+            pages.told(students_text, found),
+            "## AdvDMD with 2 steps, DMDR with 1",
+            pages.head("toy/sdxl", columns) + others,
+            pages.told(others_text, found),
+        ]
+    )
+
+
+INTRODUCTION = """
+# 1, 2, 4 and 8 steps
+
+`python -m lab.steps` trains the runs that are missing and writes this page, its picture and [steps.json](steps.json);
+`--print` writes them from the runs that are there.
+
+Runs are as short as `python -m lab.demo`'s, with a quarter of the samples of [stage1.md](stage1.md): batch 8, SDXL 200
+loops, SD3 300 at TTUR 2, and the same settings for every number of steps. A row is evaluated on {num} held-out prompts.
+The mean over seeds stands first, each seed's value behind it. In the picture a column is one prompt and one noise; the
+rows are the students of seed 0 with more and more steps, their teacher last.
+"""
+
+
+def students_text(found):
+    lines = []
+    for base, title in (("sdxl", "SDXL"), ("sd3", "SD3")):
+        students = ", ".join(right(found[f"{base}-{K}"]) for K in STEPS)
+        before = ", ".join(right(found[f"undistilled-{base}-{K}"]) for K in STEPS)
+        distances = ", ".join(frechet(found[f"{base}-{K}"]) for K in STEPS)
+        first, last = found[f"{base}-1"], found[f"{base}-8"]
+        lines.append(
+            f"- {title}, with 1, 2, 4 and 8 steps: {students} % of the prompts are right, undistilled {before} %. The "
+            f"Fréchet distance is {distances}; between 1 and 8 steps lie {errors(first, last, 'frechet')}."
+        )
+    return "\n".join(lines)
+
+
+def others_text(found):
+    online, unrewarded = found["advdmd-2"], found["advdmd-2-no-rl"]
+    paid, unpaid = found["dmdr-1"], found["dmdr-1-no-reward"]
+    return f"""
+- AdvDMD, 2 steps: {right(online)} % of the prompts are right with reinforcement, {right(unrewarded)} % without; the
+  Fréchet distance is {frechet(online)} and {frechet(unrewarded)} ({errors(online, unrewarded, "frechet")}). Its gate
+  was open in {figure(online, "rl_open")} % of the logged loops.
+- DMDR, 1 step: the reward is {figure(paid, "reward")} with the reward loss, {figure(unpaid, "reward")} without
+  ({errors(paid, unpaid, "reward")}); {right(paid)} and {right(unpaid)} % of the prompts are right, the recall is
+  {figure(paid, "recall")} and {figure(unpaid, "recall")} % ({errors(paid, unpaid, "recall")}).
+"""
+
+
+def picture(path, num, loops=None, columns=8):
+    """docs/steps.png: the students of seed 0 whose runs are there, and their teachers. Nothing where there is none."""
+    prompts = [world.scene(i, "test")[1] for i in range(columns)]
+    drawn = {}
+    for base in BASES:
+        runs = {K: rows.folder(name(f"{base}-{K}", 0, num, loops)) for K in STEPS}
+        runs = {K: run for K, run in runs.items() if (run / "metrics.json").exists()}
+        if not runs:
+            continue
+        model = f"toy/{base}"
+        encoder, vae = load_encoder(model, world.SIZE), load_vae(model)
+        for K, run in runs.items():
+            G = load_denoiser(model, student=run_folder.newest(run))
+            drawn[f"{base.upper()}, {in_steps(K)}"] = generate(G, encoder, vae, prompts, K, seed=0)
+        teacher = guided(load_denoiser(model), encoder.null(), Config.teacher_guidance)
+        title = f"{base.upper()}'s teacher, {in_steps(50)}"
+        drawn[title] = generate(teacher, encoder, vae, prompts, 50, seed=0, ode=True)
+    if drawn:
+        save_grid(path, list(drawn.values()), list(drawn), prompts)
+
+
+def main():
+    args = rows.options(__doc__.split("\n")[0], (*RUNS, *UNDISTILLED), quick=True, seeds=True)
+    loops = QUICK if args.quick else None
+    if not args.print:
+        train(args.only, args.seeds, args.num, args.jobs, loops)
+    shown = 0 if loops else args.num  # a quick look goes beside the runs
+    pages.write("results/steps.md", shown, page(args.num, loops))
+    picture(rows.place("docs/steps.png", shown), args.num, loops)
+
+
+if __name__ == "__main__":
+    main()
