@@ -15,43 +15,38 @@ import dmd
 from diffusion import add_noise, backward_simulation, times
 from lab.mixture import (
     CLASSES,
-    LOG_WEIGHTS,
     MEANS,
     OUTER,
     SCHEDULE,
     STD,
     STEPS,
     WEIGHTS,
-    Game,
     arrived,
     classes,
     log_density,
     outward,
-    play,
+    points,
+    teacher,
+    train,
 )
 
 LEVELS = tuple(range(100, 1000, 100))  # the noise levels t
-MEASURED, FRESH = 10_002, 900  # the student's samples that stand for its density, and those that it is measured at
+CENTRES, FRESH = 3334, 300  # of each class: the samples that stand for the density, and those that it is measured at
 
 
 @torch.no_grad()
 def student(G, n, seed):
-    """n finished points of the four-step student in every run, (runs * n, 2, 1, 1), and their classes."""
+    """n finished points of the four-step student in each class: x (runs * CLASSES, 2, n, 1) and c."""
     rng = torch.Generator().manual_seed(seed)
-    c = classes(n, G.runs)
-    z = torch.randn(len(c["class"]), 2, 1, 1, generator=rng)
+    z = torch.randn(G.runs * CLASSES, 2, n, 1, generator=rng)
+    c = classes(CLASSES, G.runs)
     return backward_simulation(G, z, c, STEPS, [rng] * len(z)), c
 
 
-def by_class(x, runs):
-    """Points, or a value of each -> (runs, CLASSES, points, ...)."""
-    return x.view(runs, -1, CLASSES, *x.shape[1:2]).transpose(1, 2)
-
-
 def kernels(x_t, own, alpha, sigma):
-    """Two mixtures of N(α x_i, σ²), one over each half of the samples: log p(x_t) (2, C, m), E[x_0 | x_t] (2, C, m, 2).
+    """Two mixtures of N(α x_i, σ²), one over each half of `own`: log p(x_t) (2, C, m), E[x_0 | x_t] (2, C, m, 2).
 
-    x_t (C, m, 2), own samples (C, n, 2), of C classes; alpha, sigma: of one noise level.
+    x_t (C, m, 2), own (C, n, 2): points of C classes; alpha, sigma: of one noise level.
     """
     log_p, mean = [], []
     for half in own.chunk(2, 1):
@@ -62,13 +57,13 @@ def kernels(x_t, own, alpha, sigma):
 
 
 def at_level(x_t, own, log_real, x0_fake, alpha, sigma):
-    """One run at one noise level -> KL(student || mixture) and the squared error of the score estimator's ε̂.
+    """One run at one noise level: KL(student || mixture), and the squared error of the score estimator's ε̂.
 
     x_t (C, m, 2): fresh samples, noised; own (C, n, 2): others, clean, for the kernels; log_real (C, m), x0_fake
     (C, m, 2): the mixture's log density and the score estimator's clean estimate of x_t.
-    Each with its error: for the KL the standard error over x_t, and the bias of the kernels' log density (Jensen: in
-    proportion to 1/n, so half of the samples have twice the bias of all); for the score the noise of the kernels', a
-    quarter of the mean squared difference between the two halves', which is part of the figure.
+    Errors: of the KL its standard error over x_t, and the bias of the kernels' log density (in proportion to 1/n: half
+    of the samples have twice the bias of all); of the score error the part that is the kernels' noise, a quarter of the
+    mean squared difference between the two halves' scores.
     """
     log_p, mean = kernels(x_t, own, alpha, sigma)
     ratio = log_p.logsumexp(0) - math.log(2) - log_real
@@ -84,102 +79,89 @@ def at_level(x_t, own, log_real, x0_fake, alpha, sigma):
 
 
 @torch.no_grad()
-def levels(game, points, centres, ts=LEVELS, seed=0):
-    """at_level of every run at every level -> a list over runs of lists over ts. points, centres: `student`'s."""
-    (x, c), (own, _), runs = points, centres, game.G.runs
-    found = [[] for _ in range(runs)]
+def levels(fake, x, own, ts=LEVELS):
+    """at_level of every run at every level -> a list over runs of {name: list over ts}. x, own: `student`'s points."""
+    c = classes(CLASSES, fake.runs)
+    by_run = lambda values: values.view(fake.runs, CLASSES, *values.shape[1:])  # noqa: E731
+    found = []
     for t in ts:
         t = times(torch.tensor(float(t)), x)
-        x_t = add_noise(SCHEDULE, x, t, torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
-        level = [SCHEDULE.alpha(t[:1]).item(), SCHEDULE.sigma(t[:1]).item()]
-        parts = x_t.flatten(1), own.flatten(1), log_density(x_t, t, c), game.fake(x_t, t, c).flatten(1)
-        for run, values in zip(found, zip(*(by_class(part, runs) for part in parts))):
-            run.append(at_level(*values, *level))
-    return found
+        x_t = add_noise(SCHEDULE, x, t, torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
+        parts = points(x_t), points(own), log_density(x_t, t, c), points(fake(x_t, t, c))
+        level = SCHEDULE.alpha(t[:1]).item(), SCHEDULE.sigma(t[:1]).item()
+        found.append([at_level(*values, *level) for values in zip(*map(by_run, parts))])
+    return [{name: [level[run][name] for level in found] for name in found[0][run]} for run in range(fake.runs)]
 
 
-def coverage(x, c):
-    """Of a run's points: the share of the modes that have at least half the points they should, the share of strays.
+def coverage(x):
+    """Of a run's points (CLASSES, 2, n, 1): the share of modes with at least half their points, the share of strays.
 
     A point is a mode's within 4 STD, and a stray where it is so near to none of its class.
     """
-    near, mode = torch.cdist(x.flatten(1), MEANS).where(LOG_WEIGHTS[c["class"]].isfinite(), torch.inf).min(1)
-    inside = torch.bincount(mode[near < 4 * STD], minlength=len(MEANS)) / (len(x) / CLASSES)
-    covered = inside >= torch.tensor(WEIGHTS * CLASSES) / 2
+    near, mode = torch.cdist(points(x), MEANS).min(2)  # (CLASSES, n)
+    inside = torch.nn.functional.one_hot(mode, len(WEIGHTS)) * (near < 4 * STD)[..., None]
+    covered = inside.float().mean(1) >= torch.tensor(WEIGHTS) / 2
     return covered.float().mean().item(), (near >= 4 * STD).float().mean().item()
 
 
-def measured(game):
-    """Everything that is measured of a finished game -> one dict per run."""
-    points, centres = student(game.G, FRESH, 1), student(game.G, MEASURED, 2)
-    rows = []
-    for i, found in enumerate(levels(game, points, centres)):
-        x, c = (v[i * MEASURED : (i + 1) * MEASURED] for v in (centres[0], centres[1]["class"]))
-        c = {"class": c}
-        row = {name: [level[name] for level in found] for name in found[0]}
-        row["coverage"], row["strays"] = coverage(x, c)
-        row["reward"], row["second_reward"] = outward(x, c).mean().item(), arrived(x, c).mean().item()
-        rows.append(row)
+def measured(trainer):
+    """Everything that is measured of a finished run -> one dict per run of the stack."""
+    own, c = student(trainer.G, CENTRES, 2)
+    rows = levels(trainer.fake, student(trainer.G, FRESH, 1)[0], own)
+    for row, x in zip(rows, own.chunk(len(rows))):
+        row["coverage"], row["strays"] = coverage(x)
+        row["reward"] = outward(x, classes(CLASSES)).mean().item()
+        row["second_reward"] = arrived(x, classes(CLASSES)).mean().item()
     return rows
 
 
 # -------------------------------------------------------------------------------------------- the pictures
 
 COLORS = ("#3b5bdb", "#e8590c", "#0b8f6f")  # of the classes
-POINTS = 300
-ARROWS = 54  # points that have one
+SHOWN, ARROWS = 150, 20  # points of each class, and those that have an arrow
 NOISE = 300  # the t of the arrows
 EDGE = 2.9  # of the axes
-FRAMES = 40
+FRAMES = 25
 
 
-def seen(game):
-    """The student's points from the same noise in every call, their classes, and s_real - s_fake at some of them.
+def seen(trainer):
+    """The student's points, from the same noise in every call, and s_real - s_fake at some: (3, n, 2), (3, ARROWS, 2).
 
-    An arrow is a mean over 64 draws of ε at t = NOISE. (POINTS, 2), (POINTS,), (ARROWS, 2).
+    An arrow is a mean over 64 draws of ε at t = NOISE.
     """
-    x, c = student(game.G, POINTS, 5)
-    few = x[:ARROWS].repeat_interleave(64, 0)
+    x, c = student(trainer.G, SHOWN, 5)
+    few = x[:, :, :ARROWS].repeat(1, 1, 64, 1)
     eps = torch.randn(few.shape, generator=torch.Generator().manual_seed(6))
-    t = torch.full((len(few),), float(NOISE))
-    raises_kl, _ = dmd.score_difference(
-        game.real, game.fake, few, t, eps, {"class": c["class"][:ARROWS].repeat_interleave(64)}
-    )
-    return x.flatten(1), c["class"], -raises_kl.view(ARROWS, 64, 2).mean(1)
+    t = torch.full((CLASSES,), float(NOISE))
+    raises_kl, _ = dmd.score_difference(teacher, trainer.fake, few, t, eps, c)
+    return points(x), -points(raises_kl).view(CLASSES, 64, ARROWS, 2).mean(1)
 
 
-def panel(ax, points, title, arrows=True, goal=False):
-    """The mixture's density in every class's colour, the student's points upon it, and the arrows.
-
-    goal: whether to mark where the reward leads.
-    """
+def panel(ax, shown, title, arrows=True, goal=False):
+    """The mixture's density and the student's points in every class's colour, arrows. goal: the reward's modes."""
     side = torch.linspace(-EDGE, EDGE, 100)
-    grid = torch.cartesian_prod(side, side).view(-1, 2, 1, 1)
-    for i, color in enumerate(COLORS):
-        c = {"class": torch.full((len(grid),), i)}
-        density = log_density(grid, torch.zeros(len(grid)), c).exp().view(100, 100).T
+    grid = torch.cartesian_prod(side, side).T.view(1, 2, -1, 1)
+    density = log_density(grid.expand(CLASSES, -1, -1, -1), torch.zeros(CLASSES), classes(CLASSES)).exp()
+    for color, p, x, arrow in zip(COLORS, density.view(CLASSES, 100, 100), *shown):
         for level in (0.03, 0.15, 0.5):
-            ax.contourf(side, side, density, levels=[level, 9], colors=color, alpha=0.12)
-    x, c, arrow = points
-    ax.scatter(*x.T, s=6, c=[COLORS[i] for i in c], linewidths=0, alpha=0.85)
-    if arrows:
-        norm = arrow.norm(dim=1, keepdim=True).clamp(min=1e-6)
-        shown = arrow / norm * (0.15 * norm).clamp(max=0.6)
-        ax.quiver(*x[:ARROWS].T, *shown.T, angles="xy", scale_units="xy", scale=1, width=0.006, color="#343a40")
+            ax.contourf(side, side, p.T, levels=[level, 9], colors=color, alpha=0.12)
+        ax.scatter(*x.T, s=6, c=color, linewidths=0, alpha=0.85)
+        if arrows:
+            length = arrow.norm(dim=1, keepdim=True).clamp(min=1e-6)
+            arrow = arrow / length * (0.15 * length).clamp(max=0.6)
+            ax.quiver(*x[:ARROWS].T, *arrow.T, angles="xy", scale_units="xy", scale=1, width=0.006, color="#343a40")
     if goal:
         ax.scatter(*OUTER.T, marker="*", s=110, c="white", edgecolors="#212529", linewidths=0.8, zorder=3)
     ax.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE), xticks=[], yticks=[], aspect="equal")
     ax.set_title(title, fontsize=9)
-    for spine in ax.spines.values():
-        spine.set_color("#ced4da")
 
 
-def curves(axes, games):
+def curves(axes, trainers):
     """KL and the score estimator's error at every noise level."""
-    for title, game in games.items():
-        found = levels(game, student(game.G, FRESH, 1), student(game.G, 6000, 2))[0]
+    for title, trainer in trainers.items():
+        (found,) = levels(trainer.fake, student(trainer.G, FRESH, 1)[0], student(trainer.G, 2000, 2)[0])
         for ax, measure in zip(axes, ("kl", "score_error")):
-            ax.plot(LEVELS, [level[measure] for level in found], "o-", ms=3, lw=1.2, label=title)
+            ax.plot(LEVELS, found[measure], "o-", ms=3, lw=1.2, label=title)
     for ax, name in zip(axes, ("KL(student || mixture), nats", "score estimator's squared error of ε̂")):
         ax.set(yscale="log", xlabel="noise level t")
         ax.set_title(name, fontsize=9)
@@ -190,38 +172,38 @@ def curves(axes, games):
 def animate(frames, path):
     """A frame for each entry, {update: seen}; the last stays. One palette for all keeps the file small."""
     images = []
-    for update, points in frames.items():
+    for done, shown in frames.items():
         figure, ax = plt.subplots(figsize=(4, 4.2), layout="constrained")
-        panel(ax, points, f"after {update} updates of G; arrows: s_real - s_fake at t = {NOISE}")
+        panel(ax, shown, f"after {done} updates of G; arrows: s_real - s_fake at t = {NOISE}")
         file = io.BytesIO()
         figure.savefig(file, dpi=90)
         plt.close(figure)
         images.append(Image.open(file).convert("RGB"))
     palette = images[0].quantize(48)
     small = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    times = [110] * (len(small) - 1) + [2500]
-    small[0].save(path, save_all=True, append_images=small[1:], duration=times, loop=0, optimize=True)
+    durations = [160] * (len(small) - 1) + [2500]
+    small[0].save(path, save_all=True, append_images=small[1:], duration=durations, loop=0, optimize=True)
 
 
-def draw(runs, start):
-    """Plays the runs, {title: settings}, of which the first is the standard one, and draws both pictures."""
+def pictures(runs, start):
+    """Trains the runs, {title: settings}, of which the first is the standard one, and draws both pictures."""
     frames = {}
 
-    def see(game, update):
-        if update % (game.settings.updates // FRAMES) == 0:
-            frames[update] = seen(game)
+    def see(trainer, done):
+        if done % (trainer.settings.updates // FRAMES) == 0:
+            frames[done] = seen(trainer)
 
     (standard, base), *others = runs.items()
-    games = {"undistilled": Game(start, start, base, 0), standard: play(start, base, 0, see)}
+    trainers = {"undistilled": start, standard: train(start, base, 0, see)}
     for title, settings in others:
-        games[title] = play(games[standard] if settings.rl_updates else start, settings, 0)
+        trainers[title] = train(trainers[standard] if settings.stage == 2 else start, settings, 0)
     figure, axes = plt.subplots(3, 4, figsize=(12, 9.6), layout="constrained")
     updates = sorted(frames)
-    for ax, update in zip(axes[0], (updates[0], updates[2], updates[len(updates) // 3], updates[-1])):
-        panel(ax, frames[update], f"{standard}\nafter {update} updates of G")
+    for ax, done in zip(axes[0], (updates[0], updates[2], updates[len(updates) // 3], updates[-1])):
+        panel(ax, frames[done], f"{standard}\nafter {done} updates of G")
     for ax, (title, settings) in zip(axes.flat[4:], others):
-        panel(ax, seen(games[title]), title, arrows=False, goal=settings.rl_updates)
-    curves(axes[2, 2:], games)
+        panel(ax, seen(trainers[title]), title, arrows=False, goal=settings.stage == 2)
+    curves(axes[2, 2:], trainers)
     figure.savefig("docs/plane.png", dpi=90)
     plt.close(figure)
     animate(frames, "docs/plane.gif")
