@@ -63,11 +63,6 @@ def joint_log_density(x_t, t, c):
     return torch.tensor(WEIGHTS).log() - apart / (2 * variance) - torch.log(2 * math.pi * variance)
 
 
-def log_density(x_t, t, c):
-    """log p_t(x_t | class) of every point, (B, n)."""
-    return joint_log_density(x_t, t, c).logsumexp(2)
-
-
 def teacher(x_t, t, c):
     """The exact E[x_0 | x_t, class], a Denoiser: the mean over modes, as likely as x_t makes them."""
     alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
@@ -84,7 +79,7 @@ def outward(x_0, c):
 
 
 def R(z_s, s, c):
-    """That reward of noisy latents in closed form, E[outward(x_0) | z_s] over the mixture, (B,). Scaled for `choose`."""
+    """That reward of noisy latents, E[outward(x_0) | z_s] over the mixture, (B,). Scaled for `choose`."""
     return 4 * outward(teacher(z_s, s, c), c).mean(1)
 
 
@@ -113,7 +108,6 @@ class Settings:
     rl_lr: float = 2e-4
     beta: float = 0.5
     pair_threshold: float = 0.2
-    candidates: int = 4
 
 
 class Student(nn.Module):
@@ -126,21 +120,18 @@ class Student(nn.Module):
 
     def __init__(self, seeds, width=64):
         super().__init__()
-        sizes = [2 + 8 + 8 + CLASSES, width, width, width]
         self.runs = len(seeds)
         rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.weights = nn.ParameterList()
-        for rows, columns in zip(sizes, sizes[1:]):
-            drawn = torch.stack([torch.randn(rows, columns, generator=rng) for rng in rngs])
-            self.weights.append(drawn * (2 / rows) ** 0.5)
-        self.weights.append(torch.zeros(self.runs, width, 2))
+        drawn = [torch.stack([torch.randn(n, width, generator=rng) for rng in rngs]) for n in (21, width, width)]
+        weights = [w * (2 / w.shape[1]) ** 0.5 for w in drawn]
+        self.weights = nn.ParameterList([*weights, torch.zeros(self.runs, width, 2)])
         self.biases = nn.ParameterList(torch.zeros(self.runs, 1, w.shape[2]) for w in self.weights)
 
     def forward(self, x_t, t, c):
         x = points(x_t)  # (B, n, 2)
-        s = t[:, None, None] / 1000
-        shared = torch.cat([*waves(s, (2, 4, 8, 16)), one_hot(c["class"], CLASSES)[:, None]], 2)
-        h = torch.cat([x, *waves(x, (2, 4)), shared.expand(-1, x.shape[1], -1)], 2).view(self.runs, -1, 21)
+        level = waves(t[:, None, None] / 1000, (2, 4, 8, 16))
+        shared = torch.cat([*level, one_hot(c["class"], CLASSES)[:, None]], 2).expand(-1, x.shape[1], -1)
+        h = torch.cat([x, *waves(x, (2, 4)), shared], 2).view(self.runs, -1, 21)
         for i, (w, b) in enumerate(zip(self.weights, self.biases)):
             h = torch.baddbmm(b, silu(h) if i else h, w)
         return teacher(x_t, t, c) - self.schedule.sigma(t) * latents(h.view_as(x))
@@ -162,18 +153,16 @@ class Trainer:
     """G and the score estimator with their optimizers, trained by the paper's functions."""
 
     def __init__(self, G, fake, settings, seed):
-        self.G = deepcopy(G)
-        self.fake = deepcopy(fake)
+        self.G, self.fake = deepcopy(G), deepcopy(fake)
+        self.ref = deepcopy(G).requires_grad_(False)
         self.settings = settings
         self.seed = seed
-        self.opt_G, self.opt_fake = (
-            torch.optim.AdamW(net.parameters(), weight_decay=0.01, fused=True) for net in (self.G, self.fake)
-        )
-        self.left = 1.0  # of the run; rates fall to zero with it, as on the image toy
         self.rng = torch.Generator().manual_seed(seed)
+        self.opt_G, self.opt_fake = (torch.optim.AdamW(net.parameters(), fused=True) for net in (self.G, self.fake))
+        self.left = 1.0  # of the run; rates fall to zero with it, as on the image toy
 
-    def noise(self, n, in_each=POINTS):
-        return torch.randn(n, 2, in_each, 1, generator=self.rng)
+    def noise(self, *shape):
+        return torch.randn(*shape, 1, generator=self.rng)
 
     def pull(self):
         score_estimator.pull(self.fake.parameters(), self.G.parameters(), self.settings.ema)  # Eq. 11
@@ -184,31 +173,27 @@ class Trainer:
         n = CLOUDS * G.runs
         c, rngs = classes(CLOUDS, G.runs), [self.rng] * n  # the concepts take a generator per sample
         i = dmd.student_step(STEPS, settings.dm_steps, self.seed, loop)
-        x_tau = backward_simulation(G, self.noise(n), c, STEPS, rngs, 0, i)
+        x_tau = backward_simulation(G, self.noise(n, 2, POINTS), c, STEPS, rngs, 0, i)
         with torch.set_grad_enabled(moves_G):
             x = G(x_tau, times(STEPS[i], x_tau), c)
         if moves_G:
             t = dmd.renoise_time(SCHEDULE, settings.renoise, rngs)
-            g = dmd.gradient(teacher, fake, x, t, self.noise(n), c)
+            g = dmd.gradient(teacher, fake, x, t, self.noise(n, 2, POINTS), c)
             update(self.opt_G, self.left * settings.lr, dmd.loss(x, g))  # Eq. 4
             self.pull()
         x = x.detach()
         t, eps = score_estimator.draw(SCHEDULE, rngs, x)
         update(self.opt_fake, self.left * settings.fake_lr, score_estimator.loss(fake, x, t, eps, c))  # Eq. 6
 
-    def prefer(self, ref):
+    def prefer(self):
         """Lines 28-31, at the two noisiest steps."""
-        settings, n = self.settings, PAIRS * self.G.runs
-        c = classes(PAIRS, self.G.runs)
-        loss = 0.0
-        rollout = latent_reward.rollout(
-            self.G, R, self.noise(n, 1), c, c, STEPS, 2, settings.candidates, "random", [self.rng] * n
-        )
-        for i, z_t, z_s, scores in rollout:
+        G, settings, n = self.G, self.settings, PAIRS * self.G.runs
+        c, rows, loss = classes(PAIRS, G.runs), torch.arange(n), 0.0
+        z, rngs = self.noise(n, 2, 1), [self.rng] * n
+        for i, z_t, z_s, scores in latent_reward.rollout(G, R, z, c, c, STEPS, 2, 4, "random", rngs):
             win, lose, kept = latent_reward.choose(scores, settings.pair_threshold)
-            rows = torch.arange(n)
             pair = z_t, z_s[rows, win], z_s[rows, lose]
-            H, _ = latent_reward.pair_terms(self.G, ref, *pair, STEPS[i], STEPS[i + 1], c)  # Eq. 13
+            H, _ = latent_reward.pair_terms(G, self.ref, *pair, STEPS[i], STEPS[i + 1], c)  # Eq. 13
             loss = loss + (latent_reward.loss(H, settings.beta) * kept).mean()  # Eq. 12
         update(self.opt_G, self.left * settings.rl_lr, loss)
         self.pull()
@@ -220,7 +205,6 @@ def train(start, settings, seed, see=lambda trainer, done: None):
     see(trainer, done): called before the first update of G, and after each with its number.
     """
     trainer = Trainer(start.G, start.fake, settings, seed)
-    ref = deepcopy(trainer.G).requires_grad_(False)
     see(trainer, 0)
     for done in range(1, settings.updates + 1):
         trainer.left = 1 - (done - 1) / settings.updates
@@ -228,7 +212,7 @@ def train(start, settings, seed, see=lambda trainer, done: None):
             for loop in range((done - 1) * settings.ttur + 1, done * settings.ttur + 1):
                 trainer.distil(loop, loop % settings.ttur == 0)  # line 12
         else:
-            trainer.prefer(ref)
+            trainer.prefer()
             if settings.rl_ratio and done % settings.rl_ratio == 0:
                 trainer.distil(done)
         see(trainer, done)

@@ -22,59 +22,45 @@ from lab.plane_student import CENTRES, LEVELS, levels, measured, pictures, stude
 GROUP = 10  # seeds that are trained at once
 LEAST = 10  # seeds that decide
 RATES = {"slow": (3e-4, 1e-3), "middle": (1e-3, 3e-3), "fast": (3e-3, 3e-3)}  # of G, of the score estimator
-TTURS = (1, 2, 5)
-PULLED = {True: "EMA pull", False: "no pull"}
+PULL = {True: "EMA pull", False: "no pull"}
 BASE = Settings()
 STAGE2 = replace(BASE, stage=2, updates=200)
 
 
 def pace(rate, ttur, pulled):
     """The title of a run of the first question."""
-    return f"{rate} rates, TTUR {ttur}, {PULLED[pulled]}"
+    return f"{rate} rates, TTUR {ttur}, {PULL[pulled]}"
 
 
-def paced(rate, ttur, pulled):
-    lr, fake_lr = RATES[rate]
-    return replace(BASE, lr=lr, fake_lr=fake_lr, ttur=ttur, ema=BASE.ema if pulled else 1.0)
-
-
-START = "undistilled: the teacher in four steps"
-STANDARD = pace("middle", 1, True)
-STRONG = "the standard run with λ = 0.9"
-HIGH_STEPS = "DM at the high-noise steps only"
-HIGH, LOW = "renoise high, 0.5 to 0.98", "renoise low, 0.02 to 0.5"
+PACES = [(rate, ttur, pulled) for rate in RATES for ttur in (1, 2, 5) for pulled in PULL]
+START, STANDARD, STRONG = "undistilled: the teacher in four steps", pace("middle", 1, True), "standard, λ = 0.9"
+HIGH_STEPS, HIGH, LOW = "DM at the high-noise steps only", "renoise high, 0.5 to 0.98", "renoise low, 0.02 to 0.5"
 JOINT, ALONE = "joint, 5:1", "RL alone"
 RUNS = {
-    **{pace(*p): paced(*p) for p in [(rate, ttur, pulled) for rate in RATES for ttur in TTURS for pulled in PULLED]},
-    STRONG: replace(BASE, ema=0.9),
-    HIGH_STEPS: replace(BASE, dm_steps="high"),
-    HIGH: replace(BASE, renoise=(0.5, 0.98)),
-    LOW: replace(BASE, renoise=(0.02, 0.5)),
-    JOINT: STAGE2,
-    ALONE: replace(STAGE2, rl_ratio=0),
+    pace(rate, ttur, pulled): replace(
+        BASE, lr=RATES[rate][0], fake_lr=RATES[rate][1], ttur=ttur, ema=BASE.ema if pulled else 1.0
+    )
+    for rate, ttur, pulled in PACES
 }
+RUNS[STRONG] = replace(BASE, ema=0.9)
+RUNS[HIGH_STEPS] = replace(BASE, dm_steps="high")
+RUNS[HIGH] = replace(BASE, renoise=(0.5, 0.98))
+RUNS[LOW] = replace(BASE, renoise=(0.02, 0.5))
+RUNS[JOINT] = STAGE2
+RUNS[ALONE] = replace(STAGE2, rl_ratio=0)
 PICTURED = (STANDARD, STRONG, HIGH_STEPS, HIGH, LOW, ALONE, JOINT)
 
-PULL, RL = "EMA pull and TTUR (Fig. 5, 6)", "Joint RL (3.4, Table 4)"
-CLAIMS = [  # question, claim, better run, worse run, measure, +1 where more of it is better
-    *(
-        (PULL, f"{r}, TTUR {n}: the pull helps", pace(r, n, True), pace(r, n, False), "kl", -1)
-        for r in RATES
-        for n in TTURS
-    ),
-    *(
-        (PULL, f"{r}, {PULLED[p]}: TTUR 5 beats 1", pace(r, 5, p), pace(r, 1, p), "kl", -1)
-        for r in RATES
-        for p in PULLED
-    ),
-    ("DM steps (3.3)", "the high-noise steps alone beat all", HIGH_STEPS, STANDARD, "kl", -1),
-    ("Renoising (3.1)", "the whole range beats high noise alone", STANDARD, HIGH, "kl", -1),
-    ("Renoising (3.1)", "the whole range beats low noise alone", STANDARD, LOW, "kl", -1),
-    (RL, "joint stays nearer to the teacher than RL alone", JOINT, ALONE, "kl", -1),
-    (RL, "joint has more of the reward that RL sees", JOINT, ALONE, "reward", 1),
-    (RL, "joint has more of the second reward", JOINT, ALONE, "second_reward", 1),
-    (RL, "joint has more of the second reward than stage 1", JOINT, STANDARD, "second_reward", 1),
-    (RL, "RL alone has more of it than stage 1", ALONE, STANDARD, "second_reward", 1),
+CLAIMS = [  # claim, better run, worse run, measure, +1 where more of it is better
+    *((f"{r}, TTUR {n}: the pull helps", pace(r, n, True), pace(r, n, False), "kl", -1) for r, n, p in PACES if p),
+    *((f"{r}, {PULL[p]}: TTUR 5 beats 1", pace(r, 5, p), pace(r, 1, p), "kl", -1) for r, n, p in PACES if n == 1),
+    ("DM at the high-noise steps alone beats all steps", HIGH_STEPS, STANDARD, "kl", -1),
+    ("renoising over the whole range beats high noise alone", STANDARD, HIGH, "kl", -1),
+    ("renoising over the whole range beats low noise alone", STANDARD, LOW, "kl", -1),
+    ("joint RL stays nearer to the teacher than RL alone", JOINT, ALONE, "kl", -1),
+    ("joint RL has more of the reward that RL sees", JOINT, ALONE, "reward", 1),
+    ("joint RL has more of the second reward", JOINT, ALONE, "second_reward", 1),
+    ("joint RL has more of the second reward than stage 1", JOINT, STANDARD, "second_reward", 1),
+    ("RL alone has more of it than stage 1", ALONE, STANDARD, "second_reward", 1),
 ]
 
 
@@ -87,8 +73,7 @@ def verdict(better, worse, sign):
     gains = [sign * (b - w) for b, w in zip(better, worse)]
     if len(gains) < LEAST:
         return None, None, f"{len(gains)} seeds, not decided"
-    gain = mean(gains)
-    error = stdev(gains) / len(gains) ** 0.5
+    gain, error = mean(gains), stdev(gains) / len(gains) ** 0.5
     return gain, error, "holds" if gain > 2 * error else "does not hold" if gain < -2 * error else "within noise"
 
 
@@ -159,12 +144,12 @@ def table(*lines):
 
 
 def verdicts(found):
-    lines = [("question", "claim", "measure", "claimed better", "worse", "difference", "verdict")]
-    for question, text, better, worse, measured, sign in CLAIMS:
-        sides = [column(found[title], measured) for title in (better, worse)]
+    lines = [("claim", "measure", "claimed better", "worse", "difference", "verdict")]
+    for text, better, worse, of, sign in CLAIMS:
+        sides = [column(found[title], of) for title in (better, worse)]
         gain, error, decided = verdict(*sides, sign)
         difference = "" if gain is None else f"{gain:.3f} ± {error:.3f}"
-        lines.append((question, text, measured.replace("_", " "), *map(across, sides), difference, decided))
+        lines.append((text, of.replace("_", " "), *map(across, sides), difference, decided))
     return table(*lines)
 
 
@@ -180,31 +165,21 @@ def ends(found):
 
 def by_level(rows):
     """One run's KL and score error at every noise level, each with the errors of one estimate."""
-    lines = [("t", "KL", "its standard error", "its bias", "score error", "its noise")]
+    lines = [("t", "KL", "score error", "standard error of a KL", "its bias", "noise of a score error")]
     for i, t in enumerate(LEVELS):
-        at = {
-            m: [row[m][i] for row in rows.values()] for m in ("kl", "kl_error", "kl_bias", "score_error", "score_noise")
-        }
-        own = [f"{mean(at[m]):.4f}" for m in ("kl_error", "kl_bias", "score_noise")]
-        lines.append((str(t), across(at["kl"]), *own[:2], across(at["score_error"]), own[2]))
+        cells = [across([row[m][i] for row in rows.values()]) for m in ("kl", "score_error")]
+        own = [f"{mean(row[m][i] for row in rows.values()):.4f}" for m in ("kl_error", "kl_bias", "score_noise")]
+        lines.append((str(t), *cells, *own))
     return table(*lines)
 
 
 def page(found):
     """results/plane.md."""
     rates = "; ".join(f"{rate}: {lr:g} and {fake_lr:g}" for rate, (lr, fake_lr) in RATES.items())
-    parts = [
-        INTRODUCTION,
-        verdicts(found),
-        RULE.format(len(found[STANDARD]), rates),
-        "## Every run",
-        ends(found),
-        MEASURES,
-    ]
-    text = [part if isinstance(part, list) or part.startswith("#") else pages.wrapped(part) for part in parts]
-    return pages.joined(
-        [*text, "## The standard run at every noise level", by_level(found[STANDARD]), pages.wrapped(NOTES)]
-    )
+    rule = pages.wrapped(RULE.format(len(found[STANDARD]), rates))
+    parts = [INTRODUCTION, verdicts(found), rule, "## Every run", ends(found), pages.wrapped(MEASURES)]
+    parts += ["## The standard run at every noise level", by_level(found[STANDARD]), pages.wrapped(NOTES)]
+    return pages.joined(parts)
 
 
 INTRODUCTION = """# The method in the plane
@@ -212,39 +187,37 @@ INTRODUCTION = """# The method in the plane
 `python -m lab.plane` trains what is missing and writes this page; `--quick` draws the picture from one seed. The world
 is a Gaussian mixture of three classes with three modes each: its score at every noise level is known
 ([lab/mixture.py](../lab/mixture.py)). The functions of `dmd.py`, `score_estimator.py`, `diffusion.py` and
-`latent_reward.py` run on it as they are. There is no Pixel-GAN. These verdicts stand beside those of the image toy
-([claims.md](claims.md)) and overturn none of them: two dimensions and small MLPs say what the equations do, not what
-they do to pictures.
+`latent_reward.py` run on it as they are; there is no Pixel-GAN. These verdicts stand beside those of the image toy
+([claims.md](claims.md)) and overturn none of them: they say what the equations do, not what they do to pictures.
 
 ![students, and their errors at every noise level](../docs/plane.png)
+
+## Verdicts
 """
 
 RULE = f"""
 The rule was fixed before the runs, and settings were chosen with other seeds: the mean over {{}} seeds of the paired
-differences decides where it is beyond two standard errors, and fewer than {LEAST} seeds decide nothing. With no effect,
-about one verdict in twenty passes this bar by chance; the rows are not corrected for their number.
-
-The standard run is "{STANDARD}", λ = {BASE.ema:g}. Rates of G and of the score estimator, falling to zero: {{}}. Stage
-1 has {BASE.updates} updates of G at any TTUR, stage 2 {STAGE2.updates} preference updates from the standard run.
+differences decides where it is beyond two standard errors; fewer than {LEAST} seeds decide nothing. With no effect,
+about one verdict in twenty passes this bar by chance. The standard run is "{STANDARD}", λ = {BASE.ema:g}. Rates of G
+and of the score estimator, falling to zero: {{}}. Stage 1 has {BASE.updates} updates of G at any TTUR, stage 2
+{STAGE2.updates} preference updates from the standard run.
 """
 
 MEASURES = f"""
 Means over seeds with their standard errors. "KL" is KL(student || mixture) in nats, of the student noised to t =
-{LEVELS[0]}, as are the verdicts'; less is better. "Score error" is the mean squared error of the score estimator's ε̂
-there, against the student's own score. "Modes covered" have at least half the points that they should; "strays" are
-further than four standard deviations from every mode of their class. The reward that RL sees is how far points lie
-towards the outermost mode of their class; the second reward, which no update sees, is whether they lie in it.
-"Degraded" runs end with more than twice the lowest KL on their way, measured six times.
+{LEVELS[0]}, as are the verdicts'. "Score error" is the mean squared error of the score estimator's ε̂ there, against
+the student's own score. "Modes covered" have at least half the points that they should; "strays" are further than four
+standard deviations from every mode of their class. The reward that RL sees is how far points lie towards the outermost
+mode of their class; the second reward, which no update sees, is whether they lie in it. "Degraded" runs end with more
+than twice the lowest KL on their way, measured six times.
 """
 
 NOTES = f"""
 The noised student is a Gaussian mixture over {3 * CENTRES:,} of its samples, so that its density and its score are
-estimates. Their own errors, in one run: the standard error of a KL over the points it is measured at; the bias of the
-kernels, from half of the samples; and the part of a score error that is the kernels' noise.
-
-One world, one size of network, one budget. Seeds differ in first weights and in all noise, but for the order of the
-student steps, which the seeds of a group share. Where DM trains the high-noise steps alone, the last step has no loss
-here; in the paper it has Pixel-GAN's.
+estimates. The last columns are the errors of one run's: the standard error of a KL over the points it is measured at;
+the bias of the kernels, from half of the samples; the part of a score error that is the kernels' noise. Seeds differ in
+first weights and in all noise, but for the order of the student steps. Where DM trains the high-noise steps alone, the
+last step has no loss here; in the paper it has Pixel-GAN's.
 """
 
 

@@ -13,22 +13,8 @@ from PIL import Image
 
 import dmd
 from diffusion import add_noise, backward_simulation, times
-from lab.mixture import (
-    CLASSES,
-    MEANS,
-    OUTER,
-    SCHEDULE,
-    STD,
-    STEPS,
-    WEIGHTS,
-    arrived,
-    classes,
-    log_density,
-    outward,
-    points,
-    teacher,
-    train,
-)
+from lab import mixture
+from lab.mixture import CLASSES, MEANS, SCHEDULE, STD, STEPS, WEIGHTS, classes, log_density, points
 
 LEVELS = tuple(range(100, 1000, 100))  # the noise levels t
 CENTRES, FRESH = 3334, 300  # of each class: the samples that stand for the density, and those that it is measured at
@@ -44,16 +30,12 @@ def student(G, n, seed):
 
 
 def kernels(x_t, own, alpha, sigma):
-    """Two mixtures of N(α x_i, σ²), one over each half of `own`: log p(x_t) (2, C, m), E[x_0 | x_t] (2, C, m, 2).
+    """The mixture of N(α x_i, σ²) over points x_i: log p(x_t) (C, m), E[x_0 | x_t] (C, m, 2).
 
     x_t (C, m, 2), own (C, n, 2): points of C classes; alpha, sigma: of one noise level.
     """
-    log_p, mean = [], []
-    for half in own.chunk(2, 1):
-        near = torch.cdist(x_t, alpha * half).square() / (-2 * sigma**2)
-        log_p.append(near.logsumexp(2) - math.log(2 * math.pi * sigma**2 * half.shape[1]))
-        mean.append(near.softmax(2) @ half)
-    return torch.stack(log_p), torch.stack(mean)
+    near = torch.cdist(x_t, alpha * own).square() / (-2 * sigma**2)
+    return near.logsumexp(2) - math.log(2 * math.pi * sigma**2 * own.shape[1]), near.softmax(2) @ own
 
 
 def at_level(x_t, own, log_real, x0_fake, alpha, sigma):
@@ -65,7 +47,7 @@ def at_level(x_t, own, log_real, x0_fake, alpha, sigma):
     of the samples have twice the bias of all); of the score error the part that is the kernels' noise, a quarter of the
     mean squared difference between the two halves' scores.
     """
-    log_p, mean = kernels(x_t, own, alpha, sigma)
+    log_p, mean = map(torch.stack, zip(*(kernels(x_t, half, alpha, sigma) for half in own.chunk(2, 1))))  # (2, ...)
     ratio = log_p.logsumexp(0) - math.log(2) - log_real
     x_0 = (log_p.softmax(0)[..., None] * mean).sum(0)
     squared = lambda difference: (alpha / sigma * difference).square().sum(-1).mean().item()  # noqa: E731
@@ -110,8 +92,8 @@ def measured(trainer):
     rows = levels(trainer.fake, student(trainer.G, FRESH, 1)[0], own)
     for row, x in zip(rows, own.chunk(len(rows))):
         row["coverage"], row["strays"] = coverage(x)
-        row["reward"] = outward(x, classes(CLASSES)).mean().item()
-        row["second_reward"] = arrived(x, classes(CLASSES)).mean().item()
+        row["reward"] = mixture.outward(x, classes(CLASSES)).mean().item()
+        row["second_reward"] = mixture.arrived(x, classes(CLASSES)).mean().item()
     return rows
 
 
@@ -133,7 +115,7 @@ def seen(trainer):
     few = x[:, :, :ARROWS].repeat(1, 1, 64, 1)
     eps = torch.randn(few.shape, generator=torch.Generator().manual_seed(6))
     t = torch.full((CLASSES,), float(NOISE))
-    raises_kl, _ = dmd.score_difference(teacher, trainer.fake, few, t, eps, c)
+    raises_kl, _ = dmd.score_difference(mixture.teacher, trainer.fake, few, t, eps, c)
     return points(x), -points(raises_kl).view(CLASSES, 64, ARROWS, 2).mean(1)
 
 
@@ -151,18 +133,18 @@ def panel(ax, shown, title, arrows=True, goal=False):
             arrow = arrow / length * (0.15 * length).clamp(max=0.6)
             ax.quiver(*x[:ARROWS].T, *arrow.T, angles="xy", scale_units="xy", scale=1, width=0.006, color="#343a40")
     if goal:
-        ax.scatter(*OUTER.T, marker="*", s=110, c="white", edgecolors="#212529", linewidths=0.8, zorder=3)
+        ax.scatter(*mixture.OUTER.T, marker="*", s=110, c="white", edgecolors="#212529", linewidths=0.8, zorder=3)
     ax.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE), xticks=[], yticks=[], aspect="equal")
     ax.set_title(title, fontsize=9)
 
 
 def curves(axes, trainers):
     """KL and the score estimator's error at every noise level."""
-    for title, trainer in trainers.items():
-        (found,) = levels(trainer.fake, student(trainer.G, FRESH, 1)[0], student(trainer.G, 2000, 2)[0])
-        for ax, measure in zip(axes, ("kl", "score_error")):
-            ax.plot(LEVELS, found[measure], "o-", ms=3, lw=1.2, label=title)
-    for ax, name in zip(axes, ("KL(student || mixture), nats", "score estimator's squared error of ε̂")):
+    names = {"kl": "KL(student || mixture), nats", "score_error": "score estimator's squared error of ε̂"}
+    found = [levels(v.fake, student(v.G, FRESH, 1)[0], student(v.G, 2000, 2)[0])[0] for v in trainers.values()]
+    for ax, (measure, name) in zip(axes, names.items()):
+        for title, row in zip(trainers, found):
+            ax.plot(LEVELS, row[measure], "o-", ms=3, lw=1.2, label=title)
         ax.set(yscale="log", xlabel="noise level t")
         ax.set_title(name, fontsize=9)
         ax.grid(color="0.9", lw=0.6)
@@ -194,9 +176,9 @@ def pictures(runs, start):
             frames[done] = seen(trainer)
 
     (standard, base), *others = runs.items()
-    trainers = {"undistilled": start, standard: train(start, base, 0, see)}
+    trainers = {"undistilled": start, standard: mixture.train(start, base, 0, see)}
     for title, settings in others:
-        trainers[title] = train(trainers[standard] if settings.stage == 2 else start, settings, 0)
+        trainers[title] = mixture.train(trainers[standard] if settings.stage == 2 else start, settings, 0)
     figure, axes = plt.subplots(3, 4, figsize=(12, 9.6), layout="constrained")
     updates = sorted(frames)
     for ax, done in zip(axes[0], (updates[0], updates[2], updates[len(updates) // 3], updates[-1])):
