@@ -24,7 +24,7 @@ WEIGHTS = (0.5, 0.3, 0.2)  # of an arm's modes, from the inside
 STD = 0.17  # of each mode
 SCHEDULE = Schedule("flow")  # σ_t is t/1000
 STEPS = SCHEDULE.steps(4)  # 1000, 750, 500, 250
-CLOUDS, POINTS = 24, 8  # latents of a run in one loop, points of a latent
+CLOUDS, POINTS = 24, 16  # latents of a run in one loop, points of a latent
 PAIRS = 48  # latents of a run in a preference update, of one point each
 
 
@@ -63,6 +63,11 @@ def joint_log_density(x_t, t, c):
     return torch.tensor(WEIGHTS).log() - apart / (2 * variance) - torch.log(2 * math.pi * variance)
 
 
+def log_density(x_t, t, c):
+    """log p_t(x_t | class) of every point, (B, n)."""
+    return joint_log_density(x_t, t, c).logsumexp(2)
+
+
 def teacher(x_t, t, c):
     """The exact E[x_0 | x_t, class], a Denoiser: the mean over modes, as likely as x_t makes them."""
     alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
@@ -96,16 +101,16 @@ def arrived(x_0, c):
 class Settings:
     """Of one run; names and meanings are those of train.py's flags."""
 
-    updates: int = 400  # generator updates: by distillation in stage 1, by preference in stage 2
+    updates: int = 600  # generator updates: by distillation in stage 1, by preference in stage 2
     ttur: int = 1
     ema: float = 0.99
     lr: float = 1e-3
-    fake_lr: float = 3e-3
+    fake_lr: float = 5e-3
     dm_steps: str = "all"
     renoise: tuple = (0.02, 0.98)
     stage: int = 1
     rl_ratio: int = 5  # stage 2: preference updates per distillation loop; 0 = no distillation
-    rl_lr: float = 2e-4
+    rl_lr: float = 1e-3
     beta: float = 0.5
     pair_threshold: float = 0.2
 

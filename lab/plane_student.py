@@ -50,14 +50,15 @@ def at_level(x_t, own, log_real, x0_fake, alpha, sigma):
     log_p, mean = map(torch.stack, zip(*(kernels(x_t, half, alpha, sigma) for half in own.chunk(2, 1))))  # (2, ...)
     ratio = log_p.logsumexp(0) - math.log(2) - log_real
     x_0 = (log_p.softmax(0)[..., None] * mean).sum(0)
-    squared = lambda difference: (alpha / sigma * difference).square().sum(-1).mean().item()  # noqa: E731
-    return {
-        "kl": ratio.mean().item(),
-        "kl_error": (ratio.std() / ratio.numel() ** 0.5).item(),
-        "kl_bias": ((log_p - log_real).mean() - ratio.mean()).item(),
+    squared = lambda difference: (alpha / sigma * difference).square().sum(-1).mean()  # noqa: E731
+    found = {
+        "kl": ratio.mean(),
+        "kl_error": ratio.std() / ratio.numel() ** 0.5,
+        "kl_bias": (log_p - log_real).mean() - ratio.mean(),
         "score_error": squared(x0_fake - x_0),
         "score_noise": squared(mean[0] - mean[1]) / 4,
     }
+    return {name: round(number.item(), 5) for name, number in found.items()}
 
 
 @torch.no_grad()
@@ -88,7 +89,7 @@ def coverage(x):
 
 def measured(trainer):
     """Everything that is measured of a finished run -> one dict per run of the stack."""
-    own, c = student(trainer.G, CENTRES, 2)
+    own, _ = student(trainer.G, CENTRES, 2)
     rows = levels(trainer.fake, student(trainer.G, FRESH, 1)[0], own)
     for row, x in zip(rows, own.chunk(len(rows))):
         row["coverage"], row["strays"] = coverage(x)

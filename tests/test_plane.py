@@ -100,12 +100,12 @@ def kl(trainer):
 def test_distribution_matching_moves_the_student_to_the_teacher_and_its_opposite_away(monkeypatch):
     """Eq. 4 is dmd.gradient's: with its sign turned the same run leads away."""
     start = undistilled((0,))
-    short = Settings(updates=100)
+    short = Settings(updates=120, lr=2e-3, ema=1.0)
     before = kl(start)
-    assert kl(mixture.train(start, short, 0)) < 0.7 * before
+    assert kl(mixture.train(start, short, 0)) < 0.9 * before
     real = dmd.gradient
     monkeypatch.setattr(dmd, "gradient", lambda *inputs: -real(*inputs))
-    assert kl(mixture.train(start, short, 0)) > 1.2 * before
+    assert kl(mixture.train(start, short, 0)) > 1.5 * before
 
 
 STAGE1 = Settings(updates=4)
@@ -170,6 +170,6 @@ def test_paired_differences_decide():
 
 
 def test_every_claim_names_runs():
-    for _, _, better, worse, *_ in plane.CLAIMS:
+    for _, better, worse, *_ in plane.CLAIMS:
         assert {better, worse} <= plane.RUNS.keys()
     assert plane.RUNS[plane.STANDARD] == plane.BASE
