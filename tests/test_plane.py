@@ -1,5 +1,7 @@
 """The plane: its closed forms by other routes, its measures, and that the paper's functions are what moves it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -100,12 +102,12 @@ def kl(trainer):
 def test_distribution_matching_moves_the_student_to_the_teacher_and_its_opposite_away(monkeypatch):
     """Eq. 4 is dmd.gradient's: with its sign turned the same run leads away."""
     start = undistilled((0,))
-    short = Settings(updates=120, lr=2e-3, ema=1.0)
+    short = Settings(updates=80, ema=1.0)
     before = kl(start)
-    assert kl(mixture.train(start, short, 0)) < 0.9 * before
+    assert kl(mixture.train(start, short, 0)) < 0.95 * before
     real = dmd.gradient
     monkeypatch.setattr(dmd, "gradient", lambda *inputs: -real(*inputs))
-    assert kl(mixture.train(start, short, 0)) > 1.5 * before
+    assert kl(mixture.train(start, short, 0)) > 2 * before
 
 
 STAGE1 = Settings(updates=4)
@@ -173,3 +175,21 @@ def test_every_claim_names_runs():
     for _, better, worse, *_ in plane.CLAIMS:
         assert {better, worse} <= plane.RUNS.keys()
     assert plane.RUNS[plane.STANDARD] == plane.BASE
+
+
+def test_the_command_trains_what_is_missing_and_writes_the_page(tmp_path, monkeypatch):
+    """Two seeds and six updates: every run, every claim and every level is on the page; a second call trains nothing."""
+    short = {title: replace(settings, updates=6, ttur=1) for title, settings in plane.RUNS.items()}
+    short = {title: replace(settings, lr=1e-3 + 1e-6 * i) for i, (title, settings) in enumerate(short.items())}
+    monkeypatch.setattr(plane, "RUNS", short)
+    monkeypatch.setattr(plane, "BASE", replace(plane.BASE, updates=6))
+    monkeypatch.setattr(plane_student, "CENTRES", 200)
+    monkeypatch.setattr("sys.argv", ["lab.plane", "--jobs", "1", "--seeds", "100", "101", "--out", str(tmp_path)])
+    plane.main()
+    text = (tmp_path / "plane.md").read_text()
+    for title in (plane.START, *short, *(claim[0] for claim in plane.CLAIMS), *map(str, plane_student.LEVELS)):
+        assert f"\n| {title} |" in text
+    assert text.count("2 seeds, not decided") == len(plane.CLAIMS)
+    monkeypatch.setattr(plane, "measure", None)
+    plane.main()
+    assert (tmp_path / "plane.md").read_text() == text
