@@ -104,7 +104,7 @@ COLORS = ("#3b5bdb", "#e8590c", "#0b8f6f")  # of the classes
 SHOWN, ARROWS = 150, 20  # points of each class, and those that have an arrow
 NOISE = 300  # the t of the arrows
 EDGE = 2.9  # of the axes
-FRAMES = 25
+FRAMES = 21
 
 
 def seen(trainer):

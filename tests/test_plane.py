@@ -178,7 +178,7 @@ def test_every_claim_names_runs():
 
 
 def test_the_command_trains_what_is_missing_and_writes_the_page(tmp_path, monkeypatch):
-    """Two seeds and six updates: every run, every claim and every level is on the page; a second call trains nothing."""
+    """Two seeds, six updates: every run, claim and level is on the page; a second call trains nothing."""
     short = {title: replace(settings, updates=6, ttur=1) for title, settings in plane.RUNS.items()}
     short = {title: replace(settings, lr=1e-3 + 1e-6 * i) for i, (title, settings) in enumerate(short.items())}
     monkeypatch.setattr(plane, "RUNS", short)
