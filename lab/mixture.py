@@ -110,7 +110,7 @@ class Settings:
     renoise: tuple = (0.02, 0.98)
     stage: int = 1
     rl_ratio: int = 5  # stage 2: preference updates per distillation loop; 0 = no distillation
-    rl_lr: float = 4e-4
+    rl_lr: float = 2e-4
     beta: float = 0.5
     pair_threshold: float = 0.2
 
