@@ -103,7 +103,7 @@ def measured(trainer):
 COLORS = ("#3b5bdb", "#e8590c", "#0b8f6f")  # of the classes
 SHOWN, ARROWS = 150, 20  # points of each class, and those that have an arrow
 NOISE = 300  # the t of the arrows
-EDGE = 2.9  # of the axes
+EDGE = 2.6  # of the axes
 FRAMES = 21
 
 
@@ -130,9 +130,7 @@ def panel(ax, shown, title, arrows=True, goal=False):
             ax.contourf(side, side, p.T, levels=[level, 9], colors=color, alpha=0.12)
         ax.scatter(*x.T, s=6, c=color, linewidths=0, alpha=0.85)
         if arrows:
-            length = arrow.norm(dim=1, keepdim=True).clamp(min=1e-6)
-            arrow = arrow / length * (0.15 * length).clamp(max=0.6)
-            ax.quiver(*x[:ARROWS].T, *arrow.T, angles="xy", scale_units="xy", scale=1, width=0.006, color="#343a40")
+            ax.quiver(*x[:ARROWS].T, *arrow.T / 2, angles="xy", scale_units="xy", scale=1, width=0.006, color="#343a40")
     if goal:
         ax.scatter(*mixture.OUTER.T, marker="*", s=110, c="white", edgecolors="#212529", linewidths=0.8, zorder=3)
     ax.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE), xticks=[], yticks=[], aspect="equal")
