@@ -164,7 +164,8 @@ class Trainer:
         self.settings = settings
         self.seed = seed
         self.rng = torch.Generator().manual_seed(seed)
-        self.opt_G, self.opt_fake = (torch.optim.AdamW(net.parameters(), fused=True) for net in (self.G, self.fake))
+        players = self.G, self.fake, self.G  # preference updates have an optimizer of their own, as in train.py
+        self.opt_G, self.opt_fake, self.opt_RL = (torch.optim.AdamW(net.parameters(), fused=True) for net in players)
         self.left = 1.0  # of the run; rates fall to zero with it, as on the image toy
 
     def noise(self, *shape):
@@ -201,7 +202,7 @@ class Trainer:
             pair = z_t, z_s[rows, win], z_s[rows, lose]
             H, _ = latent_reward.pair_terms(G, self.ref, *pair, STEPS[i], STEPS[i + 1], c)  # Eq. 13
             loss = loss + (latent_reward.loss(H, settings.beta) * kept).mean()  # Eq. 12
-        update(self.opt_G, self.left * settings.rl_lr, loss)
+        update(self.opt_RL, self.left * settings.rl_lr, loss)
         self.pull()
 
 
