@@ -140,10 +140,12 @@ def panel(ax, shown, title, arrows=True, goal=False):
 def curves(axes, trainers):
     """KL and the score estimator's error at every noise level."""
     names = {"kl": "KL(student || mixture), nats", "score_error": "score estimator's squared error of ε̂"}
+    errors = {"kl": "kl_error", "score_error": "score_noise"}  # what is below them is not drawn
     found = [levels(v.fake, student(v.G, FRESH, 1)[0], student(v.G, 2000, 2)[0])[0] for v in trainers.values()]
     for ax, (measure, name) in zip(axes, names.items()):
         for title, row in zip(trainers, found):
-            ax.plot(LEVELS, row[measure], "o-", ms=3, lw=1.2, label=title)
+            shown = [v if v > e else math.nan for v, e in zip(row[measure], row[errors[measure]])]
+            ax.plot(LEVELS, shown, "o-", ms=3, lw=1.2, label=title)
         ax.set(yscale="log", xlabel="noise level t")
         ax.set_title(name, fontsize=9)
         ax.grid(color="0.9", lw=0.6)
