@@ -1,7 +1,7 @@
 """Diffusion in one convention (Flash-DMD 2 "Diffusion Models", 3.3): Eq. 1, 2 and 8.
 
     Eq. 1   x_t = α_t x_0 + σ_t ε                                     forward process, in closed form
-    Eq. 2   x_s = α_s x_0 + σ_s ε̂,  ε̂ = (x_t - α_t x_0)/σ_t           reverse step t -> s, deterministic (DDIM, Euler)
+    Eq. 2   x_s = α_s x_0 + σ_s ε̂,  ε̂ = (x_t - α_t x_0)/σ_t           reverse step t -> s (DDIM, Euler)
     Eq. 8   x_{t1} = G(x_t, t);  x_0 = B(x_{t1}, 0)                   backward simulation B: re-noise, denoise, ... to 0
 
     x_0, x_t, ε    clean latent, noisy latent, noise, (B, C, h, w)
@@ -84,7 +84,7 @@ class Schedule:
         return (T * torch.arange(n, 0, -1, dtype=torch.float64) / n).round().long() - 1
 
     def x_0(self, output, x_t, t):
-        """The network's output as a clean estimate: (x_t - σ_t ε̂)/α_t, α_t x_t - σ_t v̂, or x_t - s v̂ (flow)."""
+        """The network's output as x_0: (x_t - σ_t ε̂)/α_t, α_t x_t - σ_t v̂, or x_t - s v̂ (flow)."""
         alpha, sigma = self._amplitudes(t)
         if self.prediction == "eps":
             return (x_t.float() - sigma * output.float()) / alpha

@@ -12,11 +12,12 @@ import json
 import os
 from pathlib import Path
 
-from engine import base_model, picture_folder, prompt_set, report, reward_layout, run_folder
+from engine import base_model, picture_folder, report, reward_layout, run_folder
 from engine.config import TIMESTEPS, Config
 from engine.errors import UserError
 from engine.flags import Parser, at_least, device, fail, finite
 from engine.folders import check_writable
+from engine.prompt_set import read as read_prompts
 from engine.stopping import leave_at_once
 
 
@@ -106,12 +107,12 @@ def flags(argv=None):
 
 
 def check(args):
-    """Check flags and folders before torch is loaded -> a student's folder or None, settings, steps, asked, made_by.
+    """Check flags and folders before torch is loaded -> student, config, steps, prompt_set, made_by.
 
-    The settings are a dict; asked is --prompts' PromptSet or None; made_by is what its pictures depend on. Raises
-    UserError.
+    student: its folder or None; config: a dict; prompt_set: --prompts' PromptSet or None; made_by: what its pictures
+    depend on. Raises UserError.
     """
-    asked = prompt_set.read(args)
+    prompt_set = read_prompts(args)
     if args.text_length > 512:
         raise UserError("--text-length must lie in 1 to 512")
     if args.num is not None and args.num < 8 and not args.prompts:
@@ -132,11 +133,11 @@ def check(args):
         if Path(args.json).is_dir():
             raise UserError(f"--json {args.json} is a folder: name a file")
         check_writable(Path(args.json).parent, "--json")
-    made_by = drawn_by(args, asked, student, config, steps) if asked else None
-    return student, config, steps, asked, made_by
+    made_by = drawn_by(args, prompt_set, student, config, steps) if prompt_set else None
+    return student, config, steps, prompt_set, made_by
 
 
-def drawn_by(args, asked, student, config, steps):
+def drawn_by(args, prompt_set, student, config, steps):
     """What the pictures of --prompts depend on, a dict. Raises UserError where --images holds others."""
     made_by = {"model": str(student or config["model"]), "resolution": config["resolution"]}
     made_by |= {"steps": steps, "seed": args.seed, "ode": args.teacher}
@@ -146,7 +147,7 @@ def drawn_by(args, asked, student, config, steps):
             made_by["text_length"] = config["text_length"] if config["t5"] == "on" else 0
     else:
         made_by["saved"] = run_folder.made_at(student)
-    made_by |= asked.settings()
+    made_by |= prompt_set.settings()
     if int(os.environ.get("RANK", 0)) == 0:  # the other ranks could find what rank 0 has just begun
         before = picture_folder.settings_of(args.images, "--images")
         picture_folder.compare(args.images, before, made_by, "--images")

@@ -113,7 +113,7 @@ def bradley_terry(score_win, score_lose):
 
 
 def log_ratio_margin(z_win, z_lose, x0_theta, x0_ref, alpha_s, sigma_s, clip=0.0):
-    """Eq. 13: H = <z^w - z^l, α_s (x0_θ - x0_ref)>/σ_s², (B,): how much more θ prefers z^w to z^l than the reference.
+    """Eq. 13: H = <z^w - z^l, α_s (x0_θ - x0_ref)>/σ_s², (B,): how much more than the reference θ prefers z^w.
 
     The four log densities reduce to this because both candidates come from one z_t. z_win, z_lose, x0_theta, x0_ref
     (B, C, h, w); alpha_s, sigma_s (B, 1, 1, 1). H is a SUM over dimensions, as log densities are; LPO takes the mean:

@@ -1,7 +1,7 @@
 """The generator's score estimator μ_fake (Flash-DMD 3.1, 3.3 "Stabilize Score Estimator"; Eq. 6 and 11).
 
-    Eq. 6    L_diffusion = E ||μ_ψ(x_t, t) - ε||²      its only loss (DMD2's is a discriminator too: siblings/dmd2.py)
-    Eq. 11   ψ <- λ_ema ψ + (1 - λ_ema) θ              after every generator update, by distillation or by preference
+    Eq. 6    L_diffusion = E ||μ_ψ(x_t, t) - ε||²      its only loss (DMD2's: siblings/dmd2.py)
+    Eq. 11   ψ <- λ_ema ψ + (1 - λ_ema) θ              after every generator update, of any loss
 
     x    the generator's clean estimate, detached, (B, C, h, w)
     t    uniform over the whole range;  x_t = α_t x + σ_t ε

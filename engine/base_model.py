@@ -68,14 +68,14 @@ def check_part(model, name, kind):
     has_weights(model, name)
 
 
-def t5_of(model, asked=""):
+def t5_of(model, t5=""):
     """Whether T5 reads the prompts of pipeline folder (or hub name) `model`: "on" or "off".
 
-    asked: --t5 or a run's, by default on where the folder has T5. Raises UserError for "on" where it has none, and for
+    t5: --t5 or a run's, by default on where the folder has T5. Raises UserError for "on" where it has none, and for
     a T5 that cannot be used.
     """
     found = (index_of(model).get("text_encoder_3") or [None])[-1]
-    if asked == "off" or not asked and found is None:
+    if t5 == "off" or not t5 and found is None:
         return "off"
     if found is None:
         raise UserError(f"{model} has no text_encoder_3, and --t5 on wants one: give a --model that has T5")
@@ -84,7 +84,7 @@ def t5_of(model, asked=""):
         if Path(folder(model)).is_dir():
             folder(model, "tokenizer_3")
     except UserError as e:
-        raise e if asked else UserError(f"{e}, or pass --t5 off") from None
+        raise e if t5 else UserError(f"{e}, or pass --t5 off") from None
     width = read_json(model, "text_encoder_3/config.json").get("d_model")
     wanted = read_json(model, "transformer/config.json").get("joint_attention_dim")
     if width != wanted:

@@ -30,65 +30,65 @@ from engine.prompt_set import answer_files, imported, name_of, slug
 COLOR_CLIP = "openai/clip-vit-large-patch14"  # GenEval's
 
 
-def run(args, asked, made_by, load, clip_path, device, rank, ranks):
+def run(args, prompt_set, made_by, load, clip_path, device, rank, ranks):
     """Draw and score a PromptSet -> the result as a dict, on rank 0; None on others.
 
     made_by: what the pictures depend on; load() -> denoiser, prompt encoder, VAE; clip_path: the run's CLIP.
     Raises UserError.
     """
     folder = Path(args.images)
-    answers_from = answer_files(args.scores) if asked.kind == "dpg" else []
-    means, each = imported([path for path in args.scores if path not in answers_from], len(asked.prompts))
-    judged = dpg.read_answers(answers_from[0], asked.items, asked.per_prompt) if answers_from else None
-    draw_missing(args, asked, made_by, load, folder, rank, ranks)
-    files = [[folder / name for name in names] for names in asked.names()]
+    answers_from = answer_files(args.scores) if prompt_set.kind == "dpg" else []
+    means, each = imported([path for path in args.scores if path not in answers_from], len(prompt_set.prompts))
+    judged = dpg.read_answers(answers_from[0], prompt_set.items, prompt_set.per_prompt) if answers_from else None
+    draw_missing(args, prompt_set, made_by, load, folder, rank, ranks)
+    files = [[folder / name for name in names] for names in prompt_set.names()]
 
-    result, notes = {}, [[""] * asked.per_prompt for _ in files]
+    result, notes = {}, [[""] * prompt_set.per_prompt for _ in files]
     columns = {}  # name -> [[score per picture] per prompt]
     clip = None
-    if args.clip or not asked.kind or asked.kind == "geneval" and args.judge:
-        clip = metrics.Clip(args.clip or (COLOR_CLIP if asked.kind else clip_path), device)
-    if asked.kind == "geneval" and args.judge:
-        result, columns["right"], notes = by_geneval(args, asked, files, clip, device, rank, ranks)
-    if asked.kind == "dpg" and (judged or args.judge):
-        result, columns["DPG"], notes = by_dpg(args, asked, files, judged, device, rank, ranks)
-    elif asked.kind == "dpg" and rank == 0:
-        grids(asked, files, folder / "grids")
+    if args.clip or not prompt_set.kind or prompt_set.kind == "geneval" and args.judge:
+        clip = metrics.Clip(args.clip or (COLOR_CLIP if prompt_set.kind else clip_path), device)
+    if prompt_set.kind == "geneval" and args.judge:
+        result, columns["right"], notes = by_geneval(args, prompt_set, files, clip, device, rank, ranks)
+    if prompt_set.kind == "dpg" and (judged or args.judge):
+        result, columns["DPG"], notes = by_dpg(args, prompt_set, files, judged, device, rank, ranks)
+    elif prompt_set.kind == "dpg" and rank == 0:
+        grids(prompt_set, files, folder / "grids")
     for column, scorer in {"CLIP": clip, "Pick": args.pick and metrics.Clip(args.pick, device)}.items():
         if scorer:
-            each[column] = cosine_scores(scorer, asked.prompts, sum(files, []), rank, ranks)
+            each[column] = cosine_scores(scorer, prompt_set.prompts, sum(files, []), rank, ranks)
             means[column] = mean(each[column])
-    columns |= {name: grouped(values, asked.per_prompt) for name, values in each.items()}
+    columns |= {name: grouped(values, prompt_set.per_prompt) for name, values in each.items()}
     found = {path: features_of(path, sum(files, []), device, rank, ranks) for path in args.features}
     if rank:
         return None
     for path, values in found.items():
-        result |= spread_and_distance(args, path, *values, asked.per_prompt, folder)
-    prompts = [item["prompt"] for item in asked.items]
-    scores = {"prompts": prompts, "files": asked.names(), "columns": columns, "notes": notes}
+        result |= spread_and_distance(args, path, *values, prompt_set.per_prompt, folder)
+    prompts = [item["prompt"] for item in prompt_set.items]
+    scores = {"prompts": prompts, "files": prompt_set.names(), "columns": columns, "notes": notes}
     write_json(folder / "scores.json", scores)
-    if asked.kind:
-        result = {"benchmark": asked.kind} | result
+    if prompt_set.kind:
+        result = {"benchmark": prompt_set.kind} | result
     result = {"images": args.images, "resolution": made_by["resolution"], **means, **result}
-    result |= {"num": len(asked.items), "seed": args.seed}
+    result |= {"num": len(prompt_set.items), "seed": args.seed}
     return result
 
 
-def draw_missing(args, asked, made_by, load, folder, rank, ranks):
+def draw_missing(args, prompt_set, made_by, load, folder, rank, ranks):
     """Write the pictures that the folder lacks; networks are loaded only for these."""
 
     def begin():
         picture_folder.begin(folder, made_by)
-        asked.prepare(folder)
-        return picture_folder.missing(folder, len(asked.prompts), asked.name)
+        prompt_set.prepare(folder)
+        return picture_folder.missing(folder, len(prompt_set.prompts), prompt_set.name)
 
     lacking = from_rank_0(begin)
-    n = len(asked.prompts)
+    n = len(prompt_set.prompts)
     if lacking:
-        there = lambda: n - len(picture_folder.missing(folder, n, asked.name))  # noqa: E731
+        there = lambda: n - len(picture_folder.missing(folder, n, prompt_set.name))  # noqa: E731
         stopping.last_words = lambda: f"{there()} of {n} pictures are in {folder}; the same command goes on from there"
-        how = {"ode": args.teacher, "name": asked.name, "lacking": lacking, "part": (rank, ranks)}
-        draw(folder, *load(), asked.prompts, made_by["steps"], args.seed, **how)
+        how = {"ode": args.teacher, "name": prompt_set.name, "lacking": lacking, "part": (rank, ranks)}
+        draw(folder, *load(), prompt_set.prompts, made_by["steps"], args.seed, **how)
     barrier()
     if rank == 0:
         picture_folder.end(folder)
@@ -97,7 +97,7 @@ def draw_missing(args, asked, made_by, load, folder, rank, ranks):
     stopping.last_words = lambda: f"all pictures are in {folder}; the same command goes on with their scores"
 
 
-def judgements(judge, asked, files, where, rank, ranks, whole):
+def judgements(judge, prompt_set, files, where, rank, ranks, whole):
     """judge(item, path) of every picture, [[answer per picture] per prompt]; an item's are kept in where/ID.json.
 
     whole(item, answers): whether a kept file has all.
@@ -106,33 +106,33 @@ def judgements(judge, asked, files, where, rank, ranks, whole):
     def kept(item):
         path = where / f"{item['id']}.json"
         answers = json.loads(path.read_text()) if path.is_file() else []
-        return answers if len(answers) == asked.per_prompt and whole(item, answers) else None
+        return answers if len(answers) == prompt_set.per_prompt and whole(item, answers) else None
 
     def lacking():
         where.mkdir(parents=True, exist_ok=True)
-        return [i for i, item in enumerate(asked.items) if kept(item) is None]
+        return [i for i, item in enumerate(prompt_set.items) if kept(item) is None]
 
     mine = from_rank_0(lacking)[rank::ranks]
     for i in tqdm(mine, desc="judged", unit="prompt", disable=rank > 0):
-        write_json(where / f"{asked.items[i]['id']}.json", [judge(asked.items[i], path) for path in files[i]])
+        write_json(where / f"{prompt_set.items[i]['id']}.json", [judge(prompt_set.items[i], path) for path in files[i]])
     barrier()
-    return [kept(item) for item in asked.items]
+    return [kept(item) for item in prompt_set.items]
 
 
-def by_geneval(args, asked, files, clip, device, rank, ranks):
+def by_geneval(args, prompt_set, files, clip, device, rank, ranks):
     """-> the published scores, [[whether right per picture] per prompt], [[what is wrong]]."""
     detector, colors = Detector(args.judge, device), Colors(clip)
     names = [args.judge, args.clip or COLOR_CLIP]
     where = Path(args.images) / "-".join(["detections", *map(slug, names)])
     see = lambda item, path: look(detector, colors, item, path)  # noqa: E731
-    found = judgements(see, asked, files, where, rank, ranks, lambda item, answers: True)
-    wrong = [[geneval.mistakes(item, seen) for seen in pictures] for item, pictures in zip(asked.items, found)]
+    found = judgements(see, prompt_set, files, where, rank, ranks, lambda item, answers: True)
+    wrong = [[geneval.mistakes(item, seen) for seen in pictures] for item, pictures in zip(prompt_set.items, found)]
     right = [[not mistakes for mistakes in pictures] for pictures in wrong]
-    result = geneval.scores(asked.items, right) | {"judge": " + ".join(map(name_of, names))}
+    result = geneval.scores(prompt_set.items, right) | {"judge": " + ".join(map(name_of, names))}
     return result, right, [["; ".join(mistakes) for mistakes in pictures] for pictures in wrong]
 
 
-def by_dpg(args, asked, files, judged, device, rank, ranks):
+def by_dpg(args, prompt_set, files, judged, device, rank, ranks):
     """-> both sums, [[share of questions per picture] per prompt], [[questions answered "no"]].
 
     judged: (name, answers) made elsewhere, or None.
@@ -143,17 +143,17 @@ def by_dpg(args, asked, files, judged, device, rank, ranks):
         judge, name = Judge(args.judge, device), name_of(args.judge)
         where = Path(args.images) / f"answers-{slug(args.judge)}"
         all_there = lambda item, kept: all(str(q["id"]) in p for p in kept for q in item["questions"])  # noqa: E731
-        found = judgements(judge.look, asked, files, where, rank, ranks, all_there)
+        found = judgements(judge.look, prompt_set, files, where, rank, ranks, all_there)
         answers = {
             item["id"]: [{int(q): dpg.is_yes(p) for q, p in yes.items()} for yes in pictures]
-            for item, pictures in zip(asked.items, found)
+            for item, pictures in zip(prompt_set.items, found)
         }
-    fixed, released = dpg.scores(asked.items, answers), dpg.scores_as_released(asked.items, answers)
+    fixed, released = dpg.scores(prompt_set.items, answers), dpg.scores_as_released(prompt_set.items, answers)
     result = {key: fixed[key] for key in ("dpg", "dpg_categories", "dpg_details")} | {"judge": name}
     result |= {"dpg_released": released["dpg"], "dpg_released_categories": released["dpg_categories"]}
     result["dpg_released_items"] = len(released["dpg_items"])
     points, notes = [], []
-    for item in asked.items:
+    for item in prompt_set.items:
         questions, pictures = item["questions"], answers[item["id"]]
         points.append([mean(dpg.zeroed(questions, yes).values()) for yes in pictures])
         noes = [[q["text"] for q in questions if not yes[q["id"]]] for yes in pictures]
@@ -161,10 +161,10 @@ def by_dpg(args, asked, files, judged, device, rank, ranks):
     return result, points, notes
 
 
-def grids(asked, files, where):
+def grids(prompt_set, files, where):
     """Write where/ID.png, four pictures row by row: what DPG-Bench's own program reads."""
     where.mkdir(exist_ok=True)
-    for item, paths in zip(asked.items, files):
+    for item, paths in zip(prompt_set.items, files):
         images = [Image.open(path) for path in paths[:4]]
         width, height = images[0].size
         sheet = Image.new("RGB", (2 * width, 2 * height))

@@ -2,7 +2,7 @@
 
     τ                               SD3's embedding of t and of the pooled text
     h_i, e_i                        its picture tokens and text tokens after block i, for i = 4, 8, 12 of 24
-    y_i = P (x_i (1 + γ) + β + l)   x_i = h_i or e_i; (γ, β) = MLP(τ); P, MLP and l are a block's and a stream's own
+    y_i = P (x_i (1 + γ) + β + l)   x_i = h_i or e_i; (γ, β) = MLP(τ); P, MLP and l: a block's and a stream's own
     V = W_v [y_i of h_i],  T = W_t [y_i of e_i]
     q = q + O (A(q, V) + A(q, T))   four learned queries q; A: softmax attention of 8 heads, a token's value weighted by
     q = q + O A(q, V)               sigmoid(MLP(token)); then once more, V alone, without these weights

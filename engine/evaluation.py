@@ -16,11 +16,11 @@ from engine.prompts import encoder_of
 from engine.reward_model import load_reward_model
 
 
-def run(args, student, config, steps, asked=None, made_by=None):
+def run(args, student, config, steps, prompt_set=None, made_by=None):
     """The metrics that evaluate.py's flags name, as a dict; None on other ranks than the first.
 
     student: its checkpoint folder, or None for the teacher; config: the run's settings as a dict; steps: the sampler's;
-    asked: the PromptSet of --prompts; made_by: what its pictures depend on. Raises UserError.
+    prompt_set: the PromptSet of --prompts; made_by: what its pictures depend on. Raises UserError.
     """
     rank, ranks = 0, int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
@@ -29,9 +29,9 @@ def run(args, student, config, steps, asked=None, made_by=None):
         device = device_of(args.device)
     guided_twice = student is None and args.guidance != 1
     nfe = steps * (2 if guided_twice else 1)
-    if asked:
+    if prompt_set:
         load = lambda: networks(args, student, config, device)[:3]  # noqa: E731
-        result = benchmark.run(args, asked, made_by, load, config["clip"], device, rank, ranks)
+        result = benchmark.run(args, prompt_set, made_by, load, config["clip"], device, rank, ranks)
         if result is None:
             return None
         result = {"name": name(args, student, config, steps), "nfe": nfe} | result

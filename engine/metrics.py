@@ -109,7 +109,7 @@ def diversity(images, per_prompt):
 
 
 def cosine_diversity(features, per_prompt):
-    """D = 1 - 2/(N(N-1)) Σ_{i<j} cos(f_i, f_j) of each prompt's N pictures, unbiased for any N >= 2 -> (groups,), fp64.
+    """D = 1 - 2/(N(N-1)) Σ_{i<j} cos(f_i, f_j) of each prompt's N >= 2 pictures, unbiased -> (groups,), fp64.
 
     features: groups of N = `per_prompt` >= 2 in a row, (groups x N, d). The sum of the cosines is
     (‖Σ_i f_i/‖f_i‖‖² - N) / 2.

@@ -155,6 +155,8 @@ def error_line(error, config):
         return str(error).split("UserError: ")[-1].strip()  # a loader process sends its traceback along
     if isinstance(error, OSError) and error.errno in DISK:
         return f"cannot write {error.filename or 'to disk'} ({error.strerror}): make room, and go on with --resume"
+    if isinstance(error, FileNotFoundError) and config and not Path(config.out).is_dir():
+        return f"{config.out} was deleted or moved while it was trained: its checkpoints are where it is now"
     return out_of_memory(error, config)
 
 

@@ -12,14 +12,8 @@ from engine.config import Config
 from engine.models import load_denoiser
 from lab import figures_canvas as canvas
 from lab import figures_shared as shared
+from lab import rows, steps
 from toy import world
-
-STUDENTS = {  # steps -> the student's folder, or its run's; drawn where it is there
-    1: "runs/steps-1",
-    2: "runs/steps-2",
-    4: run_folder.SHIPPED,
-    8: "runs/steps-8",
-}
 
 
 @torch.no_grad()
@@ -149,16 +143,17 @@ def few_steps():
     words, c = shared.prompts(*which)
     z = shared.noise(len(which), "few steps")
     rng = lambda: shared.generators(len(which), "few steps' noise")  # noqa: E731
-    rows = {"teacher,\n50 guided steps": sample_ode(shared.teacher(), z, c, 50)}
-    for K, folder in STUDENTS.items():
-        folder = folder if folder == run_folder.SHIPPED else run_folder.newest(folder)
+    drawn = {"teacher,\n50 guided steps": sample_ode(shared.teacher(), z, c, 50)}
+    for K in steps.STEPS:  # the student that comes along, and those of lab.steps that are there
+        run = rows.folder(steps.name(f"sdxl-{K}", 0, rows.NUM))
+        folder = run_folder.SHIPPED if K == 4 else run_folder.newest(run)
         if folder:
             G = load_denoiser(Config.model, student=folder)
             G.net.eval()
-            rows[f"student,\n{K} step{'s' * (K > 1)}"] = backward_simulation(G, z, c, G.schedule.steps(K), rng())
+            drawn[f"student,\n{K} step{'s' * (K > 1)}"] = backward_simulation(G, z, c, G.schedule.steps(K), rng())
     S = shared.student().schedule.steps(4)
-    rows["undistilled,\n4 guided steps"] = backward_simulation(shared.teacher(), z, c, S, rng())
-    pictures = {name: shared.decode(x_0) for name, x_0 in rows.items()}
+    drawn["undistilled,\n4 guided steps"] = backward_simulation(shared.teacher(), z, c, S, rng())
+    pictures = {name: shared.decode(x_0) for name, x_0 in drawn.items()}
     labels = [f"{name}\n{sum(world.judge(p, words)[0])} of {len(words)} right" for name, p in pictures.items()]
     titles = ["\n".join(textwrap.wrap(w, 20)) for w in words]
     return canvas.grid([list(p) for p in pictures.values()], titles, labels, top=0.75)[0]

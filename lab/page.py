@@ -38,14 +38,12 @@ SYMBOLS = (
     ("real", r"x_{\text{real}}", "x_real"),
     ("real", r"x_{\text{real},t}", "x_real"),
     ("real", "", "teacher"),
-    ("real", "", "real_logits"),
     ("real", "", "guided_teacher"),
     ("fake", r"x_0^{\text{fake}}", "x0_fake"),
     ("fake", r"s_{\text{fake}}", "s_fake"),
     ("fake", r"\mu_{\psi}", "fake"),
     ("fake", r"\psi", "psi"),
     ("fake", r"\psi", "ψ"),
-    ("fake", "", "fake_logits"),
     ("G", r"G_\theta", "G"),
     ("G", r"\theta", "theta"),
     ("G", r"\theta", "θ"),
@@ -84,8 +82,9 @@ SYMBOLS = (
     ("beta", r"\lambda", "gan_weight"),
     ("beta", r"\lambda", "λ"),
 )
+TAG = re.compile(r"\s*\\tag\{(.*?)\}")  # the number of an equation, which the converter does not know
 COLOUR = {name: colour for colour, _, name in SYMBOLS}
-WORD = re.compile(r"[^\W\d][^\W²]*")  # not the square of σ_t²
+WORD = re.compile(r"(?<!\d-)[^\W\d][^\W²]*[\u0300-\u036f]*")  # with its hat; not the square of σ_t², nor 2-D
 
 
 # ------------------------------------------------------------------------------------------------- formulas
@@ -188,8 +187,12 @@ def code(path, name, names, seen):
             if piece:
                 inner = coloured(kind, piece, names, seen)
                 out[-1] += f'<span class="{css}">{inner}</span>' if css else inner
-    rows = [f'<span class="line" data-n="{first + i}">{line}</span>' for i, line in enumerate(out[:-1])]
-    head = f'<figcaption><a href="../{path}">{path}</a> <span>lines {first} to {node.end_lineno}</span></figcaption>'
+    rows = []
+    for i, (line, plain) in enumerate(zip(out[:-1], source.split("\n"), strict=True)):
+        indent = len(plain) - len(plain.lstrip())
+        rows.append(f'<span class="line" data-n="{first + i}" style="--indent: {indent + 4}ch">{line}</span>')
+    where = f'<a href="../{path}">{path}</a>: <b>{name}</b>'
+    head = f"<figcaption><span>{where}</span> <span>lines {first} to {node.end_lineno}</span></figcaption>"
     return f'<figure class="code">{head}<pre><code>' + "".join(rows) + "</code></pre></figure>"
 
 
@@ -233,7 +236,9 @@ def prose(text, symbols, seen):
     formulas = []
 
     def keep(latex, display):
-        formulas.append(mathml(latex, display, symbols, seen))
+        number = TAG.search(latex)
+        made = mathml(TAG.sub("", latex), display, symbols, seen)
+        formulas.append(made + (f'<span class="number">({number[1]})</span>' if number else ""))
         return f"FORMULA{len(formulas) - 1}E"
 
     text = re.sub(r"```math\n(.*?)```", lambda m: keep(m[1], True), text, flags=re.S)
@@ -252,7 +257,7 @@ def legend(in_formulas, in_code, symbols):
     items = []
     for latex, names in named.items():
         words = ", ".join(f'<code class="{COLOUR[n]}">{n}</code>' for n in names)
-        items.append(f"<li>{mathml(latex.removesuffix('^2'), False, symbols, set())} {words}</li>")
+        items.append(f"<li>{mathml(latex.removesuffix('^2'), False, symbols, set())} = {words}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 

@@ -19,8 +19,9 @@ HEADINGS = {
     "saturation": "saturation",
     "contrast": "contrast",
     "rl_open": "RL open, %",
+    "d_accuracy_unseen": "D right, unseen, %",
 }
-PERCENT = ("prompt_accuracy", "precision", "recall", "rl_open")
+PERCENT = ("prompt_accuracy", "precision", "recall", "rl_open", "d_accuracy_unseen")
 DIGITS = {"frechet": 2, "reward": 2}  # in prose; percentages have 1, other measures 3
 MISSING = "(Rows that this paragraph speaks of are missing.)"
 

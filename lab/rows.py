@@ -79,9 +79,9 @@ def load(path, **weights):
     return found if weights.items() <= found.items() else weights
 
 
-def load_rewarded(path):
+def load_rewarded(path, **weights):
     """The cache of rows that rest on the toy's latent reward model as well."""
-    return load(path, reward_crc32=crc32("toy/lrm/unet/diffusion_pytorch_model.safetensors"))
+    return load(path, reward_crc32=crc32("toy/lrm/unet/diffusion_pytorch_model.safetensors"), **weights)
 
 
 def place(path, num):

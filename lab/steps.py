@@ -1,10 +1,10 @@
-"""Students of 1, 2, 4 and 8 steps of the toy's SDXL and SD3; AdvDMD's of 2 steps and DMDR's of 1.
+"""Students of 1, 2, 4 and 8 steps of the toy's SDXL and SD3; stage 2 on SD3; AdvDMD in 2 steps, DMDR in 1.
 
     python -m lab.steps                               the missing runs, then results/steps.md and docs/steps.png
     python -m lab.steps --only sdxl-1 sd3-1 --seeds 0     these rows and seeds alone, then page and picture
     python -m lab.steps --print                       page and picture from the runs that are there; trains nothing
 
-Runs are as short as lab.demo's stage 1, and take one thread each. One that is finished is not done again, one that was
+Runs are short, as lab.demo's stage 1 is, and take one thread each. One that is finished is not done again, one that was
 stopped goes on, and one that another call of this command is at is left to it: several calls share the work.
 """
 
@@ -24,7 +24,6 @@ from engine.models import load_denoiser, load_vae
 from engine.pictures import generate, in_steps, save_grid
 from engine.prompts import load_encoder
 from lab import pages, rows, siblings, stage1
-from lab.demo import STAGE_1
 from lab.pages import errors, figure, frechet, right
 from lab.rows import SEEDS
 from lab.stage1 import FULL
@@ -32,24 +31,24 @@ from toy import world
 
 RESULTS = Path("results/steps.json")
 STEPS = (1, 2, 4, 8)
-DEMO = dict(zip(STAGE_1.split()[::2], STAGE_1.split()[1::2]))  # flag -> value
-DEMO.pop("--preview-every")
-RATES = {k: DEMO[k] for k in ("--batch-size", "--lr", "--fake-lr")}
-BASES = {
-    "sdxl": FULL | DEMO,
-    "sd3": FULL | DEMO | {"--model": "toy/sd3", "--guidance": 2.0, "--ttur": 2, "--iterations": 300},  # as lab.stage1's
-}
-# G moves in every second loop: 30 updates before RL, 70 with it
-ADVDMD = siblings.ADVDMD | RATES | {"--student-steps": 2, "--iterations": 200, "--rl-after": 30}
-# G moves in every fifth loop: 50 updates of cold start, 50 with reward
-DMDR = siblings.DMDR | RATES | {"--student-steps": 1, "--iterations": 500, "--dynamic": 50}
+RATES = {"--batch-size": 8, "--lr": "6e-5", "--fake-lr": "4e-4"}
+SHORT = RATES | {"--iterations": 160, "--gan-crop": 32}
+SD3 = {"--model": "toy/sd3", "--guidance": 2.0, "--ttur": 2, "--iterations": 240}  # as lab.stage1's
+BASES = {"sdxl": FULL | SHORT, "sd3": FULL | SHORT | SD3}
+# G moves in every second loop: 40 updates before RL, 80 with it. D reads the last block: results/discriminator.md
+ADVDMD = siblings.ADVDMD | RATES | SD3 | {"--student-steps": 2, "--rl-after": 40, "--d-block": "last"}
+# G moves in every fifth loop: 40 updates of cold start, 40 with reward
+DMDR = siblings.DMDR | RATES | {"--student-steps": 1, "--iterations": 400, "--dynamic": 40}
+STAGE_2 = FULL | SD3 | {"--iterations": 90, "--lr": "2e-5", "--fake-lr": "2e-4", "--gan-crop": 32, "--rl-ratio": 2}
 STUDENTS = {f"{base}-{K}": flags | {"--student-steps": K} for base, flags in BASES.items() for K in STEPS}
 OTHERS = {
-    "advdmd-2": ADVDMD,
-    "advdmd-2-no-rl": ADVDMD | {"--rl-after": 10**6},
+    "sd3-4-stage2": STAGE_2,
+    "sd3-advdmd-2": ADVDMD,
+    "sd3-advdmd-2-no-rl": ADVDMD | {"--rl-after": 10**6},
     "dmdr-1": DMDR,
     "dmdr-1-no-reward": DMDR | {"--reward-weight": 0},
 }
+INIT = {"sd3-4-stage2": "sd3-4"}  # row -> the row whose run it goes on from
 RUNS = STUDENTS | OTHERS  # row -> flags; a run for each of SEEDS
 UNDISTILLED = {}  # row -> evaluate.py's arguments
 for base_ in BASES:
@@ -58,6 +57,7 @@ for base_ in BASES:
         UNDISTILLED[f"undistilled-{base_}-{K_}"] = which
 TEACHERS = {"sdxl": next(iter(stage1.BASELINES)), "sd3": next(iter(stage1.SD3_BASELINES))}  # rows of lab.stage1
 COLUMNS = ("prompt_accuracy", "frechet", "recall", "reward", "saturation", "contrast")
+GATE = ("rl_open", "d_accuracy_unseen")  # AdvDMD's: the mean over the logged loops with reinforcement
 QUICK = 5  # loops: G moves once with every row
 
 
@@ -73,6 +73,11 @@ def measure(row, seed, num, loops=None):
     """Train and evaluate one run in its folder, which stays; metrics.json is its end. None where it is at work."""
     out = rows.folder(name(row, seed, num, loops))
     made = out / "metrics.json"
+    init = rows.folder(name(INIT[row], seed, num, loops)) if row in INIT else None
+    if init and not (init / "metrics.json").exists():
+        measure(INIT[row], seed, num, loops)
+        if not (init / "metrics.json").exists():
+            return
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         locks.lock(out.with_suffix(".lock"))
@@ -83,6 +88,7 @@ def measure(row, seed, num, loops=None):
         if row in RUNS:
             settings = {"--stage": 1, "--seed": seed, "--out": out, "--resume": True, "--preview-every": 0}
             settings |= {"--iterations": loops} if loops else {}
+            settings |= {"--stage": 2, "--init": init} if init else {}
             rows.command("train.py", *rows.flat(RUNS[row] | settings), threads=1)
             argv = ("--run", out)
         aside = out.with_suffix(".json")
@@ -107,7 +113,7 @@ def train(only, seeds, num, workers, loops=None):
 def gathered(num, loops=None):
     """The file of rows, completed by the finished runs under runs/lab -> {run's name: metrics}. Trains nothing."""
     path = RESULTS if num == rows.NUM and not loops else rows.place(RESULTS, 0)
-    results = rows.load_rewarded(path)
+    results = rows.load_rewarded(path, sd3_reward_crc32=rows.crc32("toy/sd3_lrm/checkpoint/rm_head.pt"))
     for row in (*RUNS, *UNDISTILLED):
         for seed in SEEDS if row in RUNS else SEEDS[:1]:
             run = name(row, seed, num, loops)
@@ -118,8 +124,9 @@ def gathered(num, loops=None):
             if row in RUNS:
                 logged = [json.loads(line) for line in (made.parent / "metrics.jsonl").read_text().splitlines()]
                 results[run] |= {k: logged[-1][k] for k in ("samples", "seconds", "skipped_updates")}
-                if opened := [m["rl_open"] for m in logged if "rl_open" in m]:
-                    results[run]["rl_open"] = mean(opened)
+                for column in GATE:
+                    if values := [m[column] for m in logged if column in m]:
+                        results[run][column] = mean(values)
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(results, indent=1) + "\n")
     aside.rename(path)
@@ -157,7 +164,7 @@ def table(found, base):
 def page(num=rows.NUM, loops=None):
     """results/steps.md, from the rows that are there."""
     found = rows_of(gathered(num, loops), num, loops)
-    columns = (*COLUMNS, "rl_open")
+    columns = (*COLUMNS, *GATE)
     others = [pages.line(f"`{row}`", found[row], columns) for row in OTHERS if row in found]
     return pages.joined(
         [
@@ -166,8 +173,8 @@ def page(num=rows.NUM, loops=None):
             table(found, "sdxl"),
             table(found, "sd3"),
             pages.told(students_text, found),
-            "## AdvDMD with 2 steps, DMDR with 1",
-            pages.head("toy/sdxl", columns) + others,
+            "## Stage 2 on SD3; AdvDMD with 2 steps, DMDR with 1",
+            pages.head("", columns) + others,
             pages.told(others_text, found),
         ]
     )
@@ -179,10 +186,11 @@ INTRODUCTION = """
 `python -m lab.steps` trains the runs that are missing and writes this page, its picture and [steps.json](steps.json);
 `--print` writes them from the runs that are there.
 
-Runs are as short as `python -m lab.demo`'s, with a quarter of the samples of [stage1.md](stage1.md): batch 8, SDXL 200
-loops, SD3 300 at TTUR 2, and the same settings for every number of steps. A row is evaluated on {num} held-out prompts.
+Runs are short, with a fifth of the samples of [stage1.md](stage1.md): batch 8, SDXL 160 loops, SD3 240 at TTUR 2, and
+the same settings for every number of steps. A row is evaluated on {num} held-out prompts.
 The mean over seeds stands first, each seed's value behind it. In the picture a column is one prompt and one noise; the
-rows are the students of seed 0 with more and more steps, their teacher last.
+rows are the students of seed 0 with more and more steps, their teacher last. The reward is that of the base model's own
+latents: `toy/lrm` for SDXL, `toy/sd3_lrm` for SD3.
 """
 
 
@@ -201,13 +209,19 @@ def students_text(found):
 
 
 def others_text(found):
-    online, unrewarded = found["advdmd-2"], found["advdmd-2-no-rl"]
+    before, joint = found["sd3-4"], found["sd3-4-stage2"]
+    online, unrewarded = found["sd3-advdmd-2"], found["sd3-advdmd-2-no-rl"]
     paid, unpaid = found["dmdr-1"], found["dmdr-1-no-reward"]
     return f"""
-- AdvDMD, 2 steps: {right(online)} % of the prompts are right with reinforcement, {right(unrewarded)} % without; the
-  Fréchet distance is {frechet(online)} and {frechet(unrewarded)} ({errors(online, unrewarded, "frechet")}). Its gate
-  was open in {figure(online, "rl_open")} % of the logged loops.
-- DMDR, 1 step: the reward is {figure(paid, "reward")} with the reward loss, {figure(unpaid, "reward")} without
+- Stage 2 on SD3, 4 steps: the reward is {figure(joint, "reward")} after it and {figure(before, "reward")} before
+  ({errors(joint, before, "reward")}); {right(joint)} and {right(before)} % of the prompts are right, and the Fréchet
+  distance is {frechet(joint)} and {frechet(before)}.
+- AdvDMD on SD3, 2 steps: {right(online)} % of the prompts are right with reinforcement, {right(unrewarded)} % without;
+  the Fréchet distance is {frechet(online)} and {frechet(unrewarded)} ({errors(online, unrewarded, "frechet")}), the
+  reward {figure(online, "reward")} and {figure(unrewarded, "reward")} ({errors(online, unrewarded, "reward")}). Its
+  discriminator tells {figure(online, "d_accuracy_unseen")} % of unseen latents from made ones, over all states; the
+  gate was open in {figure(online, "rl_open")} % of the logged loops.
+- DMDR on SDXL, 1 step: the reward is {figure(paid, "reward")} with the reward loss, {figure(unpaid, "reward")} without
   ({errors(paid, unpaid, "reward")}); {right(paid)} and {right(unpaid)} % of the prompts are right, the recall is
   {figure(paid, "recall")} and {figure(unpaid, "recall")} % ({errors(paid, unpaid, "recall")}).
 """

@@ -1,6 +1,6 @@
 """DMD2, Flash-DMD's baseline (Flash-DMD 3.1, 3.2; Eq. 5 and 7): its discriminator sees NOISY LATENTS.
 
-    Eq. 5   ∇_θ L_advG = E [ log D(x_t) dG/dθ ]                            x = G_θ(x_τ, τ), x_t = α_t x + σ_t ε
+    Eq. 5   ∇_θ L_advG = E [ log D(x_t) dG/dθ ]                     x = G_θ(x_τ, τ), x_t = α_t x + σ_t ε
     Eq. 7   ∇_ψ L_advD = E [ P(x_real) - P(x) ],   P(y) = log D(y_t) dD/dψ
 
     D    the first half of the score estimator μ_ψ (a UNet's down and mid blocks, the first half of a transformer's

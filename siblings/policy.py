@@ -1,6 +1,6 @@
 """The few-step generator as a policy: reinforcement by densities, for AdvDMD and for DMDR's GRPO.
 
-    π_θ(z_s|z_t) = N(α_s G(z_t, t), σ_s² I)               a student step with fresh noise; the last step has no density
+    π_θ(z_s|z_t) = N(α_s G(z_t, t), σ_s² I)               a step with fresh noise; the last has no density
     A            = clamp((R - mean)/(std + δ), ±A_max)    over a group: rollouts of one prompt, at the same step
     L_rl         = -E [ A log π_θ ]                       the plain policy gradient; log π is a mean over dimensions
 

@@ -285,6 +285,17 @@ def test_out_of_memory_ends_a_run_with_one_line(capsys, tmp_path, monkeypatch):
     assert status == 2 and "out of memory in the generator G, train.py line" in line and "--gan-crop" not in line
 
 
+def test_a_run_folder_that_goes_away_ends_the_run_with_one_line(capsys, tmp_path, monkeypatch):
+    def then_gone(*args, real=assemble):
+        nets = real(*args)
+        shutil.rmtree(tmp_path / "run")
+        return nets
+
+    monkeypatch.setattr(train, "assemble", then_gone)
+    status, line = call(train.main, capsys, *SMALL, *NO_GAN, "--out", tmp_path / "run")
+    assert status == 2 and "run was deleted or moved while it was trained" in line
+
+
 def test_batch_not_divisible_by_ranks(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     status, line = call(train.main, capsys, *SMALL, "--out", tmp_path / "run")

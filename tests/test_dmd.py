@@ -118,7 +118,7 @@ def test_g_is_zero_where_x_is_the_teachers_estimate():
 
 
 def test_steps_along_the_loss_lower_the_kl():
-    """A generator G(z) = m + σ z trained by the loss, its fake score kept exact, ends at the teacher's distribution."""
+    """G(z) = m + σ z trained by the loss, its fake score kept exact, ends at the teacher's distribution."""
     m, std = (torch.tensor(v, requires_grad=True) for v in FAKE)
     optimizer, generator, seen = torch.optim.SGD([m, std], lr=0.3), torch.Generator().manual_seed(0), []
     for _ in range(60):

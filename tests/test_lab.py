@@ -237,7 +237,7 @@ def test_runs_of_lab_steps_are_done_once_and_by_one_call(tmp_path, monkeypatch, 
     assert "`dmdr-1`" not in capsys.readouterr().out and not out.exists()
     steps.main()
     text = (tmp_path / "lab" / "steps.md").read_text()
-    assert "| `dmdr-1` |" in text and "`advdmd-2`" not in text and pages.MISSING in text
+    assert "| `dmdr-1` |" in text and "`sd3-advdmd-2`" not in text and pages.MISSING in text
     (row,) = (r for n, r in steps.gathered(8, steps.QUICK).items() if n.startswith("--"))
     assert (row["nfe"], row["num"], row["samples"]) == (1, 8, 8 * steps.QUICK)
     monkeypatch.setattr(rows, "command", None)  # nothing runs a second time
@@ -247,7 +247,7 @@ def test_runs_of_lab_steps_are_done_once_and_by_one_call(tmp_path, monkeypatch, 
 
 def test_runs_of_lab_steps_have_names_and_settings_of_their_own():
     names = [steps.name(row, seed, 1000) for row in steps.RUNS for seed in rows.SEEDS]
-    assert len(set(names)) == len(names) == 3 * (2 * 4 + 4)
+    assert len(set(names)) == len(names) == 3 * (2 * 4 + 5)
     for row, flags in steps.RUNS.items():
         config = train.read([str(f) for f in rows.flat(flags)])
         config.check()
