@@ -65,7 +65,7 @@ class Config:
     rl_lr: float = 1e-5  # stage 2: learning rate of the preference updates
     rl_only: bool = False  # stage 2: no distillation beside it (the paper's post-training)
     lora_rank: int = 0  # train G and the score estimator as two LoRAs of this rank on one frozen network; 0 = copies
-    quantize_frozen: str = ""  # int8 = with --lora-rank, the frozen network in 8 bits (torchao), whole on every GPU
+    quantize_frozen: str = ""  # int8 = with --lora-rank, the frozen network and text encoders in 8 bits (torchao)
     pairs: str = ""  # stage reward: a folder of picture pairs; metadata.jsonl with Pick-a-Pic's columns (docs/data.md)
     reward_lr: float = 1e-5  # stage reward: learning rate
     compile: bool = False  # torch.compile the three denoisers; needs a C++ compiler

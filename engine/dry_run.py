@@ -9,7 +9,7 @@ tensor's storage gives the peak of activations and temporaries. Weights and opti
     trained         16 bytes a parameter: fp32 weight, gradient, two AdamW moments (10 with --optimizer adamw8bit);
                     sharded by FSDP2
     frozen          2 bytes a parameter (bf16), sharded too: teacher (or the network under LoRAs), reference, R's UNet
-                    (--quantize-frozen int8: the network under LoRAs 1 byte, on every GPU)
+                    (--quantize-frozen int8: the network under LoRAs, on every GPU, and text encoders 1 byte)
     on every GPU    text encoders (none with --cache-text) and SAM (bf16), VAE (fp32), the discriminators' heads
 
 Left out: the CUDA context, fragmentation and NCCL's buffers (an allowance of 8 %); the buffers in which FSDP2 reduces a
@@ -98,7 +98,8 @@ def states(nets, optimizer="adamw", frozen=2):
     tables = [b for net in dict.fromkeys((nets.teacher.net, nets.G.net, nets.fake.net)) for b in net.buffers()]
     if tables:  # SD3's fixed positions
         rows += [("tables of positions", sum(b.numel() for b in tables), sum(b.nbytes for b in tables), 0, 0, False)]
-    rows += [kept("text encoders", words, False), kept("VAE", count(nets.vae), False, 4)]
+    of_words = 1 if nets.config.quantize_frozen else frozen
+    rows += [kept("text encoders", words, False, of_words), kept("VAE", count(nets.vae), False, 4)]
     if "D" in nets.players:
         rows += [kept("SAM", count(nets.D.encoder[0]), False), trained("D's heads", count(nets.D), False)]
     if "head" in nets.players:
@@ -106,7 +107,7 @@ def states(nets, optimizer="adamw", frozen=2):
     if nets.R:
         unet = count(nets.R.unet)
         rows += [kept("reference", whole), kept("reward model's UNet", unet)]
-        rows += [kept("its projection", count(nets.R) - unet, False), kept("its text encoders", words, False)]
+        rows += [kept("its projection", count(nets.R) - unet, False), kept("its text encoders", words, False, of_words)]
         rows += [("moments of the preference updates", 0, 0, 0, moment * (lora or whole), True)]
     return rows
 

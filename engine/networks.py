@@ -162,6 +162,9 @@ def assemble(config, ranks, device, prepare=None, source=None):
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     encoder = encoder_of(vars(config), device, dtype, loaded=not config.cache_text)
+    if config.quantize_frozen:
+        for net in encoder.encoders:  # none with --cache-text: conditions that are kept are the whole encoders'
+            int8(net)
     prompts = ()
     if config.cache_text:
         prompts = text_cache.prompts_of(config, source, encoder.family.EMPTY)

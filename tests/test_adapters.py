@@ -325,6 +325,8 @@ def test_a_frozen_network_in_8_bits(base_models, tmp_path):
     pytest.importorskip("torchao")
     flags = f"--model {base_models['z-image']} {SMALL} --quantize-frozen int8 --preview-every 0"
     nets = assemble(train.read(flags.split()), 1, torch.device("cpu"), train.prepare)
+    words = [module for module in nets.encoder.encoders[0].modules() if isinstance(module, torch.nn.Linear)]
+    assert words and all(in_8_bits(module.weight) for module in words)
     plain = load_denoiser(base_models["z-image"], resolution=64).net
     for name, p in plain.named_parameters():
         layer, _, kind = name.rpartition(".")
