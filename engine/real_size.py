@@ -164,7 +164,8 @@ QWEN2_5_EYES = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "nu
 
 def has_t5(config):
     """Whether T5 is among the text encoders: SD3's pipeline has it."""
-    return BASES[base_of(config.preset)][0] is sd3 and config.t5 != "off"
+    base = base_of(config.preset)
+    return base in BASES and BASES[base][0] is sd3 and config.t5 != "off"
 
 
 def text_encoders(config):

@@ -44,6 +44,8 @@ SD3 = f"{SD3} --lr 8e-5 --fake-lr 5e-4 --preview-every 0"
 
 AFTER = f"--stage 2 --init {RUNS}/sdxl-{{}} --batch-size 16 --gan-crop 32 --lr 3e-5 --fake-lr 3e-4"
 AFTER = f"{AFTER} --rl-lr 5e-6 --rl-ratio 1 --iterations 72 --preview-every 0"
+HACK = f"--stage 2 --init {RUNS / 'sdxl-0'} --batch-size 8 --rl-only --rl-lr 4e-4 --beta 1e-3 --gan-crop 32"
+HACK = f"{HACK} --log-every 1 --iterations 24 --preview-every 4"
 COMMON = {"SHORT": SHORT, "JOINT": JOINT, "SD3": SD3}
 
 Made = namedtuple("Made", "disease flags how", defaults=["", "", ""])
@@ -86,6 +88,9 @@ GALLERY = {
     ),
     "guided": Made(
         "diversity falling", f"{SHORT} --seed 10 --iterations 24 --lr 3e-4 --guidance 40", "guidance 13 times as high"
+    ),
+    "hacked": Made(
+        "reward hacking", f"{HACK} --seed 10", "preference updates alone, 40 times as fast, barely held"
     ),
     "gate": Made(
         "RL gate never open",
@@ -141,7 +146,7 @@ def record(name):
 def shrink(path, smaller):
     """Write a picture in COLORS colours: a third of its bytes."""
     with Image.open(path) as picture:
-        few = picture.convert("RGB").quantize(COLORS)
+        few = picture.convert("RGB").quantize(COLORS, kmeans=4)  # without kmeans rare colours are lost
     few.save(smaller, optimize=True)
 
 

@@ -55,9 +55,8 @@ ELSEWHERE = {"D too strong": "hot"}  # no run of its own: a record whose log sho
 
 
 def test_the_gallery_has_every_disease():
-    """Reward hacking aside: test_reward_hacking has made numbers."""
     made = {made.disease for made in health.GALLERY.values()}
-    assert made | set(ELSEWHERE) | {"reward hacking"} == {"", *rules.DISEASES}
+    assert made | set(ELSEWHERE) == {"", *rules.DISEASES}
 
 
 @pytest.mark.parametrize("disease", ELSEWHERE)

@@ -28,7 +28,7 @@ MILLIONS = {"sd35-medium": 2243, "sd35-large": 8057, "qwen": 20430, "qwen words"
 
 def traced(preset, *flags, metered=False):
     """-> config, networks, what was measured or logged, and per player the weights without a gradient."""
-    config = train.read(["--preset", preset, *flags])
+    config = train.read(["--preset", preset, "--student-steps", "2", *flags])  # the other steps are as the first
     config.checkpointing = metered  # it doubles the forward pass
     prepare, iterate = train.method(config)
     lacking = {}
