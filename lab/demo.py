@@ -39,12 +39,12 @@ def steps(out, seed=0):
     evaluated = f"--steps 4 --num {EVALUATED} --json"
     return [
         Step(
-            "stage 1: distribution matching and Pixel-GAN", "train.py", f"--stage 1 --out {out} {STAGE_1} {both}", 0.41
+            "stage 1: distribution matching and Pixel-GAN", "train.py", f"--stage 1 --out {out} {STAGE_1} {both}", 0.48
         ),
-        Step("the student of stage 1", "evaluate.py", f"--run {out} {evaluated} {out}/metrics.json", 0.03),
-        Step("stage 2: reinforcement joins", "train.py", f"--stage 2 --init {out} --out {two} {STAGE_2} {both}", 0.51),
-        Step("the student of stage 2", "evaluate.py", f"--run {two} {evaluated} {two}/metrics.json", 0.03),
-        Step("its pictures", "sample.py", f"--steps 4 --run {two} --out {two}/samples", 0.02),
+        Step("the student of stage 1", "evaluate.py", f"--run {out} {evaluated} {out}/metrics.json", 0.02),
+        Step("stage 2: reinforcement joins", "train.py", f"--stage 2 --init {out} --out {two} {STAGE_2} {both}", 0.47),
+        Step("the student of stage 2", "evaluate.py", f"--run {two} {evaluated} {two}/metrics.json", 0.02),
+        Step("its pictures", "sample.py", f"--steps 4 --run {two} --out {two}/samples", 0.01),
     ]
 
 
