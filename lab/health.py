@@ -35,7 +35,7 @@ TENTHS, REACH = 10, 0.2  # a band's steps, and how far around a step's middle it
 WIDTH = 1.5  # standard deviations of single values that a band reaches to each side
 COLORS = 128  # of a picture
 
-LONG = "--batch-size 8 --iterations 200 --gan-crop 32 --lr 6e-5 --fake-lr 4e-4"  # as lab.demo's stage 1
+LONG = "--batch-size 8 --iterations 200 --gan-crop 32 --lr 6e-5 --fake-lr 4e-4"
 SHORT = "--batch-size 4 --gan-crop 32 --log-every 2 --preview-every 12 --lr 8e-5 --fake-lr 5e-4"
 JOINT = f"--stage 2 --init {RUNS / 'sdxl-0'} --batch-size 4 --gan-crop 32 --log-every 2 --lr 3e-5 --fake-lr 3e-4"
 JOINT = f"{JOINT} --rl-lr 5e-6 --rl-ratio 1 --iterations 24 --preview-every 12"
