@@ -191,3 +191,21 @@ def block_of(name, n, where):
 def square_of_tokens(tokens, size):
     """Picture tokens (B, n, D), row by row, of latents of this size (h, w), patches of 2 -> (B, D, h/2, w/2)."""
     return tokens.transpose(1, 2).unflatten(2, (size[0] // 2, size[1] // 2))
+
+
+# of SD3's and Qwen-Image's joint blocks, which give (text tokens, picture tokens)
+
+
+def joint_block_name(net, where):
+    """The middle or the last block."""
+    return block_of("transformer_blocks", len(net.transformer_blocks), where)
+
+
+def joint_map_shape(net, side, where):
+    """The width and the side of that block's map, where latents have this side."""
+    return net.inner_dim, side // 2
+
+
+def joint_as_map(net, output, size):
+    """A block's output, text tokens and picture tokens -> a map (B, D, h/2, w/2)."""
+    return square_of_tokens(output[1], size)

@@ -35,6 +35,9 @@ FIXED = {"patch_size": 2, "guidance_embeds": False, "zero_cond_t": False, "use_a
 FIXED |= {"use_layer3d_rope": False}
 
 null_is_zero = parts.never
+block_name = parts.joint_block_name
+map_shape = parts.joint_map_shape
+as_map = parts.joint_as_map
 pipeline_settings = parts.no_settings
 call = parts.plain_call
 
@@ -169,18 +172,3 @@ def guidance(x_0, cond, x_t):
 def blocks(net):
     """The parts whose weights FSDP2 gathers together; the table of positions has none."""
     return [net.time_text_embed, net.txt_norm, net.img_in, net.txt_in, *net.transformer_blocks]
-
-
-def block_name(net, where):
-    """The middle or the last block."""
-    return parts.block_of("transformer_blocks", len(net.transformer_blocks), where)
-
-
-def map_shape(net, side, where):
-    """The width and the side of that block's map, where latents have this side."""
-    return net.inner_dim, side // 2
-
-
-def as_map(net, output, size):
-    """A block's output, text tokens and picture tokens -> a map (B, D, h/2, w/2)."""
-    return parts.square_of_tokens(output[1], size)

@@ -35,6 +35,9 @@ vae = parts.same
 schedule = parts.flow_schedule
 student_scheduler = parts.flow_student
 null_is_zero = parts.never
+block_name = parts.joint_block_name
+map_shape = parts.joint_map_shape
+as_map = parts.joint_as_map
 
 
 def check(model):
@@ -141,18 +144,3 @@ def output(net, x_t, t, c):
 def blocks(net):
     """The parts whose weights FSDP2 gathers together, of a whole transformer or of a reward model's first blocks."""
     return [net.pos_embed, net.time_text_embed, net.context_embedder, *net.transformer_blocks]
-
-
-def block_name(net, where):
-    """The middle or the last block."""
-    return parts.block_of("transformer_blocks", len(net.transformer_blocks), where)
-
-
-def map_shape(net, side, where):
-    """The width and the side of that block's map, where latents have this side."""
-    return net.inner_dim, side // 2
-
-
-def as_map(net, output, size):
-    """A block's output, text tokens and picture tokens -> a map (B, D, h/2, w/2)."""
-    return parts.square_of_tokens(output[1], size)

@@ -89,9 +89,7 @@ GALLERY = {
     "guided": Made(
         "diversity falling", f"{SHORT} --seed 10 --iterations 24 --lr 3e-4 --guidance 40", "guidance 13 times as high"
     ),
-    "hacked": Made(
-        "reward hacking", f"{HACK} --seed 10", "preference updates alone, 40 times as fast, barely held"
-    ),
+    "hacked": Made("reward hacking", f"{HACK} --seed 10", "preference updates alone, 40 times as fast, barely held"),
     "gate": Made(
         "RL gate never open",
         f"{SHORT} --seed 10 --iterations 12 --log-every 1 --method advdmd --ttur 1 --rl-after 0 --rl-gate 1",

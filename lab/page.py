@@ -2,8 +2,8 @@
 
     make page      python -m lab.notes, which renews the links' lines, then python -m lab.page, which writes the page
 
-A symbol has one colour in formulas and code: SYMBOLS. Needs the packages of `pip install -e ".[page]"`; they are in
-requirements.txt too.
+A symbol has one colour in formulas and code: lab/symbols.py. Needs the packages of `pip install -e ".[page]"`; they
+are in requirements.txt too.
 """
 
 import base64
@@ -18,72 +18,11 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.flags import fail
 from lab.notes import LINK, definition
+from lab.symbols import COLOUR, SYMBOLS
 
 SOURCE, PAGE, STYLE = Path("docs/walkthrough.md"), Path("docs/index.html"), Path("lab/page.css")
 
-# colour, as formulas write it, as code and docstrings write it
-SYMBOLS = (
-    ("noisy", "x_t", "x_t"),
-    ("noisy", "x_s", "x_s"),
-    ("noisy", r"x_\tau", "x_tau"),
-    ("noisy", r"x_{\tau_i}", "x_t"),
-    ("noisy", r"x_{\tau_{i+1}}", "x_t"),
-    ("noisy", r"\hat{x}", "x_last"),
-    ("noisy", "z_t", "z_t"),
-    ("clean", "x_0", "x_0"),
-    ("clean", "x", "x"),
-    ("clean", r"x_{\text{adv}}", "x_adv"),
-    ("real", r"x_0^{\text{real}}", "x0_real"),
-    ("real", r"s_{\text{real}}", "s_real"),
-    ("real", r"x_{\text{real}}", "x_real"),
-    ("real", r"x_{\text{real},t}", "x_real"),
-    ("real", "", "teacher"),
-    ("real", "", "guided_teacher"),
-    ("fake", r"x_0^{\text{fake}}", "x0_fake"),
-    ("fake", r"s_{\text{fake}}", "s_fake"),
-    ("fake", r"\mu_{\psi}", "fake"),
-    ("fake", r"\psi", "psi"),
-    ("fake", r"\psi", "ψ"),
-    ("G", r"G_\theta", "G"),
-    ("G", r"\theta", "theta"),
-    ("G", r"\theta", "θ"),
-    ("G", r"x_0^\theta", "x0_theta"),
-    ("ref", r"x_0^{\text{ref}}", "x0_ref"),
-    ("ref", r"p_{\text{ref}}", "ref"),
-    ("D", "D", "D"),
-    ("D", "D", "head"),
-    ("V", "V", "V"),
-    ("V", "V", "vae"),
-    ("noise", r"\epsilon", "eps"),
-    ("noise", r"\epsilon", "ε"),
-    ("alpha", r"\alpha_t", "alpha_t"),
-    ("alpha", r"\alpha_t", "α_t"),
-    ("alpha", r"\alpha_s", "alpha_s"),
-    ("alpha", r"\alpha_s", "α_s"),
-    ("alpha", r"\alpha_t", "alpha"),
-    ("alpha", r"\alpha_{\tau_{i+1}}", "alpha"),
-    ("sigma", r"\sigma_t", "sigma_t"),
-    ("sigma", r"\sigma_t", "σ_t"),
-    ("sigma", r"\sigma_t^2", "sigma_t"),
-    ("sigma", r"\sigma_s", "sigma_s"),
-    ("sigma", r"\sigma_s", "σ_s"),
-    ("sigma", r"\sigma_s^2", "sigma_s"),
-    ("sigma", r"\sigma_t", "sigma"),
-    ("sigma", r"\sigma_{\tau_{i+1}}", "sigma"),
-    ("win", "z^w", "z_win"),
-    ("win", "z^w", "win"),
-    ("lose", "z^l", "z_lose"),
-    ("lose", "z^l", "lose"),
-    ("weight", "g", "g"),
-    ("weight", "H", "H"),
-    ("beta", r"\beta", "beta"),
-    ("beta", r"\lambda_{\text{ema}}", "lam"),
-    ("beta", r"\lambda_{\text{ema}}", "λ"),
-    ("beta", r"\lambda", "gan_weight"),
-    ("beta", r"\lambda", "λ"),
-)
 TAG = re.compile(r"\s*\\tag\{(.*?)\}")  # the number of an equation, which the converter does not know
-COLOUR = {name: colour for colour, _, name in SYMBOLS}
 WORD = re.compile(r"(?<!\d-)[^\W\d][^\W²]*[\u0300-\u036f]*")  # with its hat; not the square of σ_t², nor 2-D
 
 

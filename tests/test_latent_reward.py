@@ -163,7 +163,7 @@ def test_candidates_share_their_start_and_differ_in_noise(carry):
 def test_joint_training_holds_where_rl_alone_drifts():
     """A policy z_s ~ N(α θ, σ²) with reward <v, z_s>.
 
-    Near the reference Eq. 12's slope is β α/(2 σ) times the expected range of four standard normals, 2.0588: alone it
+    Near the reference Eq. 12's slope is β α/(2 σ) times the expected range of four standard normals, 2.0588. Alone it
     moves θ along v by `drift` per update, without end, 1.24 after 400. With a distillation pull of strength κ towards
     θ_ref beside each update θ stays within drift (1 - κ)/κ = 0.059.
     """
