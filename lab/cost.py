@@ -329,8 +329,9 @@ distance. That is {stage1.CHOSEN}, **DMD2 tuned**.
 Over 2,000 loops the choice does not pay: a recall of {figure(tuned, "recall")} for {figure(dmd2, "recall")} %
 ({errors(tuned, dmd2, "recall")}), a Fréchet distance of {frechet(tuned)} for {frechet(dmd2)}
 ({errors(tuned, dmd2, "frechet")}), and {right(tuned)} % of the prompts right for {right(dmd2)} %
-({errors(tuned, dmd2, "prompt_accuracy")}). Its best Fréchet distance, {means[loops]:.2f}, is at {loops} loops. A guess:
-the sweep was too short, or with one seed too noisy, to show that. So DMD2 as it is stays the baseline of the headline.
+({errors(tuned, dmd2, "prompt_accuracy")}). Its best Fréchet distance, {means[loops]:.2f}, is at {loops} loops. A
+guess: the sweep was too short, or with one seed too noisy, to show that. So DMD2 as it is stays the baseline
+of the headline.
 One claim rests on the choice of the baseline: Flash-DMD's Fréchet distance at TTUR 2, beside DMD2 tuned
 ({errors(two, tuned, "frechet")}) or beside DMD2 ({errors(two, dmd2, "frechet")}).
 

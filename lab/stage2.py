@@ -209,12 +209,13 @@ Joint training at 5:1 raises the reward from {figure(stage1_, "reward")} to {fig
 ({errors(joint, stage1_, "reward")}), above the 50-step teacher's {figure(teacher, "reward")}. Prompts right are
 {right(joint)} % for stage 1's {right(stage1_)} %, the recall is
 {100 * average(joint, "recall") / average(stage1_, "recall"):.1f} % of stage 1's, the saturation
-{figure(joint, "saturation")} for {figure(stage1_, "saturation")} (real scenes: {real:.3f}). The Fréchet distance grows,
-{frechet(joint)} for {frechet(stage1_)} ({errors(joint, stage1_, "frechet")}): more reward is not more realism here.
+{figure(joint, "saturation")} for {figure(stage1_, "saturation")} (real scenes: {real:.3f}). The Fréchet distance
+grows, {frechet(joint)} for {frechet(stage1_)} ({errors(joint, stage1_, "frechet")}): more reward is not more realism
+here.
 
 - **Joint against post-training (Table 4): realism seen, reward not seen.** Preference optimisation alone, with the same
-  300 updates, gains more reward ({figure(alone, "reward")}) and pays for it with a Fréchet distance of {frechet(alone)}
-  (joint: {frechet(joint)}). Prompts right are {right(alone)} % for the joint run's {right(joint)} %
+  300 updates, gains more reward ({figure(alone, "reward")}) and pays for it with a Fréchet distance of
+  {frechet(alone)} (joint: {frechet(joint)}). Prompts right are {right(alone)} % for the joint run's {right(joint)} %
   ({errors(joint, alone, "prompt_accuracy")}). In the paper the joint run has the higher reward too.
 - **Ratios: 5:1 does not have the most reward.** From 1:1 over 2:1, 5:1 and 10:1 to preference optimisation alone the
   reward goes {of_ratios["reward"]}, the Fréchet distance {of_ratios["frechet"]}, and prompts right
