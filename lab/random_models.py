@@ -33,25 +33,29 @@ def write(kind, out):
     """Write folder out/kind ("sdxl" or "sd3") and the SAM checkpoint -> their paths. The tokenizers are the toy's."""
     out = Path(out)
     words = lambda: CLIPTokenizer.from_pretrained(HERE / "toy/clip", model_max_length=77)  # noqa: E731
-    texts = {"tokenizer": words(), "tokenizer_2": words(), "text_encoder_2": CLIPTextModelWithProjection(CLIP_G)}
-    sam = sam_model_registry["vit_b"]()
+    parts = {"tokenizer": words(), "tokenizer_2": words()}
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        if kind == "sdxl":
-            s = Schedule()
-            betas = {"beta_start": s.beta_start, "beta_end": s.beta_end, "beta_schedule": "scaled_linear"}
-            parts = {"unet": UNet2DConditionModel(**SDXL), "scheduler": EulerDiscreteScheduler(**betas)}
-            parts["text_encoder"] = CLIPTextModel(CLIP_L)
-            pipeline = StableDiffusionXLPipeline(vae=AutoencoderKL(**SDXL_VAE), **texts, **parts)
-        else:
-            scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-            parts = {"transformer": SD3Transformer2DModel(**SD3), "scheduler": scheduler}
-            parts |= {"text_encoder": CLIPTextModelWithProjection(CLIP_L), "text_encoder_3": T5EncoderModel(T5_XXL)}
-            parts["tokenizer_3"] = T5TokenizerFast(model_max_length=512)
-            pipeline = StableDiffusion3Pipeline(vae=AutoencoderKL(**SD3_VAE), **texts, **parts)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a GPU draws them in a second
+        sam = sam_model_registry["vit_b"]().cpu()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIP_G)
+            if kind == "sdxl":
+                parts |= {"unet": UNet2DConditionModel(**SDXL), "vae": AutoencoderKL(**SDXL_VAE)}
+                parts["text_encoder"] = CLIPTextModel(CLIP_L)
+            else:
+                parts |= {"transformer": SD3Transformer2DModel(**SD3), "vae": AutoencoderKL(**SD3_VAE)}
+                parts |= {"text_encoder": CLIPTextModelWithProjection(CLIP_L), "text_encoder_3": T5EncoderModel(T5_XXL)}
+        finally:
+            torch.set_default_dtype(before)
+    if kind == "sdxl":
+        s = Schedule()
+        betas = {"beta_start": s.beta_start, "beta_end": s.beta_end, "beta_schedule": "scaled_linear"}
+        pipeline = StableDiffusionXLPipeline(scheduler=EulerDiscreteScheduler(**betas), **parts)
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        words = T5TokenizerFast(model_max_length=512)
+        pipeline = StableDiffusion3Pipeline(scheduler=scheduler, tokenizer_3=words, **parts)
     pipeline.to(torch.bfloat16).save_pretrained(out / kind)
     torch.save(sam.state_dict(), out / "sam_vit_b_random.pth")
     return out / kind, out / "sam_vit_b_random.pth"
