@@ -152,8 +152,8 @@ class Denoiser:
 def add_lora(net, rank, *names, dtype=torch.float32, layers=None):
     """In place: freeze the network's weights, in `dtype`, and add a trainable fp32 LoRA (peft) per name.
 
-    layers: what they adapt, by default the base model's LAYERS. All LoRAs are active together; lora_scale sets the
-    strength of each. All start from one A, and from B = 0.
+    layers: what they adapt, by default the base model's LAYERS. lora_scale sets the strength of each. All start from
+    one A, and from B = 0.
     """
     layers = layers or family_of_net(net).LAYERS
     net.requires_grad_(False)
@@ -162,21 +162,22 @@ def add_lora(net, rank, *names, dtype=torch.float32, layers=None):
         for name in names:
             net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), name)
     net.set_adapter(list(names))
-    for layer in net.modules():
-        if isinstance(layer, LoraLayer):
-            for name in names[1:]:
-                layer.lora_A[name].load_state_dict(layer.lora_A[names[0]].state_dict())
+    net.lora_layers = [layer for layer in net.modules() if isinstance(layer, LoraLayer)]
+    for layer in net.lora_layers:
+        for name in names[1:]:
+            layer.lora_A[name].load_state_dict(layer.lora_A[names[0]].state_dict())
     for p in net.parameters():  # only now: peft gives a LoRA the dtype of its layer
         if not in_8_bits(p):
             p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
 
 
 def lora_scale(net, scales):
-    """In place: set the strengths of the network's LoRAs, {name: factor of B A}. At 0 a LoRA changes no bit."""
-    for layer in net.modules():
-        if isinstance(layer, LoraLayer):
-            for name, scale in scales.items():
-                layer.set_scale(name, scale)
+    """In place: set the strengths of the network's LoRAs, {name: factor of B A}. At 0 a LoRA takes no part."""
+    on = [name for name, scale in scales.items() if scale]
+    for layer in net.lora_layers:
+        layer._active_adapter = on  # peft's set_adapter would set requires_grad too, which FSDP2 has read already
+        for name in on:
+            layer.set_scale(name, scales[name])
 
 
 def load_schedule(model, resolution=None):
