@@ -190,14 +190,17 @@ def average_gradients(module, ranks):
 
 
 def shard(net, dtype):
-    """FSDP2, in place: weights, fp32 gradients and optimizer states are sharded over all ranks.
+    """FSDP2, in place: weights, fp32 gradients and optimizer states are sharded over all ranks -> the network.
 
-    The network computes in `dtype`.
+    The network computes in `dtype`. On one GPU frozen weights stay as they are: FSDP2 would copy them in each pass.
     """
     # Inputs are not cast: bf16 would round t.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     settings = {"mp_policy": policy, "reshard_after_forward": True}  # Eq. 11 reads the shards after a forward pass
-    settings["ignored_params"] = {p for p in net.parameters() if in_8_bits(p)}
+    weights, alone = set(net.parameters()), dist.get_world_size() == 1
+    settings["ignored_params"] = {p for p in weights if in_8_bits(p) or (alone and not p.requires_grad)}
+    if settings["ignored_params"] == weights:
+        return net
     for block in family_of_net(net).blocks(net):
         fully_shard(block, **settings)
     return fully_shard(net, **settings)

@@ -112,9 +112,11 @@ def states(nets, optimizer="adamw", frozen=2):
     return rows
 
 
-def gathered(nets):
-    """Bytes of FSDP2's gathered blocks: bf16, the largest one and the next."""
-    return 2 * 2 * max(map(count, family_of_net(nets.G.net).blocks(nets.G.net)))
+def gathered(nets, gpus):
+    """Bytes of FSDP2's gathered blocks: bf16, the largest one and the next. On one GPU it gathers what is trained."""
+    net = nets.G.net
+    weights = lambda block: sum(p.numel() for p in block.parameters() if gpus > 1 or p.requires_grad)  # noqa: E731
+    return 2 * 2 * max(map(weights, family_of_net(net).blocks(net)))
 
 
 def a_gpu(rows, gpus):
@@ -142,27 +144,27 @@ def report(config, prepare, iterate, prefer):
         kinds = {"preference": config.rl_ratio * config.ttur, **joint}
     nets, measured = measure(config, kinds, prepare, iterate, prefer)
     rows = states(nets, config.optimizer)
-    open_blocks = gathered(nets)
-    whole, sharded = (a_gpu(rows, n) + open_blocks for n in (1, gpus))
-    print_states(config, rows, open_blocks, whole, sharded)
+    held = lambda n, rows=rows: a_gpu(rows, n) + gathered(nets, n)  # noqa: E731
+    whole, sharded = held(1), held(gpus)
+    print_states(nets, rows, held)
     print_text(nets, sharded)
     print_operations(config, kinds, measured)
 
     peak = max(peak for turns in measured.values() for peak, _ in turns.values())
     at_once = config.micro_batch or per_gpu
     free = 1 - ALLOWANCE
-    most = lambda held, gb=config.gpu_memory: max(0, int((gb * 1e9 * free - held) // peak))  # noqa: E731
+    most = lambda fixed, gb=config.gpu_memory: max(0, int((gb * 1e9 * free - fixed) // peak))  # noqa: E731
     print(f"\n{f'a GPU, {ALLOWANCE:.0%} kept free':50}{f'{at_once} at once, GB':>15}{'most at once':>15}")
-    for layout, held in (("whole, as DDP would hold it", whole), ("sharded", sharded)):
-        print(f"{layout:50}{(held + at_once * peak) / free / 1e9:15.1f}{most(held):15}")
+    for layout, fixed in (("whole, as DDP would hold it", whole), ("sharded", sharded)):
+        print(f"{layout:50}{(fixed + at_once * peak) / free / 1e9:15.1f}{most(fixed):15}")
 
     fewest = {}
     for optimizer in dict.fromkeys((config.optimizer, "adamw8bit")):
-        held = states(nets, optimizer)
-        fewest[optimizer] = fewest_gpus(config, lambda n, gb, held=held: most(a_gpu(held, n) + open_blocks, gb))
+        table = states(nets, optimizer)
+        fewest[optimizer] = fewest_gpus(config, lambda n, gb, table=table: most(held(n, table), gb))
     least = fewest[config.optimizer]
     light = fewest["adamw8bit"]
-    most_light = most(a_gpu(states(nets, "adamw8bit"), gpus) + open_blocks)
+    most_light = most(held(gpus, states(nets, "adamw8bit")))
     verdict = "fits"
     helps = ""
     if at_once > most(sharded):
@@ -195,9 +197,9 @@ def saved(row):
     return (row[2] + row[4]) * bool(row[4])
 
 
-def print_states(config, rows, open_blocks, whole, sharded):
-    """The table of weights, gradients and moments, and the size of a checkpoint."""
-    gpus = config.gpus
+def print_states(nets, rows, held):
+    """The table of weights, gradients and moments, and the size of a checkpoint. held(n): bytes on each of n GPUs."""
+    config, gpus = nets.config, nets.config.gpus
 
     def show(name, n, *gb):
         print(f"{name:34}{n / 1e6:14.1f}" + "".join(f"{v / 1e9:{w}.2f}" for v, w in zip(gb, (10, 11, 9, 12, 14, 16))))
@@ -208,9 +210,9 @@ def print_states(config, rows, open_blocks, whole, sharded):
     print(f"{'GB':34}{'parameters, M':>14}{columns}")
     for row in rows:
         show(*row[:5], saved(row), a_gpu([row], 1), a_gpu([row], gpus))
-    show("FSDP2's gathered blocks", 0, 0, 0, 0, 0, open_blocks, open_blocks)
-    show("sum", *(sum(r[n] for r in rows) for n in (1, 2, 3, 4)), sum(map(saved, rows)), whole, sharded)
-    by_gpus = ", ".join(f"{(a_gpu(rows, n) + open_blocks) / 1e9:.2f}" for n in (1, 2, 8, 64))
+    show("FSDP2's gathered blocks", 0, 0, 0, 0, 0, gathered(nets, 1), gathered(nets, gpus))
+    show("sum", *(sum(r[n] for r in rows) for n in (1, 2, 3, 4)), sum(map(saved, rows)), held(1), held(gpus))
+    by_gpus = ", ".join(f"{held(n) / 1e9:.2f}" for n in (1, 2, 8, 64))
     print(f"\nsharded over 1, 2, 8, 64 GPUs: {by_gpus} GB on each")
     student = 4 * next(r[1] for r in rows if r[0] == "generator G")
     disk = student + sum(map(saved, rows))
