@@ -26,8 +26,13 @@ from pathlib import Path
 
 from engine import qwen_image, sd3, sdxl, z_image
 from engine.errors import UserError
-from engine.folders import folder, index_of
+from engine.folders import folder, index_of, read_json
 
+NOISE_FILE = "scheduler/scheduler_config.json"
+# What a teacher beside --model must have as it is there. Shifts may differ: networks of flows are told s, not t.
+CONDITIONS = ("in_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim", "cap_feat_dim")
+LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
+NOISE = ("prediction_type", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 FAMILIES = {family.PIPELINE: family for family in (sdxl, sd3, qwen_image, z_image)}
 
 
@@ -59,6 +64,20 @@ def check(model):
     family.check(model)
     if Path(folder(model)).is_dir():
         folder(model, *family.TOKENIZERS)
+
+
+def check_teacher(teacher, model):
+    """check(teacher); and UserError for one that lacks what `model` has: its latents, conditions and noise."""
+    check(teacher)
+    family = family_of(model)
+    if family_of(teacher) is not family:
+        raise UserError(f"--teacher {teacher} is a {family_of(teacher).PIPELINE}, --model {model} a {family.PIPELINE}")
+    for part, keys in {f"{family.PART}/config.json": CONDITIONS, "vae/config.json": LATENTS, NOISE_FILE: NOISE}.items():
+        of_teacher, of_model = read_json(teacher, part), read_json(model, part)
+        for key in keys:
+            if of_teacher.get(key) != of_model.get(key):
+                both = f"{of_teacher.get(key)} and {of_model.get(key)}"
+                raise UserError(f"--teacher {teacher} and --model {model} differ in {key} of {part}: {both}")
 
 
 def check_size(model, size):

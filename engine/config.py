@@ -18,7 +18,8 @@ class Config:
     preset: str = "toy"  # a row of PRESETS; flags given beside it override it
     method: str = "flash"  # flash; dmd2 = the baseline; dmdr, advdmd = siblings (--method NAME --help: their flags)
     stage: int | str = 1  # 1 = distillation; 2 = preference optimisation joins it; reward = train a reward model
-    model: str = "toy/sdxl"  # the teacher: a diffusers pipeline folder, or a hub name
+    model: str = "toy/sdxl"  # the teacher, which G starts as: a diffusers pipeline folder, or a hub name
+    teacher: str = ""  # another pipeline folder for the real score alone; G and the score estimator start as --model
     data: str = "toy"  # toy, a folder of images with captions (docs/data.md), or shards ("s/{000..127}.tar")
     prompts: str = ""  # a text file of prompts for G, one per line; default: the captions of the data
     t5: str = ""  # SD3: on = T5 reads the prompts too, or off; by default on where the folder of --model has it

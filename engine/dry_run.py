@@ -94,6 +94,9 @@ def states(nets, optimizer="adamw", frozen=2):
     rows = [kept("frozen network under the LoRAs" if lora else "teacher", whole)]
     if nets.config.quantize_frozen:
         rows = [kept("frozen network under the LoRAs, int8", whole, False, 1)]
+    if lora and nets.config.teacher:
+        size, sharded = (1, False) if nets.config.quantize_frozen else (frozen, True)
+        rows += [kept("teacher", whole, sharded, size)]
     rows += [trained("generator G", lora or whole), trained("score estimator", lora or whole)]
     tables = [b for net in dict.fromkeys((nets.teacher.net, nets.G.net, nets.fake.net)) for b in net.buffers()]
     if tables:  # SD3's fixed positions

@@ -55,7 +55,7 @@ def networks(args, student, config, device):
     vae = load_vae(model, device)
     teacher = None
     if student is None or args.reference == "teacher" and not args.prompts:
-        net = load_denoiser(model, device, resolution=config["resolution"])
+        net = load_denoiser(config.get("teacher") or model, device, resolution=config["resolution"])
         net.net.eval()
         teacher = guided(net, encoder.null(), args.guidance)
     if student is None:

@@ -12,7 +12,7 @@ from diffusion import guided
 from engine import checkpoint, run_folder, text_cache
 from engine.distributed import adamw, average_gradients, shard, update, weights
 from engine.errors import UserError
-from engine.models import Denoiser, add_lora, at_work, load_denoiser, load_sam, load_vae
+from engine.models import Denoiser, add_lora, at_work, load_denoiser, load_sam, load_schedule, load_vae
 from engine.prompts import encoder_of
 from engine.quantize import int8
 from engine.reward_model import backbone, load_reward_model
@@ -176,28 +176,32 @@ def assemble(config, ranks, device, prepare=None, source=None):
 
     torch.manual_seed(config.seed)
     load = partial(load_denoiser, config.model, device, dtype, resolution=config.resolution)
-    teacher = load(name="the teacher", weights=dtype)
-    schedule = teacher.schedule
+    shared = config.lora_rank and not config.teacher  # teacher, G and score estimator are one network with two LoRAs
+    how = {"resolution": config.resolution, "name": "the teacher", "weights": dtype}
+    teacher = load_denoiser(config.teacher or config.model, device, dtype, **how)
+    schedule = teacher.schedule = load_schedule(config.model, config.resolution)
+    if not shared:
+        freeze(teacher.net, dtype)
+        if config.quantize_frozen:
+            int8(teacher.net)
+        if sharded:
+            shard(teacher.net, dtype)
     if config.size_condition == "original" and not teacher.family.SIZES:
         raise UserError(f"--size-condition original: {config.model} has no size conditions, as SDXL has")
-    if config.lora_rank:  # teacher, G and score estimator are one network under three settings of its two LoRAs
-        net = teacher.net
+    if config.lora_rank:
+        net = teacher.net if shared else load(name="the generator G", weights=dtype).net
         if config.quantize_frozen:
             int8(net)
         add_lora(net, config.lora_rank, "student", "fake", dtype=dtype)
-        teacher = Denoiser(net, schedule, dtype, LORAS["teacher"], "the teacher")
+        if shared:
+            teacher = Denoiser(net, schedule, dtype, LORAS["teacher"], "the teacher")
         G = Denoiser(net, schedule, dtype, LORAS["G"], "the generator G")  # line 1
         fake = Denoiser(net, schedule, dtype, LORAS["fake"], "the score estimator")  # line 2
     else:
-        freeze(teacher.net, dtype)
-        if sharded:
-            shard(teacher.net, dtype)
         G = load(name="the generator G")  # line 1
         if sharded:
             shard(G.net, dtype)
-        fake = load_denoiser(
-            config.model, device, dtype, resolution=config.resolution, name="the score estimator"
-        )  # line 2
+        fake = load(name="the score estimator")  # line 2
 
     S = schedule.steps(config.student_steps)
     null = encoder.null()

@@ -255,6 +255,9 @@ def assemble(config, batch, prepare, kind=Unmoved, depth=None):
     if config.lora_rank:
         net = with_loras(build, config.lora_rank)
         teacher, G, fake = (Denoiser(net, schedule, torch.bfloat16, scales) for scales in LORAS.values())
+        if config.teacher:
+            teacher = Denoiser(build(), schedule, torch.bfloat16)
+            teacher.net.requires_grad_(False)
     else:
         teacher, G, fake = (Denoiser(build(), schedule, torch.bfloat16) for _ in range(3))
         teacher.net.requires_grad_(False)

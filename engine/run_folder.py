@@ -24,7 +24,7 @@ from engine.sd3 import t5_of
 SHIPPED = HERE / "toy" / "student"  # unet/ and config.json of a student for those who have trained none
 
 FIXED = (  # settings that a resumed run cannot change; the last line is the siblings'
-    *("stage", "model", "data", "prompts", "method", "lora_rank", "quantize_frozen", "optimizer"),
+    *("stage", "model", "teacher", "data", "prompts", "method", "lora_rank", "quantize_frozen", "optimizer"),
     *("t5", "text_length", "sam", "student_steps", "resolution", "seed", "batch_size"),
     *("fake_lora", "lora_layers", "judge", "head", "d_block"),
 )
@@ -40,6 +40,8 @@ def look(config):
     if config.dry_run:
         return config
     base_model.check(config.model)
+    if config.teacher:
+        base_model.check_teacher(config.teacher, config.model)
     config = dataclasses.replace(config, t5=t5_of(config.model, config.t5))
     if config.cache_text:
         check_holds(config.cache_text, "text-", "--cache-text")

@@ -4,6 +4,8 @@ A new one joins BASES and the fixture base_models. docs/models.md has the contra
 """
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -11,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_lora import drawn_by_card, pixels
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -283,6 +285,48 @@ def test_siblings(method, base, base_models, tmp_path):
     _, logged = trained(base_models[base], tmp_path / "run", *flags.split())
     assert logged[-1]["skipped_updates"] == 0 and logged[0]["fake_norm"] > 0
     assert {"d_loss", "reward"} & logged[0].keys()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_teacher_beside_the_model(rank, base_models, tmp_path):
+    """--teacher: the real score is its own at every noise level, G and the score estimator start as --model.
+
+    As Z-Image beside a distilled Z-Image-Turbo, whose shift differs. A run resumes, and its student is --model's.
+    """
+    model, teacher = Path(base_models["z-image"]), tmp_path / "teacher"
+    shutil.copytree(model, teacher)
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    started = load_file(model / file)
+    louder = {key: 1.2 * v for key, v in started.items()}
+    save_file(louder, teacher / file)
+    scheduler = teacher / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"shift": 3.0}))
+    flags = ["--model", str(model), "--teacher", str(teacher), *SMALL.split(), "--lora-rank", str(rank)]
+    nets = assemble(train.read(flags), 1, torch.device("cpu"), train.prepare)
+    c, x = nets.encoder.encode(PROMPTS), torch.randn(2, 16, 8, 8)
+    t = torch.tensor([300.0, 800.0])
+    for made, folder in ((nets.teacher, teacher), (nets.G, model), (nets.fake, model)):
+        own = load_denoiser(str(folder), resolution=64)
+        torch.testing.assert_close(made(x, t, c), own(x, t, c), rtol=1e-4, atol=1e-4)
+        assert made.schedule == load_schedule(str(model), 64)
+    assert nets.teacher.schedule != load_schedule(str(teacher), 64)
+    assert not any(p.requires_grad for p in nets.teacher.net.parameters())
+    trained(str(model), tmp_path / "run", *flags[2:], "--iterations", "1", "--preview-every", "0")
+    run, _ = trained(str(model), tmp_path / "run", *flags[2:], "--iterations", "2", "--resume")
+    student = load_denoiser(str(model), student=run_folder.newest(run), resolution=64).net.state_dict()
+    moved, away = (max((v - of[key]).abs().max() for key, v in student.items()) for of in (started, louder))
+    assert 0 < moved < 0.01 and away > 0.1
+
+
+def test_a_teacher_that_does_not_fit_is_refused(base_models, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(base_models["sdxl"], other)
+    scheduler = other / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
+    wrong = {base_models["z-image"]: "is a ZImagePipeline", str(other): "differ in prediction_type", "none": "none"}
+    for teacher, why in wrong.items():
+        with pytest.raises(UserError, match=why):
+            run_folder.look(train.read(["--model", base_models["sdxl"], "--teacher", teacher]))
 
 
 @pytest.mark.parametrize("base", NEW)

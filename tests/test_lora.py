@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -307,4 +309,45 @@ for model in ("toy/sdxl", "toy/sd3"):
             assert distributed.update(optimizer, loss)[1]
         ends.append([p.full_tensor() for p in trained])
     assert all(map(torch.equal, *ends)) and any(ends[0][i].abs().max() > 1e-3 for i in born_zero)
+"""
+
+
+def test_on_one_gpu_frozen_weights_stay_as_they_are(tmp_path):
+    """FSDP2 in a group of one rank, as on one GPU: it takes the LoRAs alone, and their gradients are the plain ones."""
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr[-3000:]
+
+
+ALONE = """
+import torch, torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from engine import distributed
+from engine.models import Denoiser, add_lora, load_denoiser
+from engine.prompts import load_encoder
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+c, ends = load_encoder("toy/sdxl", 64).encode(["a red circle"]), []
+for sharded in (False, True):
+    torch.manual_seed(0)
+    denoiser = load_denoiser("toy/sdxl")
+    net = denoiser.net
+    add_lora(net, 4, "student", "fake")
+    for name, p in net.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    if sharded:
+        distributed.shard(net, torch.float32)
+        assert all(isinstance(p, DTensor) == p.requires_grad for p in net.parameters())
+    G = Denoiser(net, denoiser.schedule, torch.float32, {"student": 1.0, "fake": 0.0})
+    torch.manual_seed(1)
+    G(torch.randn(1, 4, 8, 8), torch.tensor([500]), c).square().mean().backward()
+    grads = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+    assert all((grad is None) == (".fake." in name) for name, grad in grads.items())
+    ends.append([grad.full_tensor() if sharded else grad for grad in grads.values() if grad is not None])
+torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-7)
+teacher = load_denoiser("toy/sdxl").net.requires_grad_(False)
+assert distributed.shard(teacher, torch.float32) is teacher and type(teacher).__name__ == "UNet2DConditionModel"
+distributed.leave()
 """
