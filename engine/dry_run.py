@@ -118,7 +118,8 @@ def states(nets, optimizer="adamw", frozen=2):
 def gathered(nets, gpus):
     """Bytes of FSDP2's gathered blocks: bf16, the largest one and the next. On one GPU it gathers what is trained."""
     net = nets.G.net
-    weights = lambda block: sum(p.numel() for p in block.parameters() if gpus > 1 or p.requires_grad)  # noqa: E731
+    frozen = gpus > 1 and not nets.config.quantize_frozen  # FSDP2 leaves weights in 8 bits alone
+    weights = lambda block: sum(p.numel() for p in block.parameters() if frozen or p.requires_grad)  # noqa: E731
     return 2 * 2 * max(map(weights, family_of_net(net).blocks(net)))
 
 
