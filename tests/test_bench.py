@@ -28,9 +28,10 @@ def test_rollouts_are_those_of_iterations(dm_steps):
     assert nets.G.passes / len(steps) - 2 * 3 == bench.rollouts(config)
 
 
-def test_bench_as_a_command():
+def test_bench_as_a_command(small_toys):
     """The toy with random pictures: the printed sum is that of the rows, the rates follow from the printed times."""
-    argv = [sys.executable, "-m", "lab.bench", "--size", "toy", "--batch-size", "1", "--loops", "4", "--repeats", "1"]
+    argv = [sys.executable, "-m", "lab.bench", "--size", "toy", "--batch-size", "1", "--loops", "1", "--repeats", "1"]
+    argv += ["--model", small_toys["sdxl"]]
     done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = dict(re.findall(r"^\| (.+?) \| .*?([\d.]+) \|$", done.stdout, re.M))

@@ -634,7 +634,7 @@ def test_folder_of_pictures_trains(photos, capsys, tmp_path):
     assert image.shape == (3, 64, 64) and -1 <= image.min() < image.max() <= 1
 
 
-def test_photographs_train_preview_and_resume(capsys, tmp_path):
+def test_photographs_train_preview_and_resume(capsys, tmp_path, small_toys):
     """20 captioned views of matplotlib's photograph: trained on, previewed; a run in two parts ends alike."""
     views = tmp_path / "views"
     views.mkdir()
@@ -644,7 +644,7 @@ def test_photographs_train_preview_and_resume(capsys, tmp_path):
         photograph.crop((left, top, left + 200, top + 240)).save(views / f"{i}.jpg")
     rows = [{"file_name": f"{i}.jpg", "text": f"a photograph of an admiral, view {i}"} for i in range(20)]
     (views / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = [*SMALL, "--data", views, "--lr-schedule", "constant"]
+    flags = [*SMALL, "--model", small_toys["sdxl"], "--data", views, "--lr-schedule", "constant"]
     parts = {"whole": [["--iterations", 2]], "halves": [[], ["--iterations", 2, "--resume", "--preview-every", 2]]}
     for name, commands in parts.items():
         for more in commands:

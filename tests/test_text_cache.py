@@ -149,19 +149,3 @@ def test_stage_2_trains_without_text_encoders(small_toys, photos, tmp_path):
     config = run_folder.look(train.read(["--resume", "--out", str(run)]))
     nets = assemble(config, 1, torch.device("cpu"), train.prepare, data.source(config.data, 64))
     assert nets.encoder.encoders == nets.R.encoder.encoders == ()
-
-
-@pytest.mark.xdist_group("ranks")
-def test_two_ranks_equal_one(sd3_t5, tmp_path, two_ranks):
-    """Each encodes its share: the same cache to the bit, and but for rounding the same steps."""
-    words = tmp_path / "prompts.txt"
-    words.write_text("".join(f"{prompt}\n" for prompt in PROMPTS[1:]))
-    flags = f"--model {sd3_t5} {RUN} --iterations 2 --gan-weight 0 --preview-every 0 --prompts {words}"
-    ranks = [f"{flags} --cache-text {tmp_path / f'kept-{n}'} --out {tmp_path / f'ranks-{n}'}".split() for n in (1, 2)]
-    two_ranks(f"import train; train.train(train.read({ranks[1]!r}))")
-    train.train(train.read(ranks[0]))
-    kept = [files(tmp_path / f"kept-{n}") for n in (1, 2)]
-    assert kept[0] == kept[1] and len(kept[0]) == len(PROMPTS)
-    for one, two in zip(*(metrics(tmp_path / f"ranks-{n}") for n in (1, 2)), strict=True):
-        for key in {"dm_loss", "fake_loss", "g_norm", "fake_norm"} & one.keys():
-            assert two[key] == pytest.approx(one[key], rel=1e-3), (one["loops"], key)
