@@ -103,6 +103,7 @@ def flags(argv=None):
     add("--compare", nargs="+", metavar="JSON", help="results of --json, side by side; nothing is drawn")
     add("--report", help="--compare: the page of pictures (default: the last result's name with .html)")
     add("--json", help="write the metrics to this file too")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of what draws (default: %(default)s)")
     add("--device", type=device, help="cpu, cuda or cuda:N (default: the GPU where there is one)")
     return parser.parse_args(argv)
 
@@ -142,6 +143,7 @@ def drawn_by(args, prompt_set, student, config, steps):
     """What the pictures of --prompts depend on, a dict. Raises UserError where --images holds others."""
     made_by = {"model": str(student or config["model"]), "resolution": config["resolution"]}
     made_by |= {"steps": steps, "seed": args.seed, "ode": args.teacher}
+    made_by |= {"dtype": args.dtype} if args.dtype != "fp32" else {}
     if student is None:
         made_by["guidance"] = args.guidance
         if t5_of(config["model"], "") == "on":

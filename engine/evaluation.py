@@ -3,6 +3,7 @@
 import os
 import time
 
+import torch
 from tqdm import tqdm
 
 from diffusion import guided
@@ -51,16 +52,18 @@ def run(args, student, config, steps, prompt_set=None, made_by=None):
 def networks(args, student, config, device):
     """-> what draws, the prompt encoder, the VAE, and the guided teacher where it is needed, else None."""
     model = config["model"]
-    encoder = encoder_of(config, device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    how = {"resolution": config["resolution"], "weights": dtype}
+    encoder = encoder_of(config, device, dtype)
     vae = load_vae(model, device)
     teacher = None
     if student is None or args.reference == "teacher" and not args.prompts:
-        net = load_denoiser(config.get("teacher") or model, device, resolution=config["resolution"])
+        net = load_denoiser(config.get("teacher") or model, device, dtype, **how)
         net.net.eval()
         teacher = guided(net, encoder.null(), args.guidance)
     if student is None:
         return teacher, encoder, vae, teacher
-    denoiser = load_denoiser(model, device, student=student, resolution=config["resolution"])
+    denoiser = load_denoiser(model, device, dtype, student=student, **how)
     denoiser.net.eval()
     return denoiser, encoder, vae, teacher
 

@@ -435,7 +435,11 @@ def test_without_a_run_the_shipped_student_draws(run, capsys, tmp_path, monkeypa
         sample.main([*prompt, "--out", out, "--dtype", dtype])
         assert f"drawing with the student that comes along, {shipped}" in capsys.readouterr().out
     assert call(sample.main, capsys, "--resume", "--out", "shipped")[0] == 0
-    assert call(evaluate.main, capsys, "--num", "8")[0] == 0
+    scores = []
+    for dtype in ("fp32", "bf16"):
+        assert call(evaluate.main, capsys, "--num", "8", "--dtype", dtype, "--json", "m.json")[0] == 0
+        scores.append(json.loads(Path("m.json").read_text())["clip_score"])
+    assert scores[0] != scores[1] == pytest.approx(scores[0], abs=0.02)
     shutil.copytree(run, "runs/mine")
     status, line = call(sample.main, capsys, *prompt, "--out", "trained")
     half, fp16, trained = (pictures.read_picture(Path(out, "00000.png")) for out in ("half", "shipped", "trained"))
