@@ -150,7 +150,7 @@ def report(config, prepare, iterate, prefer):
     rows = states(nets, config.optimizer)
     held = lambda n, rows=rows: a_gpu(rows, n) + gathered(nets, n)  # noqa: E731
     whole, sharded = held(1), held(gpus)
-    print_states(nets, rows, held)
+    print_states(config, nets, rows, held)
     print_text(nets, sharded)
     print_operations(config, kinds, measured)
 
@@ -201,9 +201,9 @@ def saved(row):
     return (row[2] + row[4]) * bool(row[4])
 
 
-def print_states(nets, rows, held):
+def print_states(config, nets, rows, held):
     """The table of weights, gradients and moments, and the size of a checkpoint. held(n): bytes on each of n GPUs."""
-    config, gpus = nets.config, nets.config.gpus
+    gpus = config.gpus
 
     def show(name, n, *gb):
         print(f"{name:34}{n / 1e6:14.1f}" + "".join(f"{v / 1e9:{w}.2f}" for v, w in zip(gb, (10, 11, 9, 12, 14, 16))))

@@ -42,6 +42,9 @@ JOINT = f"{JOINT} --rl-lr 5e-6 --rl-ratio 1 --iterations 24 --preview-every 12"
 SD3 = "--model toy/sd3 --guidance 2 --ttur 2 --batch-size 8 --gan-crop 32 --log-every 2 --iterations 48"
 SD3 = f"{SD3} --lr 8e-5 --fake-lr 5e-4 --preview-every 0"
 
+LONG_SD3 = (
+    "--model toy/sd3 --guidance 2 --ttur 2 --batch-size 8 --iterations 120 --gan-crop 32 --lr 6e-5 --fake-lr 4e-4"
+)
 AFTER = f"--stage 2 --init {RUNS}/sdxl-{{}} --batch-size 16 --gan-crop 32 --lr 3e-5 --fake-lr 3e-4"
 AFTER = f"{AFTER} --rl-lr 5e-6 --rl-ratio 1 --iterations 72 --preview-every 0"
 HACK = f"--stage 2 --init {RUNS / 'sdxl-0'} --batch-size 8 --rl-only --rl-lr 4e-4 --beta 1e-3 --gan-crop 32"
@@ -52,6 +55,7 @@ Made = namedtuple("Made", "disease flags how", defaults=["", "", ""])
 
 REFERENCES = {  # name: flags
     **{f"sdxl-{seed}": f"{LONG} --preview-every 0 --seed {seed}" for seed in (0, 1, 2)},
+    **{f"sd3-{seed}": f"{LONG_SD3} --preview-every 0 --seed {seed}" for seed in (1, 2, 3)},
     **{f"joint-{seed}": f"{AFTER.format(seed)} --seed {seed}" for seed in (0, 1, 2)},
 }
 GALLERY = {

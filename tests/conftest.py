@@ -31,7 +31,8 @@ class TwoRanks:
         self.box.mkdir()
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         torchrun += ["--shutdown-timeout", "3"]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ".", "TORCHDYNAMO_DISABLE": "1"}
+        path = os.pathsep.join([".", *filter(None, [os.environ.get("PYTHONPATH")])])
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TORCHDYNAMO_DISABLE": "1"}
         log = (self.box / "log").open("w")
         program = [*torchrun, "tests/ranks.py", str(self.box)]
         self.process = subprocess.Popen(program, env=env, stdout=log, stderr=log)
