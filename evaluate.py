@@ -128,6 +128,8 @@ def check(args):
         student, config = run_folder.find_student(args.run, args.loops)
         steps = args.steps or config["student_steps"]
     base_model.check(config["model"])
+    if config.get("teacher") and args.reference == "teacher":
+        base_model.check(config["teacher"])
     config["t5"] = t5_of(config["model"], config["t5"])
     if args.reward:
         reward_layout.check(args.reward, config["model"])
@@ -143,7 +145,7 @@ def drawn_by(args, prompt_set, student, config, steps):
     """What the pictures of --prompts depend on, a dict. Raises UserError where --images holds others."""
     made_by = {"model": str(student or config["model"]), "resolution": config["resolution"]}
     made_by |= {"steps": steps, "seed": args.seed, "ode": args.teacher}
-    made_by |= {"dtype": args.dtype} if args.dtype != "fp32" else {}
+    made_by["dtype"] = args.dtype
     if student is None:
         made_by["guidance"] = args.guidance
         if t5_of(config["model"], "") == "on":
@@ -153,6 +155,7 @@ def drawn_by(args, prompt_set, student, config, steps):
     made_by |= prompt_set.settings()
     if int(os.environ.get("RANK", 0)) == 0:  # the other ranks could find what rank 0 has just begun
         before = picture_folder.settings_of(args.images, "--images")
+        before = before and {"dtype": "fp32"} | before
         picture_folder.compare(args.images, before, made_by, "--images")
     return made_by
 

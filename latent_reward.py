@@ -1,6 +1,6 @@
 """Latent reward and preference optimisation (Flash-DMD 3.4, 6; Eq. 12 and 13).
 
-    Eq. 12   L_rl = -E [ log σ(β H) ]
+    Eq. 12   L_rl = -E [ log sigmoid(β H) ]
     Eq. 13   H(w, l) = log p_θ(z^w|z_t)/p_ref(z^w|z_t) - log p_θ(z^l|z_t)/p_ref(z^l|z_t)
     p        one step of the LCM scheduler: z_s = α_s G(z_t, t) + σ_s ε,
              so log p(z_s|z_t) = -||z_s - α_s G(z_t, t)||²/2σ_s² + const
@@ -132,7 +132,7 @@ def log_ratio_margin(z_win, z_lose, x0_theta, x0_ref, alpha_s, sigma_s, clip=0.0
 
 
 def loss(H, beta):
-    """Eq. 12: -log σ(β H) per pair, (B,). train.py takes the mean over the kept pairs of all ranks."""
+    """Eq. 12: -log sigmoid(β H) per pair, (B,). train.py takes the mean over the kept pairs of all ranks."""
     return -F.logsigmoid(beta * H)
 
 

@@ -26,7 +26,7 @@ def loss(fake, x, t, eps, c):
     """Eq. 6: E ||μ_ψ(x_t, t) - ε||², a mean over elements, computed from the clean estimate. Scalar.
 
     fake: a Denoiser; x, eps (B, C, h, w); t (B,). The error is that of the network's own output:
-    (α_t/σ_t)² ||x̂_0 - x||² is the squared error of ε̂, 1/s² ||x̂_0 - x||² that of a flow's v̂.
+    (α_t/σ_t)² ||x̂_0 - x||² is the squared error of ε̂, 1/σ_t² ||x̂_0 - x||² that of a flow's v̂.
     """
     x_t = add_noise(fake.schedule, x, t, eps)
     return (fake.schedule.weight(t) * (fake(x_t, t, c) - x) ** 2).mean()

@@ -33,6 +33,7 @@ NOISE_FILE = "scheduler/scheduler_config.json"
 CONDITIONS = ("in_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim", "cap_feat_dim")
 LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 NOISE = ("prediction_type", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+ABSENT = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "latent_channels": 4}  # of older configs
 FAMILIES = {family.PIPELINE: family for family in (sdxl, sd3, qwen_image, z_image)}
 
 
@@ -75,8 +76,9 @@ def check_teacher(teacher, model):
     for part, keys in {f"{family.PART}/config.json": CONDITIONS, "vae/config.json": LATENTS, NOISE_FILE: NOISE}.items():
         of_teacher, of_model = read_json(teacher, part), read_json(model, part)
         for key in keys:
-            if of_teacher.get(key) != of_model.get(key):
-                both = f"{of_teacher.get(key)} and {of_model.get(key)}"
+            theirs, ours = (of.get(key, ABSENT.get(key)) for of in (of_teacher, of_model))
+            if theirs != ours:
+                both = f"{theirs} and {ours}"
                 raise UserError(f"--teacher {teacher} and --model {model} differ in {key} of {part}: {both}")
 
 

@@ -18,7 +18,7 @@ class Config:
     preset: str = "toy"  # a row of PRESETS; flags given beside it override it
     method: str = "flash"  # flash; dmd2 = the baseline; dmdr, advdmd = siblings (--method NAME --help: their flags)
     stage: int | str = 1  # 1 = distillation; 2 = preference optimisation joins it; reward = train a reward model
-    model: str = "toy/sdxl"  # the teacher, which G starts as: a diffusers pipeline folder, or a hub name
+    model: str = "toy/sdxl"  # the teacher, and what G starts as: a diffusers pipeline folder, or a hub name
     teacher: str = ""  # another pipeline folder for the real score alone; G and the score estimator start as --model
     data: str = "toy"  # toy, a folder of images with captions (docs/data.md), or shards ("s/{000..127}.tar")
     prompts: str = ""  # a text file of prompts for G, one per line; default: the captions of the data
@@ -117,6 +117,8 @@ class Config:
             raise UserError(
                 "--cache-text needs --data, a folder or shards, or --prompts: the toy world's captions have no end"
             )
+        if self.teacher and self.stage == "reward":
+            raise UserError("--teacher is for stages 1 and 2: leave it out of --stage reward")
         if self.quantize_frozen and not self.lora_rank:
             raise UserError("--quantize-frozen needs --lora-rank: without LoRAs no network under training is frozen")
         if self.cache_latents and self.data == "toy":

@@ -8,7 +8,7 @@ tensor's storage gives the peak of activations and temporaries. Weights and opti
 
     trained         16 bytes a parameter: fp32 weight, gradient, two AdamW moments (10 with --optimizer adamw8bit);
                     sharded by FSDP2
-    frozen          2 bytes a parameter (bf16), sharded too: teacher (or the network under LoRAs), reference, R's UNet
+    frozen          2 bytes a parameter (bf16), sharded too: teacher, network under LoRAs, reference, R's UNet
                     (--quantize-frozen int8: the network under LoRAs, on every GPU, and text encoders 1 byte)
     on every GPU    text encoders (none with --cache-text) and SAM (bf16), VAE (fp32), the discriminators' heads
 
@@ -116,10 +116,17 @@ def states(nets, optimizer="adamw", frozen=2):
 
 
 def gathered(nets, gpus):
-    """Bytes of FSDP2's gathered blocks: bf16, the largest one and the next. On one GPU it gathers what is trained."""
+    """Bytes of FSDP2's gathered blocks: bf16, the largest one and the next. Weights in 8 bits stay where they are.
+
+    On one GPU what is frozen does so too.
+    """
     net = nets.G.net
-    frozen = gpus > 1 and not nets.config.quantize_frozen  # FSDP2 leaves weights in 8 bits alone
-    weights = lambda block: sum(p.numel() for p in block.parameters() if frozen or p.requires_grad)  # noqa: E731
+    stay = ()
+    if gpus == 1:
+        stay = {p for p in net.parameters() if not p.requires_grad}
+    elif nets.config.quantize_frozen and not nets.R:  # stage 2 gathers whole networks beside them
+        stay = {m.weight for m in net.modules() if isinstance(m, torch.nn.Linear) and not m.weight.requires_grad}
+    weights = lambda block: sum(p.numel() for p in block.parameters() if p not in stay)  # noqa: E731
     return 2 * 2 * max(map(weights, family_of_net(net).blocks(net)))
 
 

@@ -43,7 +43,7 @@ image = pipe("a prompt", {call}, {unguided}, height={resolution}, width={resolut
 
 - Steps: {steps}, at timesteps {timesteps}; the scheduler in this folder gives them for `{call}`.
 {text}- Guidance: none, `{unguided}`. The teacher's guidance ({guidance:g}) is distilled into the weights.
-- ComfyUI (untested): sampler "lcm", scheduler "simple", {steps} steps, cfg 1{shift}.
+{teacher}- ComfyUI (untested): sampler "lcm", scheduler "simple", {steps} steps, cfg 1{shift}.
 {files}
 ## Metrics
 
@@ -188,6 +188,7 @@ def card(run, made, config, load, files, schedule, encoder):
     return CARD.format(
         **{k: config[k] for k in ("model", "stage", "batch_size", "resolution", "guidance")},
         steps=steps,
+        teacher=f"- The teacher: {config['teacher']}.\n" if config.get("teacher") else "",
         load=load,
         files=files,
         call=call,

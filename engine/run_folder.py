@@ -185,7 +185,18 @@ def from_stage_1(config):
     """Stage 2's config with --init and --reward filled in. Raises UserError for a stage-1 run that does not fit."""
     run, before = find_run(config.init, stage=1)
     before = dataclasses.asdict(type(config)()) | before
-    shared = ("model", "t5", "text_length", "resolution", "student_steps", "method", "lora_rank", "head", "d_block")
+    shared = (
+        "model",
+        "teacher",
+        "t5",
+        "text_length",
+        "resolution",
+        "student_steps",
+        "method",
+        "lora_rank",
+        "head",
+        "d_block",
+    )
     for key in shared:
         if before.get(key) != getattr(config, key, None):
             raise UserError(f"{run} was trained with {flag(key)} {before[key]}, not {getattr(config, key)}")
@@ -297,7 +308,7 @@ def what_next(run, stage):
     if stage == "reward":
         return f"reward model in {made}/lrm; use it with: python train.py --stage 2 --reward {made}/lrm"
     if not progress.get("generator_updates") and not progress.get("rl_updates"):
-        return f"G has not moved: the student in {made} is its teacher still"
+        return f"G has not moved: the student in {made} is still what it started as"
     return f"student in {made}; sample it with: python sample.py --run {run}"
 
 

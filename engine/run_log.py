@@ -136,7 +136,7 @@ def hinge(config):
 def kind(config):
     """What a run must share with those of its bands: the toy's model and the stage; None where it has no bands."""
     model = Path(config["model"])
-    if model.parent.name != "toy" or config["data"] != "toy" or config["method"] != "flash":
+    if model.parent.name != "toy" or config["data"] != "toy" or config["method"] != "flash" or config.get("teacher"):
         return None
     return f"{model.name}, stage {config['stage']}"
 

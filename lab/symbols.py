@@ -15,7 +15,7 @@ SYMBOLS = (
     ("real", r"x_0^{\text{real}}", "x0_real"),
     ("real", r"s_{\text{real}}", "s_real"),
     ("real", r"x_{\text{real}}", "x_real"),
-    ("real", r"x_{\text{real},t}", "x_real"),
+    ("real", r"x_{\text{real},t}", ""),
     ("real", "", "teacher"),
     ("real", "", "guided_teacher"),
     ("fake", r"x_0^{\text{fake}}", "x0_fake"),

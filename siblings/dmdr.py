@@ -66,6 +66,8 @@ class Settings(Config):
             raise UserError("--method dmdr has no GAN: leave --gan-weight out")
         if self.dynamic and not (self.fake_lora or self.lora_rank):
             raise UserError("--dynamic needs --fake-lora: DynaDG scales the score estimator's LoRA")
+        if self.teacher and self.dynamic:
+            raise UserError("--teacher needs --dynamic 0: DynaDG's real score is the score estimator's own network")
         if self.fake_lora and not self.lora_rank and self.ema < 1:
             raise UserError("--fake-lora needs --ema 1: Eq. 11 pulls whole weights, not a LoRA's")
         if self.lora_layers == "qv" and (self.lora_rank or not self.fake_lora):

@@ -312,6 +312,10 @@ def test_a_teacher_beside_the_model(rank, base_models, tmp_path):
     assert nets.teacher.schedule != load_schedule(str(teacher), 64)
     assert not any(p.requires_grad for p in nets.teacher.net.parameters())
     trained(str(model), tmp_path / "run", *flags[2:], "--iterations", "1", "--preview-every", "0")
+    with pytest.raises(UserError, match="--teacher"):
+        trained(
+            str(model), tmp_path / "run", *SMALL.split(), "--lora-rank", str(rank), "--resume", "--teacher", str(model)
+        )
     run, _ = trained(str(model), tmp_path / "run", *flags[2:], "--iterations", "2", "--resume")
     student = load_denoiser(str(model), student=run_folder.newest(run), resolution=64).net.state_dict()
     moved, away = (max((v - of[key]).abs().max() for key, v in student.items()) for of in (started, louder))
@@ -327,6 +331,12 @@ def test_a_teacher_that_does_not_fit_is_refused(base_models, tmp_path):
     for teacher, why in wrong.items():
         with pytest.raises(UserError, match=why):
             run_folder.look(train.read(["--model", base_models["sdxl"], "--teacher", teacher]))
+    old = json.loads((Path(base_models["sdxl"]) / "scheduler/scheduler_config.json").read_text())
+    assert old.pop("prediction_type") == "epsilon" and old.pop("rescale_betas_zero_snr", False) is False
+    scheduler.write_text(json.dumps(old))  # as configs of before these settings
+    run_folder.look(train.read(["--model", base_models["sdxl"], "--teacher", str(other)]))
+    with pytest.raises(UserError, match="leave it out of --stage reward"):
+        train.read(["--stage", "reward", "--pairs", "x", "--teacher", str(other)]).check()
 
 
 @pytest.mark.parametrize("base", NEW)

@@ -595,6 +595,7 @@ def test_evaluate_on_a_file_of_prompts(capsys, tmp_path):
     ).read_bytes() == before["00000.png"]
     for extra, words in [
         (["--seed", "1"], "another --images"),
+        (["--dtype", "bf16"], "another --images"),
         (["--scores", tmp_path / "prompts.txt"], "--scores"),
         (["--num", "4"], "another --images"),
         (["--num", "4", "--images", tmp_path / "four"], "5 scores of HPSv2 for 4 pictures"),

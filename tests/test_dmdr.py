@@ -165,6 +165,7 @@ def test_grpo_run(small_toys, tmp_path):
         (["--dynamic", "5", "--fake-lora", "0"], "--fake-lora"),
         (["--fake-lora", "4", "--ema", "0.9"], "--ema 1"),
         (["--gan-weight", "0.1"], "no GAN"),
+        (["--teacher", "toy/sdxl"], "--teacher needs --dynamic 0"),
         (["--reward-weight", "-1"], "--reward-weight"),
         (["--reward-start", "-1"], "--reward-start"),
         (["--lora-layers", "qv", "--lora-rank", "4"], "--lora-rank out"),

@@ -287,6 +287,27 @@ def test_dry_run_refuses(flags, why):
         dry_run.report(train.read(flags), None, None, None)
 
 
+def test_loras_beside_a_teacher_of_their_own():
+    """Z-Image with two blocks: a second frozen network; on one GPU FSDP2 gathers LoRAs alone.
+
+    With the network in 8 bits it never gathers linear weights.
+    """
+    flags = ["--preset", "zimage-4step", "--dry-run", "--teacher", "another"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        nets = real_size.assemble(train.read(flags), 1, train.prepare, depth=2)
+    rows = {row[0]: row for row in dry_run.states(nets)}
+    assert rows["teacher"] == ("teacher", *rows["frozen network under the LoRAs"][1:])
+    assert rows["teacher"][1] == dry_run.count(nets.teacher.net) and nets.teacher.net is not nets.G.net
+    loras = [
+        sum(p.numel() for p in block.parameters() if p.requires_grad) for block in nets.G.family.blocks(nets.G.net)
+    ]
+    whole = [dry_run.count(block) for block in nets.G.family.blocks(nets.G.net)]
+    assert dry_run.gathered(nets, 1) == 4 * max(loras) < dry_run.gathered(nets, 2) == 4 * max(whole)
+    nets.config = replace(nets.config, quantize_frozen="int8")
+    assert dry_run.gathered(nets, 1) == 4 * max(loras) <= dry_run.gathered(nets, 2) < 0.4 * max(whole)
+    assert dry_run.states(nets)[1][2] == rows["teacher"][1]  # a byte each
+
+
 @pytest.mark.xdist_group("ranks")
 def test_table_of_states_is_what_two_ranks_hold(two_ranks):
     """Weights, gradients and moments of the toy's networks on each of 2 gloo ranks are dry_run's to 2 %."""
