@@ -604,8 +604,8 @@ def test_a_killed_rank_restarts_the_run(small_toys, two_ranks, tmp_path):
     """
     settings = {"gan_weight": 0, "save_every": 1, "keep": 500, "model": small_toys["sdxl"]}
     out = tmp_path / "broken"
-    broken = launch(*flags(**settings, iterations=500, workers=1, out=out), ranks=2, restarts=1)
     train_on_two(two_ranks, **settings, iterations=2, out=tmp_path / "whole")
+    broken = launch(*flags(**settings, iterations=500, workers=1, out=out), ranks=2, restarts=1, patience=12)
     wait_for(out / "checkpoint-000001")
     kill_a_rank(broken)
     before = run_loops(out)
