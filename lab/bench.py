@@ -163,7 +163,7 @@ def operations(nets):
     return counter.get_total_flops()
 
 
-def matrix_rate(device, repeats=20):
+def matrix_rate(device, repeats):
     """FLOP/s of a large matrix product: what this device can do at best."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
     a = torch.randn(n, n, device=device, dtype=dtype)
@@ -190,7 +190,7 @@ def bench(argv, loops, repeats):
     total = print_passes(passes(nets), repeats)
     n = config.batch_size
     flops = operations(nets)
-    rate = matrix_rate(device)
+    rate = matrix_rate(device, repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
