@@ -44,6 +44,7 @@ STUDENTS = {f"{base}-{K}": flags | {"--student-steps": K} for base, flags in BAS
 OTHERS = {
     "sd3-4-stage2": STAGE_2,
     "sd3-advdmd-2": ADVDMD,
+    "sd3-advdmd-2-w20": ADVDMD | {"--gan-weight": 20},  # log densities are means over numbers: 1 is a small weight
     "sd3-advdmd-2-no-rl": ADVDMD | {"--rl-after": 10**6},
     "dmdr-1": DMDR,
     "dmdr-1-no-reward": DMDR | {"--reward-weight": 0},
@@ -210,7 +211,7 @@ def students_text(found):
 
 def others_text(found):
     before, joint = found["sd3-4"], found["sd3-4-stage2"]
-    online, unrewarded = found["sd3-advdmd-2"], found["sd3-advdmd-2-no-rl"]
+    online, unrewarded, heavy = (found[f"sd3-advdmd-2{end}"] for end in ("", "-no-rl", "-w20"))
     paid, unpaid = found["dmdr-1"], found["dmdr-1-no-reward"]
     return f"""
 - Stage 2 on SD3, 4 steps: the reward is {figure(joint, "reward")} after it and {figure(before, "reward")} before
@@ -220,7 +221,9 @@ def others_text(found):
   the Fréchet distance is {frechet(online)} and {frechet(unrewarded)} ({errors(online, unrewarded, "frechet")}), the
   reward {figure(online, "reward")} and {figure(unrewarded, "reward")} ({errors(online, unrewarded, "reward")}). Its
   discriminator tells {figure(online, "d_accuracy_unseen")} % of unseen latents from made ones, over all states; the
-  gate was open in {figure(online, "rl_open")} % of the logged loops.
+  gate was open in {figure(online, "rl_open")} % of the logged loops. With 20 times the weight {right(heavy)} % are
+  right, the Fréchet distance is {frechet(heavy)} ({errors(heavy, unrewarded, "frechet")}), the reward
+  {figure(heavy, "reward")} ({errors(heavy, unrewarded, "reward")}).
 - DMDR on SDXL, 1 step: the reward is {figure(paid, "reward")} with the reward loss, {figure(unpaid, "reward")} without
   ({errors(paid, unpaid, "reward")}); {right(paid)} and {right(unpaid)} % of the prompts are right, the recall is
   {figure(paid, "recall")} and {figure(unpaid, "recall")} % ({errors(paid, unpaid, "recall")}).

@@ -117,7 +117,7 @@ def test_no_row_is_missing(asked):
         assert there == names, path
 
 
-PAGES = {"stage1": stage1, "cost": cost, "stage2": stage2, "siblings": siblings, "claims": claims}
+PAGES = {"stage1": stage1, "cost": cost, "stage2": stage2, "siblings": siblings, "steps": steps, "claims": claims}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -247,7 +247,7 @@ def test_runs_of_lab_steps_are_done_once_and_by_one_call(tmp_path, monkeypatch, 
 
 def test_runs_of_lab_steps_have_names_and_settings_of_their_own():
     names = [steps.name(row, seed, 1000) for row in steps.RUNS for seed in rows.SEEDS]
-    assert len(set(names)) == len(names) == 3 * (2 * 4 + 5)
+    assert len(set(names)) == len(names) == 3 * (2 * 4 + 6)
     for row, flags in steps.RUNS.items():
         config = train.read([str(f) for f in rows.flat(flags)])
         config.check()
