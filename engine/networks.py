@@ -9,7 +9,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from diffusion import guided
-from engine import checkpoint, run_folder, text_cache
+from engine import checkpoint, reward_layout, run_folder, text_cache
 from engine.distributed import adamw, average_gradients, shard, update, weights
 from engine.errors import UserError
 from engine.models import Denoiser, add_lora, at_work, load_denoiser, load_sam, load_schedule, load_vae
@@ -144,7 +144,7 @@ class Networks:
     def load_reward(self):
         """The latent reward model. Raises UserError for one of other latents than the model's."""
         config = self.config
-        path = run_folder.reward_folder(config)
+        path = reward_layout.reward_folder(config)
         device = self.latent.device
         R = load_reward_model(path, config.resolution, config.model, device, self.dtype, self.encoder)
         self.ready(backbone(R))

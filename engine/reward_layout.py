@@ -29,6 +29,18 @@ def beside(model):
     return str(Path(model).parent / NAMES[kind_for(model)][2])
 
 
+def reward_folder(config):
+    """The latent reward model's folder: --reward, or "lrm" (SDXL) or "sd3_lrm" (SD3) beside the model.
+
+    Raises UserError where there is none, and for one of other latents than the model's.
+    """
+    if config.reward == "clip":
+        raise UserError("--reward clip is DMDR's, in stage 1: name the folder of a latent reward model")
+    reward = config.reward or beside(config.model)
+    check(reward, config.model)
+    return reward
+
+
 def kind_for(model):
     """The denoiser in a reward model of `model`'s latents: "unet" (SDXL) or "transformer" (SD3).
 

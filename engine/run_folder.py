@@ -28,6 +28,10 @@ FIXED = (  # settings that a resumed run cannot change; the last line is the sib
     *("t5", "text_length", "sam", "student_steps", "resolution", "seed", "batch_size"),
     *("fake_lora", "lora_layers", "judge", "head", "d_block"),
 )
+SHARED = (  # settings that stage 2 must have as its stage-1 run
+    *("model", "teacher", "t5", "text_length", "resolution", "student_steps", "method"),
+    *("lora_rank", "head", "d_block"),
+)
 
 
 def look(config):
@@ -185,36 +189,12 @@ def from_stage_1(config):
     """Stage 2's config with --init and --reward filled in. Raises UserError for a stage-1 run that does not fit."""
     run, before = find_run(config.init, stage=1)
     before = dataclasses.asdict(type(config)()) | before
-    shared = (
-        "model",
-        "teacher",
-        "t5",
-        "text_length",
-        "resolution",
-        "student_steps",
-        "method",
-        "lora_rank",
-        "head",
-        "d_block",
-    )
-    for key in shared:
+    for key in SHARED:
         if before.get(key) != getattr(config, key, None):
             raise UserError(f"{run} was trained with {flag(key)} {before[key]}, not {getattr(config, key)}")
     if config.gan_weight and not before["gan_weight"]:
         raise UserError(f"{run} was trained without a GAN: pass --gan-weight 0")
-    return dataclasses.replace(config, init=str(run), reward=reward_folder(config))
-
-
-def reward_folder(config):
-    """The latent reward model's folder: --reward, or "lrm" (SDXL) or "sd3_lrm" (SD3) beside the model.
-
-    Raises UserError where there is none, and for one of other latents than the model's.
-    """
-    if config.reward == "clip":
-        raise UserError("--reward clip is DMDR's, in stage 1: name the folder of a latent reward model")
-    reward = config.reward or reward_layout.beside(config.model)
-    reward_layout.check(reward, config.model)
-    return reward
+    return dataclasses.replace(config, init=str(run), reward=reward_layout.reward_folder(config))
 
 
 def open_run(config):

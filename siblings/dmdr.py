@@ -27,7 +27,7 @@ from engine.batch import micro_batches
 from engine.config import Config
 from engine.errors import UserError
 from engine.models import add_lora
-from engine.run_folder import reward_folder
+from engine.reward_layout import reward_folder
 from siblings import policy
 from siblings.cold_start import FAKE_SCALE, c_at, noise_level, real_score
 from siblings.reward import reinforce, reward_at, reward_loss

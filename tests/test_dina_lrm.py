@@ -283,7 +283,7 @@ def test_a_reward_model_of_other_latents_is_refused(tmp_path):
             with pytest.raises(UserError, match=line):
                 run_folder.look(train.read(f"{flags} {extra}".split()))
         with pytest.raises(UserError, match=line):
-            run_folder.reward_folder(train.read(f"{flags} --stage 2".split()))
+            reward_layout.reward_folder(train.read(f"{flags} --stage 2".split()))
         if named:
             with pytest.raises(UserError, match=line):
                 evaluate.check(evaluate.flags(f"--teacher --model {model} --reward {named}".split()))

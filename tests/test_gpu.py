@@ -97,6 +97,20 @@ def test_a_student_is_measured_and_exported(tmp_path):
     assert (tmp_path / "pipeline" / "model_index.json").exists()
 
 
+def test_compiled_steps_are_the_same(tmp_path):
+    """--compile: three loops' losses are those of the plain networks. Compiling takes minutes."""
+    flags = (
+        "--batch-size 2 --iterations 3 --log-every 1 --preview-every 0 --gan-weight 0 --lr-schedule constant".split()
+    )
+    plain, compiled = (
+        train.train(train.read([*flags, *more, "--out", str(tmp_path / f"{bool(more)}")]))
+        for more in ([], ["--compile"])
+    )
+    for a, b in zip(metrics_of(plain), metrics_of(compiled), strict=True):
+        assert b["dm_loss"] == pytest.approx(a["dm_loss"], rel=1e-3)
+        assert b["fake_loss"] == pytest.approx(a["fake_loss"], rel=1e-3)
+
+
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory):
     """A function: kind ("sdxl", "sd3") -> its folder and SAM's checkpoint, written once for all workers."""

@@ -163,9 +163,9 @@ def test_candidates_share_their_start_and_differ_in_noise(carry):
 def test_joint_training_holds_where_rl_alone_drifts():
     """A policy z_s ~ N(α θ, σ²) with reward <v, z_s>.
 
-    Near the reference Eq. 12's slope is β α/(2 σ) times the expected range of four standard normals, 2.0588. Alone it
-    moves θ along v by `drift` per update, without end, 1.24 after 400. With a distillation pull of strength κ towards
-    θ_ref beside each update θ stays within drift (1 - κ)/κ = 0.059.
+    Near the reference Eq. 12's slope is β α/(2 σ) times the expected range of four standard normals, 2.0588.
+    Alone it moves θ along v by `drift` per update, without end, 1.24 after 400.
+    With a distillation pull of strength κ towards θ_ref beside each update θ stays within drift (1 - κ)/κ = 0.059.
     """
     alpha, sigma = torch.full((64, 1, 1, 1), 0.6), torch.full((64, 1, 1, 1), 0.8)
     v = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(3))
