@@ -8,6 +8,7 @@ import argparse
 import json
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -86,12 +87,14 @@ def degraded(row):
 # ------------------------------------------------------------------------------------------------ the runs
 
 
-def measure(title, seeds):
-    """Trains a run of a group of seeds -> what is measured, one dict per seed."""
+def measure(settings, base, seeds, centres):
+    """Trains a run of a group of seeds (None: the undistilled teacher) -> what is measured, one dict per seed.
+
+    Stage 2 starts from a run of the settings `base`. `centres`: samples of each class that stand for the density.
+    """
     start = undistilled(seeds)
-    if title == START:
-        return measured(start)
-    settings = RUNS[title]
+    if settings is None:
+        return measured(start, centres)
     ways = []  # six times: the KL of every seed
 
     def see(trainer, done):
@@ -100,8 +103,9 @@ def measure(title, seeds):
             ways.append([row["kl"][0] for row in levels(trainer.fake, fresh, own, LEVELS[:1])])
 
     if settings.stage == 2:
-        start = train(start, BASE, seeds[0])
-    return [{**row, "way": way} for row, way in zip(measured(train(start, settings, seeds[0], see)), zip(*ways))]
+        start = train(start, base, seeds[0])
+    rows = measured(train(start, settings, seeds[0], see), centres)
+    return [{**row, "way": way} for row, way in zip(rows, zip(*ways))]
 
 
 def name(title, seeds):
@@ -113,8 +117,13 @@ def run(groups, jobs, path):
     """Trains what is missing in `path`, and keeps each run when it ends -> {title: {seed: what was measured}}."""
     kept = json.loads(path.read_text()) if path.exists() else {}
     wanted = [(title, group) for title in (START, *RUNS) for group in groups]
-    with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = {pool.submit(measure, *each): name(*each) for each in wanted if name(*each) not in kept}
+    spawned = get_context("spawn")  # autograd's threads do not survive a fork
+    with ProcessPoolExecutor(jobs, spawned, torch.set_num_threads, (1,)) as pool:
+        waiting = {
+            pool.submit(measure, RUNS.get(title), BASE, seeds, CENTRES): name(title, seeds)
+            for title, seeds in wanted
+            if name(title, seeds) not in kept
+        }
         for done in tqdm(as_completed(waiting), total=len(waiting), desc="runs", disable=not waiting):
             kept[waiting[done]] = done.result()
             aside = path.with_suffix(".part")

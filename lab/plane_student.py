@@ -87,9 +87,9 @@ def coverage(x):
     return covered.float().mean().item(), (near >= 4 * STD).float().mean().item()
 
 
-def measured(trainer):
+def measured(trainer, centres=CENTRES):
     """Everything that is measured of a finished run -> one dict per run of the stack."""
-    own, _ = student(trainer.G, CENTRES, 2)
+    own, _ = student(trainer.G, centres, 2)
     rows = levels(trainer.fake, student(trainer.G, FRESH, 1)[0], own)
     for row, x in zip(rows, own.chunk(len(rows))):
         row["coverage"], row["strays"] = coverage(x)

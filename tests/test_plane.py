@@ -184,7 +184,7 @@ def test_the_command_trains_what_is_missing_and_writes_the_page(tmp_path, monkey
     short = {title: replace(settings, lr=1e-3 + 1e-6 * i) for i, (title, settings) in enumerate(short.items())}
     monkeypatch.setattr(plane, "RUNS", short)
     monkeypatch.setattr(plane, "BASE", replace(plane.BASE, updates=6))
-    monkeypatch.setattr(plane_student, "CENTRES", 200)
+    monkeypatch.setattr(plane, "CENTRES", 200)
     monkeypatch.setattr("sys.argv", ["lab.plane", "--jobs", "1", "--seeds", "100", "101", "--out", str(tmp_path)])
     plane.main()
     text = (tmp_path / "plane.md").read_text()
