@@ -22,12 +22,15 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, pstdev
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
-from engine import doctor, run_log
+from engine import data, doctor, run_log
 from engine.config import Config
+from engine.pictures import to_pil
 from engine.run_folder import newest
+from toy import world
 
 RUNS, RECORDS, PICTURES = Path("runs/health"), Path("results/health"), Path("docs/health")
 PAGE = Path("docs/health.md")
@@ -50,6 +53,7 @@ AFTER = f"{AFTER} --rl-lr 5e-6 --rl-ratio 1 --iterations 72 --preview-every 0"
 HACK = f"--stage 2 --init {RUNS / 'sdxl-0'} --batch-size 8 --rl-only --rl-lr 4e-4 --beta 1e-3 --gan-crop 32"
 HACK = f"{HACK} --log-every 1 --iterations 24 --preview-every 4"
 COMMON = {"SHORT": SHORT, "JOINT": JOINT, "SD3": SD3}
+GRAINY = RUNS / "grainy-pictures"  # drawn by grain()
 
 Made = namedtuple("Made", "disease flags how", defaults=["", "", ""])
 
@@ -83,6 +87,11 @@ GALLERY = {
         f"{SHORT} --seed 10 --iterations 24 --lr 3e-4 --fake-lr 1e-9 --ema 1",
         "a score estimator that stands still while G moves fast",
     ),
+    "grainy": Made(
+        "D too strong",
+        f"{SHORT} --seed 10 --iterations 24 --data {GRAINY}",
+        "real pictures with a camera's grain, which the VAE cannot draw",
+    ),
     "blind": Made("D blind", f"{SHORT} --seed 10 --iterations 24 --d-lr 1e-9", "a D that does not learn"),
     "drifting": Made(
         "over-saturation",
@@ -115,6 +124,16 @@ BANDED = [  # signals that have bands
 
 def flags_of(name):
     return REFERENCES.get(name) or GALLERY[name].flags
+
+
+def grain(folder, n=64, std=0.7):
+    """n scenes of the toy world with their captions, in noise of `std` (pixels are in [-1, 1])."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes, rng = data.source("toy", world.SIZE), torch.Generator().manual_seed(0)
+    for i in range(n):
+        image, prompt, _ = scenes[i]
+        to_pil(image + std * torch.randn(image.shape, generator=rng)).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(prompt)
 
 
 def train(name):
@@ -276,6 +295,8 @@ def main():
         before = re.search(rf"--init {RUNS}/(\S+)", flags_of(name))
         if before and newest(RUNS / before[1]) is None:
             train(before[1])
+        if str(GRAINY) in flags_of(name):
+            grain(GRAINY)
         train(name)
         record(name)
     run_log.BANDS.write_text(json.dumps(bands(), indent=1) + "\n")
