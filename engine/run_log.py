@@ -17,7 +17,8 @@ from engine.run_folder import saved_settings
 LEAST = 6  # values
 BANDS = HERE / "toy" / "bands.json"  # where signals of healthy toy runs lie, made by lab/health.py
 LINEAR = (  # the mean of these; of all others, ratios and sizes, the geometric mean
-    *"d_accuracy d_accuracy_unseen latent_mean_gap kept_pairs implicit_accuracy rl_open skipped_updates".split(),
+    *"d_accuracy d_accuracy_unseen d_accuracy_x0 latent_mean_gap".split(),
+    *"kept_pairs implicit_accuracy rl_open skipped_updates".split(),
     *"held_out_reward held_out_clip_score held_out_prompt_accuracy".split(),
 )
 CHANCE = {"hinge": 2.0, "logistic": 2 * math.log(2)}  # d_loss of a D that cannot tell; DMD2's and AdvDMD's is logistic

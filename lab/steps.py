@@ -58,7 +58,7 @@ for base_ in BASES:
         UNDISTILLED[f"undistilled-{base_}-{K_}"] = which
 TEACHERS = {"sdxl": next(iter(stage1.BASELINES)), "sd3": next(iter(stage1.SD3_BASELINES))}  # rows of lab.stage1
 COLUMNS = ("prompt_accuracy", "frechet", "recall", "reward", "saturation", "contrast")
-GATE = ("rl_open", "d_accuracy_unseen")  # AdvDMD's: the mean over the logged loops with reinforcement
+GATE = ("rl_open", "d_accuracy_unseen", "d_accuracy_x0")  # AdvDMD's: the mean over the logged loops with reinforcement
 QUICK = 5  # loops: G moves once with every row
 
 
@@ -220,10 +220,11 @@ def others_text(found):
 - AdvDMD on SD3, 2 steps: {right(online)} % of the prompts are right with reinforcement, {right(unrewarded)} % without;
   the Fréchet distance is {frechet(online)} and {frechet(unrewarded)} ({errors(online, unrewarded, "frechet")}), the
   reward {figure(online, "reward")} and {figure(unrewarded, "reward")} ({errors(online, unrewarded, "reward")}). Its
-  discriminator tells {figure(online, "d_accuracy_unseen")} % of unseen latents from made ones, over all states; the
-  gate was open in {figure(online, "rl_open")} % of the logged loops. With 20 times the weight {right(heavy)} % are
-  right, the Fréchet distance is {frechet(heavy)} ({errors(heavy, unrewarded, "frechet")}), the reward
-  {figure(heavy, "reward")} ({errors(heavy, unrewarded, "reward")}).
+  discriminator tells {figure(online, "d_accuracy_unseen")} % of unseen latents from made ones, over all states, and
+  {figure(online, "d_accuracy_x0")} % of finished ones, x_0; the gate was open in {figure(online, "rl_open")} % of the
+  logged loops. With 20 times the weight {right(heavy)} % are right, the Fréchet distance is {frechet(heavy)}
+  ({errors(heavy, unrewarded, "frechet")}), the reward {figure(heavy, "reward")}
+  ({errors(heavy, unrewarded, "reward")}).
 - DMDR on SDXL, 1 step: the reward is {figure(paid, "reward")} with the reward loss, {figure(unpaid, "reward")} without
   ({errors(paid, unpaid, "reward")}); {right(paid)} and {right(unpaid)} % of the prompts are right, the recall is
   {figure(paid, "recall")} and {figure(unpaid, "recall")} % ({errors(paid, unpaid, "recall")}).

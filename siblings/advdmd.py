@@ -108,13 +108,16 @@ def reinforce(nets, batch, states):
         real = nets.latents(batch.x_real)
         eps = randn(batch.generators("unseen"), real)
         real_logits, R = logits_of_both(fake, head, states, real, S, eps, c)
-        right = total(accuracy(real_logits, R)) / nets.ranks
+        right, right_x0 = (
+            total(accuracy(of_real, of_made)) / nets.ranks
+            for of_real, of_made in ((real_logits, R), (real_logits[:, -1], R[:, -1]))
+        )
     loss = torch.zeros((), device=real.device)
     if right >= config.rl_gate:
         A = credit(policy.advantages(R, config.candidates))
         loss = policy.reinforce(G, states, S, c, A, batch.weight * config.gan_weight)
-    opened = (right >= config.rl_gate).float()
-    return loss, {"rl_loss": loss, "reward": R[:, -1].mean(), "d_accuracy_unseen": right, "rl_open": opened}
+    seen = {"d_accuracy_unseen": right, "d_accuracy_x0": right_x0, "rl_open": (right >= config.rl_gate).float()}
+    return loss, {"rl_loss": loss, "reward": R[:, -1].mean(), **seen}
 
 
 # ------------------------------------------------------------------------------------------ the method

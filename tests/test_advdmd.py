@@ -72,8 +72,11 @@ def test_gate_stops_reinforcement_while_d_is_blind(small_toys, tmp_path):
     )  # loops, samples, transitions with a density, a pass with gradient
 
 
-def test_gate_is_shut_while_d_is_at_chance():
-    """A head whose logits are all 0 classifies half of the latents right, which is below the default gate."""
+def test_gate_is_shut_while_d_is_at_chance(monkeypatch):
+    """A head whose logits are all 0 classifies half of the latents right, which is below the default gate.
+
+    One that is right of x_0 alone, wrong of the three other states: a quarter, and all of x_0.
+    """
     config = train.read(["--preset", "advdmd", "--batch-size", "4"])
     nets = assemble(config, 1, torch.device("cpu"), advdmd.prepare)
     torch.nn.init.zeros_(nets.D.net[-1].weight)
@@ -82,7 +85,11 @@ def test_gate_is_shut_while_d_is_at_chance():
     batch = Batch(torch.zeros(4, 3, 64, 64), prompts, nets.encoder.encode(prompts), list(range(4)), loop=1)
     states = [torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     loss, seen = advdmd.reinforce(nets, batch, states)
-    assert seen["d_accuracy_unseen"] == 0.5 and seen["rl_open"] == 0 and loss == 0
+    assert seen["d_accuracy_unseen"] == seen["d_accuracy_x0"] == 0.5 and seen["rl_open"] == 0 and loss == 0
+    right = torch.tensor([[-1.0, -1, -1, 1]] * 4)
+    monkeypatch.setattr(advdmd, "logits_of_both", lambda *_: (right, -right))
+    _, seen = advdmd.reinforce(nets, batch, states)
+    assert (seen["d_accuracy_unseen"], seen["d_accuracy_x0"], seen["rl_open"]) == (0.25, 1, 0)
     assert all(p.grad is None for p in nets.G.net.parameters())
 
 
