@@ -209,6 +209,11 @@ def students_text(found):
     return "\n".join(lines)
 
 
+def changes(after, before, measure, digits, scale=1):
+    """A measure's change in each seed."""
+    return ", ".join(f"{scale * (a[measure] - b[measure]):+.{digits}f}" for a, b in zip(after, before, strict=True))
+
+
 def others_text(found):
     before, joint = found["sd3-4"], found["sd3-4-stage2"]
     online, unrewarded, heavy = (found[f"sd3-advdmd-2{end}"] for end in ("", "-no-rl", "-w20"))
@@ -216,7 +221,8 @@ def others_text(found):
     return f"""
 - Stage 2 on SD3, 4 steps: the reward is {figure(joint, "reward")} after it and {figure(before, "reward")} before
   ({errors(joint, before, "reward")}); {right(joint)} and {right(before)} % of the prompts are right, and the Fréchet
-  distance is {frechet(joint)} and {frechet(before)}.
+  distance is {frechet(joint)} and {frechet(before)}. From the student that each seed starts with, the reward changes by
+  {changes(joint, before, "reward", 2)}, and the prompts right by {changes(joint, before, "prompt_accuracy", 1, 100)} %.
 - AdvDMD on SD3, 2 steps: {right(online)} % of the prompts are right with reinforcement, {right(unrewarded)} % without;
   the Fréchet distance is {frechet(online)} and {frechet(unrewarded)} ({errors(online, unrewarded, "frechet")}), the
   reward {figure(online, "reward")} and {figure(unrewarded, "reward")} ({errors(online, unrewarded, "reward")}). Its
