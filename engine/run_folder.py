@@ -122,16 +122,19 @@ def find_run(name="", stage=None):
 def find_student(name="", loops=None):
     """A student to draw with -> the folder of its network, and its run's settings as a dict.
 
-    The named run's or the newest under runs/, at its newest checkpoint or that of `loops`; the shipped student where no
-    run is named and there is none, and then a line says so. Raises UserError as find_run and checkpoint_at do.
+    The named run's or the newest under runs/, at its newest checkpoint or that of `loops`; the shipped student where it
+    is named, or where no run is named and there is none (then a line says so). Raises UserError as find_run and
+    checkpoint_at do.
     """
     try:
         run, settings = find_run(name)
     except UserError:
         settings = saved_settings(SHIPPED)
-        if name or loops or not settings or not (SHIPPED / "unet").is_dir():
+        named = name and Path(name).resolve() == SHIPPED.resolve()
+        if name and not named or loops or not settings or not (SHIPPED / "unet").is_dir():
             raise
-        print(f"no trained run under runs/: drawing with the student that comes along, {SHIPPED}")
+        if not named:
+            print(f"no trained run under runs/: drawing with the student that comes along, {SHIPPED}")
         return SHIPPED, settings
     return checkpoint_at(run, loops), settings
 

@@ -1,16 +1,19 @@
 """What DMD2's discriminator can learn on the toy: it alone is trained, against a frozen student.
 
-    python -m lab.discriminator                                       AdvDMD's D against toy/student
-    python -m lab.discriminator --block up_blocks.2 --head map        other features, a logit for each position
-    python -m lab.discriminator --student runs/NAME --states x_0      another student, its finished latents alone
+    python -m lab.discriminator                          what is missing in results/discriminator.json, then the page
+    python -m lab.discriminator --print                  the page alone
+    python -m lab.discriminator --student toy/student    AdvDMD's D against one student; nothing is kept
+    python -m lab.discriminator --student runs/NAME --states x_0 --block up_blocks.2 --head map
 
 Half of D's latents are real, half are states of the student's sampling (siblings/advdmd.py), at the same prompts. Each
 is at one random state, where AdvDMD has all states of each. Printed: the accuracy on held-out prompts, by state.
 """
 
 import argparse
+import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,25 @@ from engine.flags import at_least
 from engine.models import load_denoiser, load_vae
 from engine.prompts import load_encoder
 from engine.run_folder import find_student
+from lab import pages, rows, steps
 from siblings import dmd2, policy
+
+RESULTS = Path("results/discriminator.json")
+SDXL, SD3 = "toy/student", "sd3-advdmd-2-no-rl"  # the latter is a row of lab/steps.py
+ALONE = "--frozen --states x_0 --steps 200"
+ONLINE = "--critic-weight 0.01 --reals 4 --steps 400"  # as in AdvDMD: beside Eq. 6, four candidates of each prompt
+EXPERIMENTS = [  # student, flags, seeds
+    (SDXL, f"{ALONE} --reals 4", (0,)),
+    (SDXL, ALONE, (0,)),
+    (SDXL, f"{ALONE} --head map", (0,)),
+    (SDXL, f"{ALONE} --block up_blocks.1 --head map", (0,)),
+    (SDXL, f"{ALONE} --block up_blocks.2 --head map", (0,)),
+    (SDXL, f"{ALONE} --block up_blocks.2", (0,)),
+    (SDXL, f"{ONLINE} --block up_blocks.2", (0,)),
+    (SD3, ALONE, (0, 1, 2)),
+    (SD3, f"{ALONE} --block transformer_blocks.5", (0, 1, 2)),
+    (SD3, f"{ONLINE} --block transformer_blocks.5", (0, 1)),
+]
 
 
 @dataclass
@@ -91,7 +112,7 @@ def accuracies(fake, head, held_out, S, chosen, at_once=64):
 
 
 def train(args, model, seen, held_out, S):
-    """Train D; print the held-out accuracies four times."""
+    """Train D; print the held-out accuracies four times -> score estimator, head, {state: accuracies}, the features."""
     torch.manual_seed(args.seed)
     fake = load_denoiser(model)
     fake.block = args.block or fake.block
@@ -104,7 +125,9 @@ def train(args, model, seen, held_out, S):
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.01)
     chosen = {"all": range(len(S)), "x_0": [len(S) - 1]}[args.states]
     names = [f"z_{t:g}" for t in S[1:].tolist()] + ["x_0"]
-    print(f"features of {fake.block}: {channels} x {side} x {side}", flush=True)
+    features = f"{fake.block}, {channels} x {side} x {side}"
+    print(f"features of {features}", flush=True)
+    curves = {names[i]: [] for i in chosen}
     n, began = len(seen.real), time.time()
     for step in range(1, args.steps + 1):
         rows = torch.randint(n, (args.reals or args.batch,)).repeat_interleave(args.batch // (args.reals or args.batch))
@@ -124,12 +147,79 @@ def train(args, model, seen, held_out, S):
             found = accuracies(fake, head, held_out, S, chosen)
             told = ", ".join(f"{names[i]} {(a + b) / 2:.2f} ({a:.2f} {b:.2f})" for i, (a, b) in found.items())
             print(f"step {step}, {time.time() - began:.0f} s, loss {L.item():.3f}; held out: {told}", flush=True)
-    return fake, head
+            for i, sides in found.items():
+                curves[names[i]].append(sum(sides) / 2)
+    return fake, head, curves, features
+
+
+def experiment(args):
+    """-> {state: held-out accuracies at the four quarters}, the features that D reads."""
+    student, settings = find_student(args.student)
+    seen, S = bank(student, settings, args.bank)
+    held_out, _ = bank(student, settings, args.held_out, held_out=True)
+    return train(args, settings["model"], seen, held_out, S)[2:]
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def runs():
+    """{name: (student, flags, seed)} of all experiments."""
+    return {f"{s} {flags} --seed {seed}": (s, flags, seed) for s, flags, seeds in EXPERIMENTS for seed in seeds}
+
+
+def kept():
+    return rows.load(RESULTS, student_crc32=rows.crc32(SDXL, "unet/diffusion_pytorch_model.safetensors"))
+
+
+def fill():
+    """Make what is missing, and keep each when it ends."""
+    results = kept()
+    for name, (student, flags, seed) in runs().items():
+        if name in results:
+            continue
+        folder = rows.folder(steps.name(SD3, seed, rows.NUM)) if student == SD3 else SDXL
+        curves, features = experiment(options([*flags.split(), "--student", str(folder), "--seed", str(seed)]))
+        results[name] = {"features": features, "accuracy": curves}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def page():
+    """results/discriminator.md, from the experiments that are kept."""
+    results = kept()
+    headings = (
+        "student | seed | features | head | prompts in a batch | score estimator | steps | state | 1/4 | 1/2 | 3/4"
+    )
+    lines = [f"| {headings} | all |", "|" + " --- |" * 12]
+    for name, (student, flags, seed) in runs().items():
+        args = options(flags.split())
+        how = [args.head, args.reals or args.batch, "frozen" if args.frozen else "trained", args.steps]
+        for state, accuracy in results[name]["accuracy"].items() if name in results else ():
+            cells = [f"`{student}`", seed, results[name]["features"], *how, state, *(f"{a:.2f}" for a in accuracy)]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return pages.joined([INTRODUCTION, lines, pages.wrapped(READ)])
+
+
+INTRODUCTION = f"""
+# What AdvDMD's discriminator can learn on the toy
+
+`python -m lab.discriminator` trains what is missing in [discriminator.json](discriminator.json) and writes this page. D
+alone is trained against a frozen student: `{SDXL}`, and of `toy/sd3` a student of two steps (`{SD3}` of
+[steps.md](steps.md)). Half of its latents are real, half are the student's states, at the same prompts. The last
+columns are its accuracy on held-out prompts after a quarter, a half, three quarters and all of its steps (0.5 is
+chance).
+"""
+
+READ = """
+Where the score estimator is frozen, the head alone learns. Where it is trained, D's loss has the weight 0.01 beside
+Eq. 6, and a batch has four pictures of each prompt, as in AdvDMD.
+"""
 
 
 def options(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--student", default="", help="a run of the toy; default the newest, or toy/student")
+    parser.add_argument("--print", action="store_true", help="write the page from what is there, and train nothing")
+    parser.add_argument("--student", default="", help="a run of the toy, or toy/student: train D against it, and print")
     parser.add_argument("--block", default="", help="whose output D reads; default the middle one (engine/hidden.py)")
     parser.add_argument("--head", choices=("scaled", "map"), default="scaled", help="one logit, or one for a position")
     parser.add_argument("--frozen", action="store_true", help="train the head alone")
@@ -148,10 +238,11 @@ def options(argv=None):
 
 def main():
     args = options()
-    student, settings = find_student(args.student)
-    seen, S = bank(student, settings, args.bank)
-    held_out, _ = bank(student, settings, args.held_out, held_out=True)
-    train(args, settings["model"], seen, held_out, S)
+    if args.student:
+        return experiment(args)
+    if not args.print:
+        fill()
+    RESULTS.with_suffix(".md").write_text(page())
 
 
 if __name__ == "__main__":

@@ -421,7 +421,7 @@ def test_sizes(model, step, most, capsys, tmp_path, monkeypatch):
 
 
 def test_without_a_run_the_shipped_student_draws(run, capsys, tmp_path, monkeypatch):
-    """An fp16 UNet and its run's settings, in bf16 and to a rounding in fp32; a trained run goes before it."""
+    """An fp16 UNet and its settings, in bf16 and to a rounding in fp32; a trained run goes first unless it is named."""
     shipped = tmp_path / "student"
     net = UNet2DConditionModel.from_pretrained(run_folder.newest(run) / "unet")
     net.half().save_pretrained(shipped / "unet")
@@ -444,6 +444,8 @@ def test_without_a_run_the_shipped_student_draws(run, capsys, tmp_path, monkeypa
     status, line = call(sample.main, capsys, *prompt, "--out", "trained")
     half, fp16, trained = (pictures.read_picture(Path(out, "00000.png")) for out in ("half", "shipped", "trained"))
     assert status == 0 and 0 < (fp16 - trained).abs().max() < 0.1 and 0 < (half - trained).abs().mean() < 0.1
+    assert call(sample.main, capsys, *prompt, "--run", "student", "--out", "named")[0] == 0
+    assert torch.equal(pictures.read_picture(Path("named/00000.png")), fp16)
     assert {path.name for path in shipped.iterdir()} == {"unet", "config.json"}
 
 

@@ -291,7 +291,7 @@ def test_a_discriminator_alone(capsys):
         torch.testing.assert_close(real[i], noised)
     assert torch.equal(real[3], seen.real[3])
     args = discriminator.options("--steps 1 --batch 2 --frozen --block up_blocks.2 --head map".split())
-    trained, head = discriminator.train(args, settings["model"], seen, seen, S)
+    trained, head, *_ = discriminator.train(args, settings["model"], seen, seen, S)
     same = zip(trained.net.parameters(), fake.net.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in same) and head.net[0].weight.shape[1] == 32
     told = capsys.readouterr().out.splitlines()[-1]
