@@ -22,6 +22,7 @@ A base model is a file of functions (engine/sdxl.py, sd3.py, qwen_image.py, z_im
 Nothing here loads torch before it is called; docs/models.md says how to add one.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from engine import qwen_image, sd3, sdxl, z_image
@@ -65,6 +66,24 @@ def check(model):
     family.check(model)
     if Path(folder(model)).is_dir():
         folder(model, *family.TOKENIZERS)
+
+
+def check_settings(config, family, factor):
+    """Raises UserError for settings that this family's networks cannot have; factor: pixels to a latent number."""
+    if config.resolution % (4 * factor):
+        raise UserError(f"--resolution {config.resolution} must be a multiple of {4 * factor}")
+    if config.gan_crop % factor:
+        raise UserError(f"--gan-crop {config.gan_crop} must be a multiple of {factor}")
+    if config.size_condition == "original" and not family.SIZES:
+        raise UserError(f"--size-condition original: {config.model} has no size conditions, as SDXL has")
+    if config.quantize_frozen and not find_spec("torchao"):
+        raise UserError("--quantize-frozen int8 needs the package torchao (pip install torchao)")
+
+
+def vae_factor(model):
+    """Pixels to a latent number, along a side, by the VAE's config."""
+    vae = read_json(model, "vae/config.json")
+    return 2 ** (len(vae.get("block_out_channels") or vae["dim_mult"]) - 1)
 
 
 def check_teacher(teacher, model):

@@ -38,6 +38,20 @@ def folder(path, *parts, hub=True):
     return str(found)
 
 
+def check_sam(path):
+    """The kind of a segment_anything checkpoint, "vit_b", "vit_l" or "vit_h"; None for a folder with an image encoder.
+
+    Raises UserError for a path that is neither.
+    """
+    if not str(path).endswith(".pth"):
+        folder(path, "config.json", "image_encoder.safetensors", hub=False)
+        return None
+    kind = re.search(r"vit_[blh]", Path(path).name)
+    if not Path(path).is_file() or not kind:
+        raise UserError(f"no SAM checkpoint at {path} (expected a file named like sam_vit_b_01ec64.pth)")
+    return kind[0]
+
+
 def check_writable(path, flag):
     """Raises UserError where folder `path` cannot be made or written to; leaves nothing. flag: that names it."""
     path = Path(path)

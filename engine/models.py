@@ -7,7 +7,6 @@ classes, only callables and tensors.
 
 import json
 import os
-import re
 import threading
 import warnings
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from engine import base_model
 from engine.base_model import family_of, family_of_net
 from engine.errors import UserError
-from engine.folders import first_line, folder, on_disk
+from engine.folders import check_sam, first_line, folder, on_disk
 from engine.hidden import block_name, output_of
 from engine.quantize import in_8_bits
 
@@ -266,18 +265,15 @@ def load_sam(path, device="cpu", dtype=torch.float32):
     path: a folder (config.json, image_encoder.safetensors) or a segment_anything checkpoint (sam_vit_b_*.pth,
     sam_vit_l_*.pth, sam_vit_h_*.pth). Raises UserError where it cannot be read.
     """
-    if str(path).endswith(".pth"):
-        kind = re.search(r"vit_[blh]", Path(path).name)
-        if not Path(path).is_file() or not kind:
-            raise UserError(f"no SAM checkpoint at {path} (expected a file named like sam_vit_b_01ec64.pth)")
-        build = lambda: sam_model_registry[kind[0]](checkpoint=str(path)).image_encoder  # noqa: E731
-    else:
-        where = Path(folder(path, "config.json", "image_encoder.safetensors", hub=False))
+    kind = check_sam(path)
 
-        def build():
-            encoder = ImageEncoderViT(**json.loads((where / "config.json").read_text()), norm_layer=nn.LayerNorm)
-            encoder.load_state_dict({k: v.float() for k, v in load_file(where / "image_encoder.safetensors").items()})
-            return encoder
+    def build():
+        if kind:
+            return sam_model_registry[kind](checkpoint=str(path)).image_encoder
+        where = Path(folder(path, hub=False))
+        encoder = ImageEncoderViT(**json.loads((where / "config.json").read_text()), norm_layer=nn.LayerNorm)
+        encoder.load_state_dict({k: v.float() for k, v in load_file(where / "image_encoder.safetensors").items()})
+        return encoder
 
     try:
         with waiting("loading SAM", gigabytes(path)):

@@ -9,9 +9,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from diffusion import guided
-from engine import checkpoint, reward_layout, run_folder, text_cache
+from engine import base_model, checkpoint, reward_layout, run_folder, text_cache
 from engine.distributed import adamw, average_gradients, shard, update, weights
-from engine.errors import UserError
 from engine.models import Denoiser, add_lora, at_work, load_denoiser, load_sam, load_schedule, load_vae
 from engine.prompts import encoder_of
 from engine.quantize import int8
@@ -170,7 +169,8 @@ def assemble(config, ranks, device, prepare=None, source=None):
         prompts = text_cache.prompts_of(config, source, encoder.family.EMPTY)
         text_cache.fill(encoder, prompts, config.cache_text)
     vae = load_vae(config.model, device)
-    side = latent_side(config, vae)
+    base_model.check_settings(config, encoder.family, vae.factor)
+    side = config.resolution // vae.factor
     latent = torch.empty(config.batch_size // ranks, vae.channels, side, side, device=device)
     sharded = ranks > 1 or device.type == "cuda"
 
@@ -186,8 +186,6 @@ def assemble(config, ranks, device, prepare=None, source=None):
             int8(teacher.net)
         if sharded:
             shard(teacher.net, dtype)
-    if config.size_condition == "original" and not teacher.family.SIZES:
-        raise UserError(f"--size-condition original: {config.model} has no size conditions, as SDXL has")
     if config.lora_rank:
         net = teacher.net if shared else load(name="the generator G", weights=dtype).net
         if config.quantize_frozen:
@@ -244,16 +242,6 @@ def optimizer_of(module, rate, config, lora=""):
     """AdamW over the trained parameters of a module: all of them, or those of the LoRA of this name."""
     trained = [p for name, p in module.named_parameters() if p.requires_grad and (not lora or f".{lora}." in name)]
     return adamw(trained, rate, config)
-
-
-def latent_side(config, vae):
-    """The side of the latents. Raises UserError where --resolution or --gan-crop does not fit the VAE."""
-    side, rest = divmod(config.resolution, vae.factor)
-    if rest or side % 4:
-        raise UserError(f"--resolution {config.resolution} must be a multiple of {4 * vae.factor}")
-    if config.gan_crop % vae.factor:
-        raise UserError(f"--gan-crop {config.gan_crop} must be a multiple of {vae.factor}")
-    return side
 
 
 def freeze(net, dtype):

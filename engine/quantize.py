@@ -10,7 +10,7 @@ from engine.errors import UserError
 
 
 def int8(net):
-    """In place: every linear layer of a network in 8 bits. Raises UserError where torchao is missing."""
+    """In place: every linear layer of a network in 8 bits. Raises UserError where torchao cannot be imported."""
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as e:

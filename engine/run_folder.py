@@ -17,7 +17,7 @@ from pathlib import Path
 from engine import base_model, layouts, reward_layout, text
 from engine.config import flag
 from engine.errors import UserError
-from engine.folders import HERE, check_holds, check_writable, folder
+from engine.folders import HERE, check_holds, check_sam, check_writable
 from engine.locks import check_free, lock, unlock
 from engine.sd3 import t5_of
 
@@ -44,9 +44,12 @@ def look(config):
     if config.dry_run:
         return config
     base_model.check(config.model)
+    base_model.check_settings(config, base_model.family_of(config.model), base_model.vae_factor(config.model))
     if config.teacher:
         base_model.check_teacher(config.teacher, config.model)
     config = dataclasses.replace(config, t5=t5_of(config.model, config.t5))
+    if config.t5 == "off" and config.text_length != type(config).text_length:
+        raise UserError(f"--text-length {config.text_length} is T5's, which is not there or off")
     if config.cache_text:
         check_holds(config.cache_text, "text-", "--cache-text")
     if config.cache_latents and Path(config.cache_latents).is_file():
@@ -62,8 +65,8 @@ def look(config):
         text.prompts(config.watch, "--watch")
         if config.reward not in ("", "clip"):
             reward_layout.check(config.reward, config.model)
-    if config.method == "flash" and config.gan_weight and config.stage != "reward" and not config.sam.endswith(".pth"):
-        folder(config.sam, "config.json", "image_encoder.safetensors", hub=False)
+    if config.method == "flash" and config.gan_weight and config.stage != "reward":
+        check_sam(config.sam)
     if config.stage == 2:
         config = from_stage_1(config)
     if int(os.environ.get("RANK", 0)) == 0:  # the other ranks could find the folder that rank 0 has just made
@@ -190,6 +193,7 @@ def method_before(settings):
 
 def from_stage_1(config):
     """Stage 2's config with --init and --reward filled in. Raises UserError for a stage-1 run that does not fit."""
+    reward_layout.kind_for(config.model)
     run, before = find_run(config.init, stage=1)
     before = dataclasses.asdict(type(config)()) | before
     for key in SHARED:

@@ -3,8 +3,9 @@
     python -m lab.figures                     trains what is missing under runs/figures, then draws all ten
     python -m lab.figures --only rollout      one of them
 
-Three short runs of one seed are trained: with the EMA pull, without it, and DMD2's. The pictures of few-step sampling
-use the student that comes along. They show what a quantity IS; which setting is better is in results/, with seeds.
+Three short runs of one seed are trained: with the EMA pull, without it, and DMD2's. The students of few-steps are runs
+of lab/steps.py, seed 0; other pictures use the student that comes along. They show what a quantity IS; which setting is
+better is in results/, with seeds.
 """
 
 from importlib import import_module
@@ -35,14 +36,18 @@ def main(argv=None):
     FOLDER.mkdir(parents=True, exist_ok=True)
     from lab import figures_canvas  # here, so that a mistake is answered before torch is loaded
 
-    try:
-        for name in args.only:
-            draw = getattr(import_module(f"lab.figures_{FIGURES[name]}"), name.replace("-", "_"))
-            path = FOLDER / f"{name}.png"
+    lacking = None
+    for name in args.only:
+        draw = getattr(import_module(f"lab.figures_{FIGURES[name]}"), name.replace("-", "_"))
+        path = FOLDER / f"{name}.png"
+        try:
             figures_canvas.save(draw(), path)
-            print(f"{path}, {path.stat().st_size // 1000} kB", flush=True)
-    except UserError as e:
-        fail(e)
+        except UserError as e:
+            lacking = e  # the other pictures are drawn first
+            continue
+        print(f"{path}, {path.stat().st_size // 1000} kB", flush=True)
+    if lacking:
+        fail(lacking)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,6 @@ def score_lag():
     right.plot(
         loops, canvas.smooth([line["saturation_real"] for line in lines], 8), color=canvas.REAL, label="real scenes"
     )
-    left.axhline(1, color="#c8ced6", linewidth=1, zorder=0)
     left.set_yscale("log")
     left.set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
     left.minorticks_off()

@@ -9,6 +9,7 @@ import latent_reward
 from diffusion import add_noise, backward_simulation, noise_to_step, reverse_step, sample_ode, times
 from engine import run_folder
 from engine.config import Config
+from engine.errors import UserError
 from engine.models import load_denoiser
 from lab import figures_canvas as canvas
 from lab import figures_shared as shared
@@ -72,8 +73,8 @@ def rollout():
         [shared.decode(x_0)[0] for _, x_0 in theirs],
     ]
     labels = [
-        "$x_t$: noise, then\nthe estimate\nre-noised",
-        "the student's\n$x_0 = G(x_t, t)$",
+        "$x_τ$: noise, then\nthe estimate\nre-noised",
+        "the student's\n$x_0 = G(x_τ, τ)$",
         "the undistilled\nteacher's $x_0$,\nsame noise",
     ]
     titles = [f"step {i + 1}: τ = {t}" for i, t in enumerate(S.tolist())]
@@ -99,6 +100,7 @@ def preference():
     with torch.no_grad():
         futures = G(candidates[0], times(S[1], candidates[0]), {k: v.expand(4, *v.shape[1:]) for k, v in c.items()})
     before, after, H = moved(z_t, *pair, S[0], S[1], c)
+    along = torch.cosine_similarity((after - before).flatten(), (pair[0] - pair[1]).flatten(), 0)
 
     figure, boxes = canvas.canvas([None] * 3, left=1.5, top=0.32, bottom=0.3, gap=0.24, columns=5)
     words = [f"$z_t$, and four\ncandidates $z_s$\nat s = {int(S[1])}", "what G makes\nof each in\nits next step"]
@@ -117,7 +119,8 @@ def preference():
     for box, (under, image) in zip(boxes[2], last.items()):
         canvas.put(figure, box, image, under=under)
     x, y, _, h = boxes[2][4]
-    figure.text(x - 0.005, y + h / 2, f"H = {H:+.2f} nats\nafter the updates,\n0 before", va="center", fontsize=9)
+    said = f"H = {H:+.2f} nats\nafter the updates,\n0 before.\nThe change's cosine\nto $z^w - z^l$: {along:.2f}"
+    figure.text(x - 0.005, y + h / 2, said, va="center", fontsize=9)
     return figure
 
 
@@ -138,21 +141,27 @@ def moved(z_t, z_win, z_lose, t, s, c, updates=12):
 
 @torch.no_grad()
 def few_steps():
-    """Algorithm 1: the teacher's 50 steps, and students of fewer steps, from the same noise."""
+    """Algorithm 1: the teacher's 50 steps, and students of fewer steps, from the same noise.
+
+    Raises UserError where a student is not there.
+    """
+    names = [f"sdxl-{K}" for K in steps.STEPS]
+    runs = [rows.folder(steps.name(name, 0, rows.NUM)) for name in names]
+    if not all(map(run_folder.newest, runs)):
+        wanted = f"python -m lab.steps --only {' '.join(names)} --seeds 0"
+        raise UserError(f"few-steps: draws students that take half an hour to train: {wanted}")
     which = (0, 3, 5, 8, 13, 21)
     words, c = shared.prompts(*which)
     z = shared.noise(len(which), "few steps")
     rng = lambda: shared.generators(len(which), "few steps' noise")  # noqa: E731
     drawn = {"teacher,\n50 guided steps": sample_ode(shared.teacher(), z, c, 50)}
-    for K in steps.STEPS:  # the student that comes along, and those of lab.steps that are there
-        run = rows.folder(steps.name(f"sdxl-{K}", 0, rows.NUM))
-        folder = run_folder.SHIPPED if K == 4 else run_folder.newest(run)
-        if folder:
-            G = load_denoiser(Config.model, student=folder)
-            G.net.eval()
-            drawn[f"student,\n{K} step{'s' * (K > 1)}"] = backward_simulation(G, z, c, G.schedule.steps(K), rng())
+    for K, run in zip(steps.STEPS, runs):
+        G = load_denoiser(Config.model, student=run_folder.newest(run))
+        G.net.eval()
+        drawn[f"student,\n{K} step{'s' * (K > 1)}"] = backward_simulation(G, z, c, G.schedule.steps(K), rng())
+    w = Config.guidance
     S = shared.student().schedule.steps(4)
-    drawn["undistilled,\n4 guided steps"] = backward_simulation(shared.teacher(), z, c, S, rng())
+    drawn[f"undistilled,\n4 steps, w = {w:g}"] = backward_simulation(shared.teacher(w), z, c, S, rng())
     pictures = {name: shared.decode(x_0) for name, x_0 in drawn.items()}
     labels = [f"{name}\n{sum(world.judge(p, words)[0])} of {len(words)} right" for name, p in pictures.items()]
     titles = ["\n".join(textwrap.wrap(w, 20)) for w in words]
