@@ -76,6 +76,9 @@ def check_settings(config, family, factor):
         raise UserError(f"--gan-crop {config.gan_crop} must be a multiple of {factor}")
     if config.size_condition == "original" and not family.SIZES:
         raise UserError(f"--size-condition original: {config.model} has no size conditions, as SDXL has")
+    real = config.teacher or config.model
+    if "turbo" in Path(real).name.lower():
+        raise UserError(f"{real} is distilled, and no teacher: name its base model with --teacher")
     if config.quantize_frozen and not find_spec("torchao"):
         raise UserError("--quantize-frozen int8 needs the package torchao (pip install torchao)")
 

@@ -214,6 +214,7 @@ _STAGE2 = _SDXL | {
     "pair_threshold": (0.6, 0.573),  # LPO: at 999, at 749. ASSUMPTION: of 8 steps the second, 874, has 749's
     "ratio_clip": 0.1,  # LPO
 }
+_SD3_STAGE2 = {"stage": 2, "batch_size": 32, "iterations": 4000, "rl_lr": 4e-6, "beta": 0.0019, "ratio_clip": 0.1}
 _DMD2 = _SDXL | {  # its code for SDXL in 4 steps; the GAN's weights, 5e-3 and 0.01, are in siblings/dmd2.py
     "method": "dmd2",
     "fake_lr": 5e-7,
@@ -238,6 +239,9 @@ PRESETS = {  # a method's values of the common settings are in its Settings (sib
     "qwen-2step": _QWEN | {"student_steps": 2},  # AdvDMD's number, by --method advdmd too
     "zimage-4step": _Z_IMAGE,
     "sdxl-stage2": _STAGE2 | {"batch_size": 64, "iterations": 5000},  # Tables 3, 4. ASSUMPTION: the batch is stage 1's
+    # ASSUMPTION: in no table. Stage 1's batch and SDXL's ratio of rates; LPO's 500 on a mean over 262,144 dimensions
+    "sd3-stage2": _SD3 | _SD3_STAGE2,
+    "sd35-medium-stage2": _SD35 | _SD3_STAGE2 | {"model": "stabilityai/stable-diffusion-3.5-medium"},
     "sdxl-8step-stage2": _STAGE2 | {"batch_size": 48, "iterations": 3000, "student_steps": 8},  # Table 7; 6,000 too
 }
 

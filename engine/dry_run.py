@@ -197,7 +197,7 @@ def refuse_unknown(config):
     if config.method in ("dmdr", "advdmd") or config.stage == "reward":
         raise UserError("--dry-run knows neither --method dmdr nor advdmd nor --stage reward")
     if base != "sdxl" and config.stage == 2:
-        raise UserError("--dry-run knows stage 2 of SDXL alone: it has no other base model's reward model")
+        raise UserError("--dry-run knows stage 2 of SDXL alone: it does not trace DiNa-LRM, SD3's reward model")
     if config.batch_size % config.gpus or config.batch_size // config.gpus % (config.micro_batch or 1):
         batch = f"--batch-size {config.batch_size} is not divisible by --gpus {config.gpus}"
         raise UserError(f"{batch}, or a GPU's part of it not by --micro-batch")

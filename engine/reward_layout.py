@@ -49,7 +49,7 @@ def kind_for(model):
     family = family_of(model)
     if not family.REWARD:
         why = "no latent reward model of its latents exists, only of SDXL's and SD3's"
-        raise UserError(f"{model} is a {family.NAME}: {why}, so it has no stage 2")
+        raise UserError(f"{model} is a {family.NAME}: {why}: no stage 2, and DMDR by --reward clip alone")
     return family.REWARD
 
 

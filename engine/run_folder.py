@@ -198,7 +198,8 @@ def from_stage_1(config):
     before = dataclasses.asdict(type(config)()) | before
     for key in SHARED:
         if before.get(key) != getattr(config, key, None):
-            raise UserError(f"{run} was trained with {flag(key)} {before[key]}, not {getattr(config, key)}")
+            how = f"{flag(key)} {before[key]}"
+            raise UserError(f"{run} was trained with {how}, not {getattr(config, key)}: pass {how}")
     if config.gan_weight and not before["gan_weight"]:
         raise UserError(f"{run} was trained without a GAN: pass --gan-weight 0")
     return dataclasses.replace(config, init=str(run), reward=reward_layout.reward_folder(config))

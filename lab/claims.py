@@ -210,8 +210,8 @@ NOTES = """
 - λ_ema = 0.9 was chosen by seed 0 on these prompts, and that seed counts in both EMA verdicts.
 - The paper's Table 4 has "+ pixelgan" as a row of its own, so its others look to be without; ours are with, as
   Algorithm 1 is.
-- Left out: that the DM loss regularises RL better than other terms (DMDR; it needs a KL baseline), and AdvDMD's 2-step
-  students and its discriminator on final states alone.
+- Left out: that the DM loss regularises RL better than other terms (DMDR; it needs a KL baseline), and AdvDMD's
+  discriminator on final states alone. Its 2-step students and DMDR's one-step ones have rows in [steps.md](steps.md).
 """
 
 

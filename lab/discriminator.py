@@ -211,6 +211,10 @@ chance).
 """
 
 READ = """
+On `toy/sdxl` the features of the mid block are too coarse: what tells the student's latents from real ones is local,
+and 4 x 4 positions have lost it; the last block has it. On `toy/sd3` every block keeps all positions, and D sees. So
+`--d-block last` is what the rows of [steps.md](steps.md) have; those of [siblings.md](siblings.md) have DMD2's
+features.
 Where the score estimator is frozen, the head alone learns. Where it is trained, D's loss has the weight 0.01 beside
 Eq. 6, and a batch has four pictures of each prompt, as in AdvDMD.
 """

@@ -56,11 +56,11 @@ def student():
 @cache
 def trained(name):
     """The networks at the end of a run of FLAGS, which is trained here unless it is there."""
-
     config = train.read([*shlex.split(FLAGS[name]), "--out", str(RUNS / name), "--overwrite"])
     if not finished(name, config.iterations):
         print(f"training {RUNS / name}: python train.py {FLAGS[name]}", flush=True)
-        train.train(config)
+        with torch.enable_grad():  # a picture is drawn without
+            train.train(config)
     nets = assemble(config, 1, torch.device("cpu"), train.method(config)[0])
     checkpoint.load(run_folder.newest(RUNS / name), nets.players, optimizers=False)
     for net in (nets.G.net, nets.fake.net):

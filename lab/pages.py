@@ -21,8 +21,9 @@ HEADINGS = {
     "rl_open": "RL open, %",
     "d_accuracy_unseen": "D right, unseen, %",
     "d_accuracy_x0": "of x_0, %",
+    "x0_open": "open by x_0, %",
 }
-PERCENT = ("prompt_accuracy", "precision", "recall", "rl_open", "d_accuracy_unseen", "d_accuracy_x0")
+PERCENT = ("prompt_accuracy", "precision", "recall", "rl_open", "d_accuracy_unseen", "d_accuracy_x0", "x0_open")
 DIGITS = {"frechet": 2, "reward": 2}  # in prose; percentages have 1, other measures 3
 MISSING = "(Rows that this paragraph speaks of are missing.)"
 

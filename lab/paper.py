@@ -3,8 +3,8 @@
 Claims that are `late` were written down when their rows were there: ratios; CLIP scores; prompts right of stage 2
 against stage 1, and of all noise levels; Pixel-GAN with DM at the noisy steps; Table 1 in reward, but for TTUR 5. Of
 renoising, and of DM at every step, the rows of seed 0 were there.
-Left out: that the DM loss regularises RL better than others do (DMDR; needs a KL baseline), 2-step students and D on
-final states alone (AdvDMD).
+Left out: that the DM loss regularises RL better than others do (DMDR; needs a KL baseline), D on final states alone
+(AdvDMD). AdvDMD's 2-step students and DMDR's one-step ones are in lab/steps.py.
 """
 
 from dataclasses import dataclass

@@ -139,9 +139,9 @@ def advdmd_text(found):
     return f"""
 - **AdvDMD's reinforcement changes next to nothing.** {right(online)} % of the prompts are right for
   {right(unrewarded)} % without it, and the Fréchet distance is {frechet(online)} for {frechet(unrewarded)}
-  ({errors(online, unrewarded, "frechet")}). A guess: in these 400 loops its discriminator hardly learns to tell real
-  from generated (`d_accuracy` in a run's log stays near 0.5), so that the gate was open in {each(online, "rl_open")} %
-  of the logged loops.
+  ({errors(online, unrewarded, "frechet")}). Its discriminator hardly learns to tell real from generated: it reads
+  features that are too coarse ([discriminator.md](discriminator.md)). The gate was open in {each(online, "rl_open")} %
+  of the logged loops. With features of the last block: [steps.md](steps.md).
 - **That an online reward is hacked less than a frozen one is within noise.** With a frozen reward, the discriminator at
   the end of the run without RL, {right(frozen)} % are right and the Fréchet distance is {frechet(frozen)}
   ({errors(online, frozen, "frechet")}); the gate was open in {each(frozen, "rl_open")} %.

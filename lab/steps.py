@@ -27,6 +27,7 @@ from lab import pages, rows, siblings, stage1
 from lab.pages import errors, figure, frechet, right
 from lab.rows import SEEDS
 from lab.stage1 import FULL
+from siblings import advdmd
 from toy import world
 
 RESULTS = Path("results/steps.json")
@@ -58,7 +59,12 @@ for base_ in BASES:
         UNDISTILLED[f"undistilled-{base_}-{K_}"] = which
 TEACHERS = {"sdxl": next(iter(stage1.BASELINES)), "sd3": next(iter(stage1.SD3_BASELINES))}  # rows of lab.stage1
 COLUMNS = ("prompt_accuracy", "frechet", "recall", "reward", "saturation", "contrast")
-GATE = ("rl_open", "d_accuracy_unseen", "d_accuracy_x0")  # AdvDMD's: the mean over the logged loops with reinforcement
+GATE = (
+    "rl_open",
+    "d_accuracy_unseen",
+    "d_accuracy_x0",
+    "x0_open",
+)  # AdvDMD's: the mean over the logged loops with reinforcement
 QUICK = 5  # loops: G moves once with every row
 
 
@@ -125,9 +131,11 @@ def gathered(num, loops=None):
             if row in RUNS:
                 logged = [json.loads(line) for line in (made.parent / "metrics.jsonl").read_text().splitlines()]
                 results[run] |= {k: logged[-1][k] for k in ("samples", "seconds", "skipped_updates")}
-                for column in GATE:
+                for column in ("rl_open", "d_accuracy_unseen", "d_accuracy_x0"):
                     if values := [m[column] for m in logged if column in m]:
                         results[run][column] = mean(values)
+                if values := [m["d_accuracy_x0"] for m in logged if "d_accuracy_x0" in m]:
+                    results[run]["x0_open"] = mean(v >= advdmd.Settings.rl_gate for v in values)
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(results, indent=1) + "\n")
     aside.rename(path)
@@ -227,9 +235,10 @@ def others_text(found):
   the Fréchet distance is {frechet(online)} and {frechet(unrewarded)} ({errors(online, unrewarded, "frechet")}), the
   reward {figure(online, "reward")} and {figure(unrewarded, "reward")} ({errors(online, unrewarded, "reward")}). Its
   discriminator tells {figure(online, "d_accuracy_unseen")} % of unseen latents from made ones, over all states, and
-  {figure(online, "d_accuracy_x0")} % of finished ones, x_0; the gate was open in {figure(online, "rl_open")} % of the
-  logged loops. With 20 times the weight {right(heavy)} % are right, the Fréchet distance is {frechet(heavy)}
-  ({errors(heavy, unrewarded, "frechet")}), the reward {figure(heavy, "reward")}
+  {figure(online, "d_accuracy_x0")} % of finished ones, x_0; the gate, which sees all states, was open in
+  {figure(online, "rl_open")} % of the logged loops, and would have been in {figure(online, "x0_open")} % if it saw x_0
+  alone. [discriminator.md](discriminator.md) has D alone. With 20 times the weight {right(heavy)} % are right, the
+  Fréchet distance is {frechet(heavy)} ({errors(heavy, unrewarded, "frechet")}), the reward {figure(heavy, "reward")}
   ({errors(heavy, unrewarded, "reward")}).
 - DMDR on SDXL, 1 step: the reward is {figure(paid, "reward")} with the reward loss, {figure(unpaid, "reward")} without
   ({errors(paid, unpaid, "reward")}); {right(paid)} and {right(unpaid)} % of the prompts are right, the recall is

@@ -278,6 +278,11 @@ def test_hours_of_rows_that_recorded_them():
     assert claims.hours(first, others).startswith("3.0 hours of training in the 3 of 4 rows")
 
 
+def test_the_discriminators_page_is_that_of_its_experiments():
+    assert discriminator.runs().keys() <= discriminator.kept().keys()
+    assert discriminator.page() == Path("results/discriminator.md").read_text()
+
+
 def test_a_discriminator_alone(capsys):
     """Reals are at the states' noise levels, the last without noise; --frozen trains the head alone; accuracies."""
     settings = saved_settings(SHIPPED)

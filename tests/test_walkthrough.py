@@ -6,11 +6,12 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from engine.errors import UserError
-from lab import figures, notes, page
+from lab import figures, figures_shared, notes, page
 
 TEXT = page.SOURCE.read_text()
 INTRO, STATIONS = page.stations(TEXT)
@@ -72,6 +73,15 @@ def test_figures_are_drawn_by_the_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         figures.main(["--only", "rolout"])
     assert ended.value.code == 2 and "rolout" in capsys.readouterr().err
+
+
+def test_a_missing_run_is_trained_though_a_picture_is_drawn_without_gradient(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures_shared, "RUNS", tmp_path)
+    few = "--stage 1 --method dmd2 --ttur 1 --batch-size 1 --iterations 1 --preview-every 0 --log-every 1"
+    monkeypatch.setitem(figures_shared.FLAGS, "dmd2", few)
+    with torch.no_grad():
+        figures_shared.trained.__wrapped__("dmd2")
+    assert figures_shared.finished("dmd2", 1)
 
 
 # ----------------------------------------------------------------------------------------------- index.html
