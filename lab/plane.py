@@ -187,9 +187,19 @@ def page(found):
     """results/plane.md."""
     rates = "; ".join(f"{rate}: {lr:g} and {fake_lr:g}" for rate, (lr, fake_lr) in RATES.items())
     rule = pages.wrapped(RULE.format(len(found[STANDARD]), rates))
-    parts = [INTRODUCTION, verdicts(found), rule, "## Every run", ends(found), pages.wrapped(MEASURES)]
+    unstable = pages.wrapped(instability(found))
+    parts = [INTRODUCTION, verdicts(found), unstable, rule, "## Every run", ends(found), pages.wrapped(MEASURES)]
     parts += ["## The standard run at every noise level", by_level(found[STANDARD]), pages.wrapped(NOTES)]
     return pages.joined(parts)
+
+
+def instability(found):
+    """Fig. 5's question: in which runs of the first question KL rises again."""
+    worse = {pace(*each): sum(map(degraded, found[pace(*each)].values())) for each in PACES}
+    named = [f"{n} at {title}" for title, n in worse.items() if n]
+    told = f"in {'; in '.join(named)}; in none of the other {len(worse) - len(named)}" if named else "in none"
+    rises = 'KL rises again ("degraded", below)'
+    return f"Is Fig. 5's instability there, at which rates? Of {len(found[STANDARD])} runs each {rises} {told}."
 
 
 INTRODUCTION = """# The method in the plane
@@ -201,6 +211,9 @@ is a Gaussian mixture of three classes with three modes each: its score at every
 ([claims.md](claims.md)) and overturn none of them: they say what the equations do, not what they do to pictures.
 
 ![students, and their errors at every noise level](../docs/plane.png)
+
+Colours are the classes, the shading is the mixture's density, dots are a student's samples; arrows are s_real - s_fake,
+stars the modes that RL rewards. A curve ends where a KL is below its own error.
 
 ## Verdicts
 """

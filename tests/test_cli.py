@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -18,6 +19,7 @@ from diffusers import UNet2DConditionModel
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import tiny_qwen
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from transformers import CLIPModel, CLIPTokenizer
 
@@ -838,3 +840,30 @@ def without_torch(command):
     imported = {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}
     assert "argparse" in imported and "torch" not in imported
     return done.returncode, done.stdout.splitlines(), [line for line in lines if not line.startswith("import time:")]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--resolution 72 --data PHOTOS", "--resolution 72 must be a multiple of 16"),
+        ("--gan-crop 30", "--gan-crop 30 must be a multiple of 4"),
+        ("--model toy/sd3 --size-condition original --data PHOTOS", "toy/sd3 has no size conditions"),
+        ("--sam PHOTOS/sam_vit_b.pth", "no SAM checkpoint at"),
+        ("--text-length 100", "--text-length 100 is T5's"),
+        ("--model PHOTOS/sdxl-turbo", "sdxl-turbo is distilled, and no teacher: name its base model with --teacher"),
+        ("--teacher PHOTOS/sdxl-turbo", "sdxl-turbo is distilled"),
+        ("--quantize-frozen int8 --lora-rank 4", "needs the package torchao"),
+    ],
+)
+def test_what_no_network_of_the_family_can_have_is_refused_before_any_is_loaded(photos, monkeypatch, flags, said):
+    (photos / "sdxl-turbo").symlink_to(Path("toy/sdxl").resolve())
+    monkeypatch.setattr(base_model, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=re.escape(said)):
+        run_folder.look(train.read(flags.replace("PHOTOS", str(photos)).split()))
+    monkeypatch.undo()
+    run_folder.look(train.read(["--model", str(photos / "sdxl-turbo"), "--teacher", "toy/sdxl"]))
+
+
+def test_stage_2_without_a_reward_model_of_the_latents_is_refused_before_a_run_is_asked_for(tmp_path):
+    with pytest.raises(UserError, match="no latent reward model of its latents"):
+        run_folder.look(train.read(["--stage", "2", "--model", str(tiny_qwen(tmp_path / "base"))]))
