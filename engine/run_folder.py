@@ -48,7 +48,7 @@ def look(config):
     if config.teacher:
         base_model.check_teacher(config.teacher, config.model)
     config = dataclasses.replace(config, t5=t5_of(config.model, config.t5))
-    if config.t5 == "off" and config.text_length != type(config).text_length:
+    if config.t5 == "off" and config.text_length != type(config).text_length and not config.resume:
         raise UserError(f"--text-length {config.text_length} is T5's, which is not there or off")
     if config.cache_text:
         check_holds(config.cache_text, "text-", "--cache-text")

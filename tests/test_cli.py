@@ -123,7 +123,7 @@ def photos(tmp_path):
         (["--seed", "-1"], "--seed"),
         (["--lr", "0"], "--lr"),
         (["--sam", "somebody/sam-huge"], "somebody/sam-huge"),
-        (["--resolution", "66", "--data", "toy"], "64 pixels"),
+        (["--resolution", "66", "--data", "toy"], "--resolution 66 must be a multiple of 16"),
         (["--iterations", "0"], "--iterations"),
         (["--student-steps", "0"], "--student-steps must lie in 1 to 1000"),
         (["--student-steps", "1001"], "--student-steps must lie in 1 to 1000"),
