@@ -133,11 +133,11 @@ def sd3_t5(tmp_path_factory):
 @pytest.fixture(scope="session")
 def base_models(small_toys, sd3_t5, tmp_path_factory):
     """Pipeline folder by base model, all of random weights and for 64 pixels."""
-    from tiny_models import tiny_qwen, tiny_z_image
+    from tiny_models import tiny_qwen, tiny_sd3, tiny_z_image
 
     folder = tmp_path_factory.mktemp("base")
     new = {"qwen": tiny_qwen(folder / "qwen"), "z-image": tiny_z_image(folder / "z-image")}
-    return {"sdxl": small_toys["sdxl"], "sd3": sd3_t5} | new
+    return {"sdxl": small_toys["sdxl"], "sd3": sd3_t5, "sd35": tiny_sd3(folder / "sd35", sd35=True)} | new
 
 
 @pytest.fixture(scope="session")

@@ -32,10 +32,11 @@ from engine.quantize import in_8_bits
 PROMPTS = ["it", "a large blue ring above a small red square"]
 BASES = ["sdxl", "sd3", "qwen", "z-image"]
 NEW = ["qwen", "z-image"]  # the others' training and export have tests of their own
-WORDS = {"sd3": {"max_sequence_length": 256}}  # of the pipeline's call
+WORDS = dict.fromkeys(("sd3", "sd35"), {"max_sequence_length": 256})  # of the pipeline's call
 GUIDED = {  # w -> the pipeline's arguments
     "sdxl": lambda w: {"guidance_scale": w},
     "sd3": lambda w: {"guidance_scale": w},
+    "sd35": lambda w: {"guidance_scale": w},
     "qwen": lambda w: {"true_cfg_scale": w, "negative_prompt": [" "] * len(PROMPTS)},
     "z-image": lambda w: {"guidance_scale": w - 1},
 }
@@ -59,7 +60,7 @@ class Plain:
 
     def draw(self, z, steps, seed=0, **how):
         """PROMPTS' pictures in [-1, 1] from noise z; later noise is torch's own."""
-        if self.base == "sd3":  # its pipeline's own grid is another
+        if self.base in ("sd3", "sd35"):  # its pipeline's own grid is another
             how["sigmas"] = [n / steps for n in range(steps, 0, -1)]
         torch.manual_seed(seed)
         how |= WORDS.get(self.base, {}) | {"num_inference_steps": steps, "latents": self.as_given(z)}
@@ -84,7 +85,7 @@ def bases(base_models):
     return of
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", [*BASES, "sd35"])
 def test_sampling_is_the_plain_pipelines(base, bases):
     """Pictures within 1/255: 6 steps without and with guidance, and 1, 2 and 4 steps by an exported scheduler.
 
@@ -112,7 +113,7 @@ def test_sampling_is_the_plain_pipelines(base, bases):
     assert max(far) <= 1 / 255
 
 
-UNGUIDED = {"qwen": {"true_cfg_scale": 1.0}} | {base: {"guidance_scale": 0} for base in ("sdxl", "sd3", "z-image")}
+UNGUIDED = {"qwen": {"true_cfg_scale": 1.0}} | {base: {"guidance_scale": 0} for base in GUIDED if base != "qwen"}
 
 
 def apart(a, b):
