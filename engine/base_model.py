@@ -83,12 +83,6 @@ def check_settings(config, family, factor):
         raise UserError("--quantize-frozen int8 needs the package torchao (pip install torchao)")
 
 
-def vae_factor(model):
-    """Pixels to a latent number, along a side, by the VAE's config."""
-    vae = read_json(model, "vae/config.json")
-    return 2 ** (len(vae.get("block_out_channels") or vae["dim_mult"]) - 1)
-
-
 def check_teacher(teacher, model):
     """check(teacher); and UserError for one that lacks what `model` has: its latents, conditions and noise."""
     check(teacher)

@@ -17,6 +17,15 @@ FEED_FORWARD = ["net.0.proj", "net.2"]
 # ------------------------------------------------------------------------------------- a pipeline folder
 
 
+def vae_factor(model):
+    """Pixels to a latent number, along a side. Raises UserError where the VAE's config does not say."""
+    vae = read_json(model, "vae/config.json")
+    widths = vae.get("block_out_channels") or vae.get("dim_mult")
+    if not isinstance(widths, list):
+        raise UserError(f"{model}: vae/config.json lacks block_out_channels")
+    return 2 ** (len(widths) - 1)
+
+
 def check_parts(model, classes):
     """Raises UserError for a pipeline that lacks a part of `classes`, {folder: class}, or has it of another class."""
     index = index_of(model)

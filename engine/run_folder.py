@@ -19,6 +19,7 @@ from engine.config import flag
 from engine.errors import UserError
 from engine.folders import HERE, check_holds, check_sam, check_writable
 from engine.locks import check_free, lock, unlock
+from engine.parts import vae_factor
 from engine.sd3 import t5_of
 
 SHIPPED = HERE / "toy" / "student"  # unet/ and config.json of a student for those who have trained none
@@ -44,7 +45,7 @@ def look(config):
     if config.dry_run:
         return config
     base_model.check(config.model)
-    base_model.check_settings(config, base_model.family_of(config.model), base_model.vae_factor(config.model))
+    base_model.check_settings(config, base_model.family_of(config.model), vae_factor(config.model))
     if config.teacher:
         base_model.check_teacher(config.teacher, config.model)
     config = dataclasses.replace(config, t5=t5_of(config.model, config.t5))

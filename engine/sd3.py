@@ -75,7 +75,7 @@ def t5_of(model, t5=""):
 def sides(model):
     """-> pixels of which a picture's sides are multiples, and the most that its table of positions has."""
     net = read_json(model, "transformer/config.json")
-    step = 2 ** (len(read_json(model, "vae/config.json")["block_out_channels"]) - 1) * net["patch_size"]
+    step = parts.vae_factor(model) * net["patch_size"]
     return step, step * (net["pos_embed_max_size"] or net["sample_size"] // net["patch_size"])
 
 

@@ -5,7 +5,17 @@ The contract that this file fulfils is in engine/base_model.py. Nothing here loa
 
 from engine.errors import UserError
 from engine.folders import index_of, read_json
-from engine.parts import ATTENTION, FEED_FORWARD, check_parts, latents_agree, linear_guidance, numbers, refusal, same
+from engine.parts import (
+    ATTENTION,
+    FEED_FORWARD,
+    check_parts,
+    latents_agree,
+    linear_guidance,
+    numbers,
+    refusal,
+    same,
+    vae_factor,
+)
 from engine.parts import scheduler as scheduler_config
 
 NAME = "SDXL"
@@ -102,7 +112,7 @@ def scheduler(model):
 def sides(model):
     """-> pixels of which a picture's sides are multiples, and the most that a side may have or None."""
     levels = len(read_json(model, "unet/config.json")["block_out_channels"])  # its down blocks halve the latents
-    return 2 ** (len(read_json(model, "vae/config.json")["block_out_channels"]) - 1) * 2 ** (levels - 1), None
+    return vae_factor(model) * 2 ** (levels - 1), None
 
 
 # ------------------------------------------------------------------------------------ schedule and export

@@ -48,7 +48,7 @@ def check(model):
 
 def sides(model):
     """-> pixels of which a picture's sides are multiples, and that none is too long."""
-    return 2 ** len(read_json(model, "vae/config.json")["block_out_channels"]), None
+    return 2 * parts.vae_factor(model), None
 
 
 # ---------------------------------------------------------------------------------------------- prompts
