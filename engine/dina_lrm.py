@@ -167,8 +167,7 @@ class DinaRewardModel(nn.Module):
 
     def forward(self, z_t, t, c):
         """z_t (B, C, h, w) at t (B,); c: the prompts' condition from R's own encoder -> scores (B,), fp32."""
-        seen, read, temb = self.features(z_t, t, c)
-        return self.reward_head([h.float() for h in seen], [e.float() for e in read], temb.float())
+        return self.reward_head(*self.features(z_t, t, c)).float()
 
     def score(self, z_t, t, prompts):
         """R(z_t, t, prompt), (B,), of B prompts as strings."""
@@ -249,8 +248,7 @@ def load(path, image_size, device="cpu", dtype=torch.float32, encoder=None):
     except Exception as e:  # other keys or widths, a torn file, pickled objects
         raise UserError(f"cannot read {HEAD} of {path}: {str(e).strip().splitlines()[-1].strip()}") from None
     check_finite(R, f"the reward model in {path}")
-    R.to(device, dtype).reward_head.float()  # near a score of 9 bf16 has steps of 1/16
-    return R.eval().requires_grad_(False)
+    return R.to(device, dtype).eval().requires_grad_(False)
 
 
 def merged(net, path):
